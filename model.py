@@ -1,0 +1,411 @@
+"""The model: Llama's shape with the switches of its relatives, on one flat row of packed documents.
+
+Letters, for one rank: T tokens of the row, t = T/P of them here, P ranks of the sequence, H query heads, G key/value
+heads, D head size, C width, I inner width, V vocabulary.
+float32: RMSNorm's statistics, the rotation, the softmax, the loss, master weights and their reduction (parallel.py);
+RoPE's angles are float64, since position x frequency at a million tokens leaves float32 no digit of the turn.
+Everything else runs in the dtype of the weights, bfloat16 in training.
+"""
+import functools
+import importlib
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import parallel
+from parallel import cut_heads, heads_to_seq, seq_to_heads
+
+
+@dataclass
+class Config:
+    """What the weights are. Field names are those of a Hugging Face config.json."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None    # {"rope_type": ..., "factor": ...}; None: plain RoPE
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False               # RMSNorm of every head of q and k, before RoPE
+    sliding_window: int | None = None   # tokens a query sees, itself included; None: all before it
+    architecture: str = "LlamaForCausalLM"
+
+
+@dataclass
+class Execution:
+    """How the work is done. Nothing here changes a result by more than rounding."""
+    attention: str = "auto"             # or the name of one of KERNELS
+    recompute: str = "none"             # "all_but_attention", "all": what backward computes again
+    keep_layers: int = 0                # last blocks that recompute nothing all the same
+    offload_layers: int = 0             # first blocks whose kept tensors wait in host memory
+    mlp_chunk: int = 0                  # tokens; 0: the row's share at once
+    loss_chunk: int = 8192              # tokens whose logits exist at a time
+    compile: bool = False               # torch.compile the two halves of a block and the loss
+
+
+# ---------------------------------------------------------------------------------------------- attention kernels
+# One signature: q (T, H, D), k and v (T, G, D), cu_seqlens (n+1,) int32 on the device, max_seqlen, window -> (T, H, D).
+
+def _flash(module, left, q, k, v, cu_seqlens, max_seqlen, window):
+    """FlashAttention 2, 3 or 4. `left` is the package's word for an unbounded left side of the window."""
+    out = module.flash_attn_varlen_func(
+        q=q, k=k, v=v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen, causal=True, window_size=(window - 1, 0) if window else (left, left))
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _torch_varlen(module, left, q, k, v, cu_seqlens, max_seqlen, window):
+    """torch's own kernel, whose arguments grew: a causal mask was is_causal before it was a window, and grouped heads
+    were k and v repeated before they were enable_gqa."""
+    takes = module.varlen_attn.__annotations__
+    extra = {"window_size": (window - 1 if window else -1, 0)} if "window_size" in takes else {"is_causal": True}
+    if "enable_gqa" in takes:
+        extra["enable_gqa"] = True
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return module.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
+
+
+def _sdpa(module, left, q, k, v, cu_seqlens, max_seqlen, window):
+    """scaled_dot_product_attention, document by document: the CPU's path and the plainest statement of the others."""
+    group, out, edges = q.shape[1] // k.shape[1], [], cu_seqlens.tolist()
+    for start, end in zip(edges, edges[1:]):
+        qi, ki, vi = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))        # (1, H or G, n, D)
+        ki, vi = (x.repeat_interleave(group, dim=1) for x in (ki, vi))              # (1, H, n, D)
+        mask, n = None, end - start
+        if window and n > window:
+            ago = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
+            mask = (ago >= 0) & (ago < window)
+        o = module.scaled_dot_product_attention(qi, ki, vi, attn_mask=mask, is_causal=mask is None)
+        out.append(o[0].transpose(0, 1))                                            # (n, H, D)
+    return torch.cat(out)
+
+
+KERNELS = {  # name: (module, its least GPU generation, adapter, its word for "no bound"), best first
+    "flash_attn_4": ("flash_attn.cute", 9, _flash, None),
+    "flash_attn_3": ("flash_attn_interface", 9, _flash, -1),
+    "flash_attn_2": ("flash_attn", 8, _flash, -1),
+    "torch_varlen": ("torch.nn.attention.varlen", 8, _torch_varlen, -1),
+    "sdpa": ("torch.nn.functional", 0, _sdpa, -1),
+}
+
+
+@functools.cache
+def attention_kernel(choice, device_type, dtype):
+    """-> (name, function): the first of KERNELS that this machine has, or `choice` itself. ValueError if it cannot."""
+    half = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    generation = torch.cuda.get_device_capability()[0] if half else 0
+    if choice not in ("auto", *KERNELS):
+        raise ValueError(f"ATTENTION {choice!r} is unknown: use auto, {', '.join(KERNELS)}")
+    for name in KERNELS if choice == "auto" else [choice]:
+        module, least, adapter, left = KERNELS[name]
+        try:
+            found = importlib.import_module(module) if generation >= least else None
+        except ImportError:
+            continue
+        # version 4 alone leaves an empty `flash_attn` behind, which is not version 2
+        if found and (adapter is not _flash or hasattr(found, "flash_attn_varlen_func")):
+            return name, functools.partial(adapter, found, left)
+    raise ValueError(f"ATTENTION {choice!r} is not to be had for {dtype} on {device_type} here: install it, use a GPU "
+                     "and bfloat16, or choose auto")
+
+
+# --------------------------------------------------------------------------------------------------- RoPE and norm
+
+def rope_frequencies(config):
+    """-> (D/2,) float32 inverse frequencies, and the factor of cos and sin. Formulas as in transformers, whose
+    float32 frequencies are the ones the checkpoints were trained with."""
+    D, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
+    kind, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
+    original = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
+    exponent = torch.arange(0, D, 2).float() / D
+    if kind == "dynamic":  # NTK: the base grows with the length; training knows one length, and freezes it there
+        length = max(scaling.get("length", original), original)
+        base = base * (factor * length / original - (factor - 1)) ** (D / (D - 2))
+    frequency = 1.0 / base ** exponent
+    if kind in ("default", "dynamic"):
+        return frequency, 1.0
+    if kind == "linear":
+        return frequency / factor, 1.0
+    if kind == "llama3":  # long waves are stretched, short ones kept, smoothly between
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wave = 2 * math.pi / frequency
+        smooth = ((original / wave - low) / (high - low)).clamp(0, 1)
+        return (1 - smooth) * frequency / factor + smooth * frequency, 1.0
+    if kind == "yarn":  # the same by the number of turns within the original length, as a ramp over dimensions
+        turns = [scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1]
+        low, high = (D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        ramp = ((torch.arange(D // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+        amplitude = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+        keep = 1 - ramp
+        return 1.0 / (factor * base ** exponent) * (1 - keep) + frequency * keep, amplitude
+    raise ValueError(f"rope_type {kind!r} is unknown: use default, linear, dynamic, yarn or llama3")
+
+
+def rope_cos_sin(config, position_ids):
+    """position_ids (t,) -> cos, sin (t, 1, D/2) float32: 512 MiB together at t = 1M and D = 128, once for all
+    layers."""
+    frequency, amplitude = rope_frequencies(config)
+    angle = position_ids.double()[:, None, None] * frequency.to(position_ids.device).double()
+    return (angle.cos() * amplitude).float(), (angle.sin() * amplitude).float()
+
+
+def rotate(x, cos, sin):
+    """x (t, H, D), its two halves of D being the real and the imaginary parts."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- transformer
+
+class Attention(nn.Module):
+    def __init__(self, config, sp_group, execution):
+        super().__init__()
+        H, G, D, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        self.head_dim, self.window, self.sp_group, self.choice = D, config.sliding_window, sp_group, execution.attention
+        self.P = sp_group.size() if sp_group is not None else 1
+        self.heads = [max(heads // self.P, 1) for heads in (H, G, G)]               # of q, k, v on this rank
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, G * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, G * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+
+    def project(self, x, cos, sin):
+        """x (t, C) -> q (t, H, D), k and v (t, G, D), rotated; for P ranks cut and joined: (P, t, H/P + 2 G/P, D)."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return cut_heads((q, k, v), self.P) if self.P > 1 else (q, k, v)
+
+    def exchange(self, qkv):
+        """What project returned -> q (T, H/P, D), k and v (T, G/P, D): the whole row, in one message."""
+        if self.P == 1:
+            return qkv
+        q, k, v = (row := seq_to_heads(qkv, self.sp_group)).split(self.heads, dim=1)
+        # views of one row serve every kernel as they are, until offsets in it pass what kernels hold in 32 bits
+        return (q, k, v) if row.numel() < 2**31 else (q.contiguous(), k.contiguous(), v.contiguous())
+
+    def forward(self, qkv, cu_seqlens, max_seqlen, keep):
+        """qkv of this rank's tokens -> (t, H*D). Each rank attends for H/P heads over the whole row. `keep` decides
+        what the kernel's backward holds on to (parallel.Keep)."""
+        q, k, v = self.exchange(qkv)                                                # (T, H/P, D), (T, G/P, D)
+        _, kernel = attention_kernel(self.choice, q.device.type, q.dtype)
+        with keep.inputs_of_attention(q, k, v):
+            out = kernel(q, k, v, cu_seqlens, max_seqlen, self.window)              # (T, H/P, D)
+        return keep.output_of_attention(out, heads_to_seq(out, self.sp_group)).flatten(1)  # (t, H*D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, I, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj, self.up_proj = nn.Linear(C, I, bias=bias), nn.Linear(C, I, bias=bias)
+        self.down_proj = nn.Linear(I, C, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x -> x + Attention(norm(x)) -> x + MLP(norm(x)), cut where tokens meet: before and after attention every token
+    goes its own way, so these halves are what is compiled, recomputed and taken in slices."""
+
+    def __init__(self, config, sp_group, execution, recompute):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, sp_group, execution)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.recompute, self.compile, self.chunk = recompute, execution.compile, execution.mlp_chunk
+
+    def before(self, x, cos, sin):
+        """x (t, C) -> q, k, v as Attention.forward takes them."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, a):
+        """x (t, C), attention's output a (t, H*D) -> (t, C)."""
+        x = x + self.self_attn.o_proj(a)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, cos, sin, cu_seqlens, max_seqlen, offload=None):
+        if self.recompute == "none":
+            return self.run(x, cos, sin, cu_seqlens, max_seqlen, parallel.Keep())
+        if self.recompute == "all":
+            with parallel.Keep(offload).hooks(x):
+                return checkpoint(self.run, x, cos, sin, cu_seqlens, max_seqlen, parallel.Keep(), **_CHECKPOINT)
+        again = lambda x: self.self_attn.exchange(half(self.compile, False, self.before, x, cos, sin))
+        keep = parallel.Keep(offload, again, self.self_attn.sp_group)
+        with keep.hooks(x):
+            return self.run(x, cos, sin, cu_seqlens, max_seqlen, keep)
+
+    def run(self, x, cos, sin, cu_seqlens, max_seqlen, keep):
+        recompute = self.recompute == "all_but_attention"
+        qkv = half(self.compile, recompute, self.before, x, cos, sin)
+        a = self.self_attn(qkv, cu_seqlens, max_seqlen, keep)                       # (t, H*D)
+        chunk = self.chunk or len(x)
+        slices = zip(x.split(chunk), a.split(chunk))  # at t = 1M and I = 14336 one (t, I) alone is 28 GiB
+        y = [half(self.compile, recompute or chunk < len(x), self.after, xi, ai) for xi, ai in slices]
+        return y[0] if len(y) == 1 else torch.cat(y)
+
+
+_CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+
+
+def _half(recompute, function, *args):
+    return checkpoint(function, *args, **_CHECKPOINT) if recompute else function(*args)
+
+
+_compiled_half = torch.compile(_half)           # one cache for all blocks: their weights are its inputs
+torch._dynamo.config.recompile_limit = 64       # halves x recomputed or not x with gradient or not x shapes
+
+
+def half(compile, recompute, function, *args):
+    """function(*args), keeping for backward only the arguments if `recompute`. Compiled, backward recomputes just what
+    it reads: the last product of a half is never computed again."""
+    return (_compiled_half if compile else _half)(recompute, function, *args)
+
+
+class Transformer(nn.Module):
+    """Parameters carry the names of a Llama checkpoint. Tied embeddings: there is no lm_head."""
+
+    def __init__(self, config, sp_group=None, execution=Execution()):
+        super().__init__()
+        self.config, self.execution = config, execution
+        L, keep = config.num_hidden_layers, execution.keep_layers
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(
+                Block(config, sp_group, execution, execution.recompute if i < L - keep else "none") for i in range(L)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.offload = parallel.Offload()
+
+    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, labels=None, weights=None):
+        """input_ids, position_ids, labels, weights (t,): this rank's share; cu_seqlens (n+1,) int32: the whole row's.
+        With labels: the sum over this rank's targets of weight x cross entropy, a float32 scalar (weights None: 1 each;
+        label -100: no target). Without: logits (t, V)."""
+        cos, sin = rope_cos_sin(self.config, position_ids)
+        x = self.model["embed_tokens"](input_ids)                                   # (t, C)
+        for i, block in enumerate(self.model["layers"]):
+            offload = self.offload if i < self.execution.offload_layers else None
+            x = block(x, cos, sin, cu_seqlens, max_seqlen, offload)
+        x = self.model["norm"](x)
+        head = self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight    # (V, C)
+        if labels is None:
+            return x @ head.T                                                       # (t, V)
+        weights = (labels != -100).float() if weights is None else weights * (labels != -100)
+        return ChunkedCrossEntropy.apply(x, head, labels.clamp(min=0), weights, self.execution, torch.is_grad_enabled())
+
+    def local_parameters(self):
+        """Yields name, this rank's rows of the parameter (a plain tensor), and the number of the first of them."""
+        for name, parameter in self.named_parameters():
+            yield name, *parallel.local_rows(parameter)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Matrices normal with deviation 1/sqrt(C), a tenth of it where a block writes its result, norms one, biases
+        zero; the same whatever the number of ranks."""
+        for name, rows, first in self.local_parameters():
+            if rows.ndim == 2:
+                shape, std = self.get_parameter(name).shape, self.config.hidden_size ** -0.5
+                std *= 0.1 if "o_proj" in name or "down_proj" in name else 1.0
+                generator = torch.Generator(rows.device).manual_seed(seed + zlib.crc32(name.encode()))
+                full = torch.empty(shape, device=rows.device).normal_(0, std, generator=generator)
+                rows.copy_(full[first:first + len(rows)])
+            else:
+                rows.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _softmax_and_gradient(logits, labels, weights):
+    """logits (c, V) -> sum of weight x cross entropy in float32, and its gradient (c, V) in the logits' dtype."""
+    z = logits.float()
+    lse = z.logsumexp(dim=-1, keepdim=True)
+    target = labels[:, None] == torch.arange(z.shape[1], device=z.device)
+    loss = (weights * (lse[:, 0] - (z * target).sum(-1))).sum()
+    return loss, (weights[:, None] * ((z - lse).exp() - target.float())).to(logits.dtype)
+
+
+_compiled_softmax_and_gradient = torch.compile(_softmax_and_gradient)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and gradients in one pass over chunks of tokens, so that (t, V) logits, 256 GiB at t = 1M and V = 128k,
+    never exist and no product is computed twice. The head's gradient is summed over chunks in float32."""
+
+    @staticmethod
+    def forward(ctx, x, head, labels, weights, execution, needs_gradient):
+        loss, dx, dhead = torch.zeros((), device=x.device), None, None
+        softmax = _compiled_softmax_and_gradient if execution.compile else _softmax_and_gradient
+        if needs_gradient:
+            dx, dhead = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+        for start in range(0, len(x), execution.loss_chunk):
+            part = slice(start, start + execution.loss_chunk)
+            chunk_loss, dlogits = softmax(x[part] @ head.T, labels[part], weights[part])
+            loss += chunk_loss
+            if needs_gradient:
+                dx[part] = dlogits @ head                                           # (c, C)
+                dhead += dlogits.T @ x[part]                                        # (V, C)
+        ctx.save_for_backward(dx, dhead)
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale):
+        dx, dhead = ctx.saved_tensors
+        return dx.mul_(scale), dhead.mul_(scale), None, None, None, None
+
+
+# ----------------------------------------------------------------------------------------------------- arithmetic
+
+def attention_pairs(cu_seqlens, window=None):
+    """cu_seqlens (n+1,) on the host -> pairs of a query and a key it sees: n^2/2 a document, less beyond a window."""
+    pairs = 0.0
+    for start, end in zip(cu_seqlens, cu_seqlens[1:]):
+        n = float(end - start)
+        w = min(n, window or n)
+        pairs += w * n - w * w / 2
+    return pairs
+
+
+def flops(config, tokens, pairs, recompute="none", keep_layers=0):
+    """-> model FLOPs and hardware FLOPs of forward and backward over `tokens` tokens with `pairs` attention pairs.
+    Model: 3 x forward, where a weight of a matrix product counts 2 a token and a pair 4 x heads x head_dim. Hardware
+    adds what backward computes again; the last product of a recomputed block never is."""
+    C, L, D = config.hidden_size, config.num_hidden_layers, config.head_dim
+    H, G, I = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    block = C * D * (2 * H + 2 * G) + 3 * C * I
+    attention = 4 * H * D * pairs
+    forward = 2 * tokens * (L * block + C * config.vocab_size) + L * attention
+    again = 0 if recompute == "none" else 2 * tokens * (block - C * I) + (attention if recompute == "all" else 0)
+    return 3 * forward, 3 * forward + (L - keep_layers) * again

@@ -1,0 +1,400 @@
+"""Everything that crosses ranks: the grid, the exchange of sequence parallelism, FSDP2, what backward keeps,
+checkpoints.
+
+Eight GPUs, REPLICAS 1, SEQUENCE_PARALLEL_SIZE 4 (so dp 2):        one row of tokens, cut into shares
+    rank      0  1  2  3 | 4  5  6  7                              [ share 0 | share 1 | share 2 | share 3 ]
+    dp_rank   0  0  0  0 | 1  1  1  1     which rows               ranks 0-3: the shares of dp group 0's row
+    sp_rank   0  1  2  3 | 0  1  2  3     which share of a row     ranks 4-7: those of dp group 1's row
+Parameters, gradients and optimizer states are sharded over all eight: sharding does not ask who holds which tokens.
+With REPLICAS 2 ranks 0-3 and 4-7 would each hold a whole sharded copy, and gradients be summed between them.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import weakref
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+
+class Grid(NamedTuple):
+    """Who this process is. dp_rank counts over replicas too: it says which rows of a step are this rank's."""
+    rank: int
+    world: int
+    dp: int
+    dp_rank: int
+    sp: int
+    sp_rank: int
+    sp_group: object        # None when one rank holds the whole row
+    mesh: object            # what FSDP2 shards over: (shard,) or (replicate, shard)
+    device: torch.device
+
+
+def check(world, replicas, sp, heads, kv_heads):
+    """-> dp, rows in flight at a time. ValueError where the sizes do not fit; needs no process group."""
+    if world % replicas:
+        raise ValueError(f"REPLICAS {replicas} does not divide {world} processes: use a divisor of {world}")
+    works = [p for p in range(1, heads + 1) if heads % p == 0 and (kv_heads % p == 0 or p % kv_heads == 0)]
+    if sp not in works:
+        rule = f"does not divide {heads} attention heads" if heads % sp else f"does not fit {kv_heads} key/value heads"
+        raise ValueError(f"SEQUENCE_PARALLEL_SIZE {sp} {rule}: use {', '.join(map(str, works))}")
+    if world % sp:
+        fit = ", ".join(str(p) for p in works if world % p == 0)
+        raise ValueError(f"SEQUENCE_PARALLEL_SIZE {sp} does not divide {world} processes: use {fit}")
+    return world // sp
+
+
+def init(replicas, sp):
+    """Join the process group that torchrun (or srun) describes; alone, one of our own. -> Grid."""
+    cuda = torch.cuda.is_available()
+    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda and here > torch.cuda.device_count():
+        raise ValueError(f"{here} processes on a host of {torch.cuda.device_count()} GPUs: start one a GPU, "
+                         f"torchrun --nproc_per_node {torch.cuda.device_count()}")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **alone)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    grid = init_device_mesh(device.type, (world // sp, sp), mesh_dim_names=("dp", "sp"))
+    mesh = init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    return Grid(rank, world, world // sp, rank // sp, sp, rank % sp, grid["sp"].get_group() if sp > 1 else None,
+                mesh if replicas > 1 else mesh["shard"], device)
+
+
+def close():
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def all_sum(values, group=None):
+    """Tensor -> its sum over all ranks (or the group's), in place."""
+    dist.all_reduce(values, group=group)
+    return values
+
+
+def together(what, function, *args, only=None):
+    """function(*args) on every rank, or on rank `only`. If it fails on any, RuntimeError on all: none waits for one
+    that has stopped."""
+    result = error = None
+    try:
+        if only in (None, dist.get_rank()):
+            result = function(*args)
+    except (Exception, dcp.api.CheckpointException) as e:
+        error = e
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error and f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+    if any(errors):
+        raise RuntimeError(f"{what}: {next(filter(None, errors))}") from error
+    return result
+
+
+# ------------------------------------------------------------------------------ Ulysses: the sequence-parallel exchange
+
+class _AllToAll(torch.autograd.Function):
+    """x (P, ...): part i goes to rank i. The exchange is its own transpose, so backward is the same exchange."""
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, out = group, torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllToAll.apply(grad.contiguous(), ctx.group), None
+
+
+def cut_heads(xs, P):
+    """Tensors (t, H, D) of one rank -> (P, t, sum of their H/P, D): part i is what rank i attends with. Fewer heads
+    than ranks: each goes to P/H ranks, and backward sums their gradients."""
+    xs = [x if x.shape[1] >= P else x.repeat_interleave(P // x.shape[1], dim=1) for x in xs]
+    return torch.cat([x.unflatten(1, (P, -1)).transpose(0, 1) for x in xs], dim=2)
+
+
+def seq_to_heads(x, group):
+    """x (T/P, H, D), this rank's tokens of all heads -> (T, H/P, D), all tokens of this rank's heads. Several tensors
+    travel as one message where x is cut_heads' of them."""
+    if group is None:
+        return x
+    x = cut_heads([x], dist.get_world_size(group)) if x.ndim == 3 else x
+    return _AllToAll.apply(x, group).flatten(0, 1)                                  # (P, T/P, H/P, D) -> (T, H/P, D)
+
+
+def heads_to_seq(x, group):
+    """The way back: x (T, H/P, D) -> (T/P, H, D)."""
+    if group is None:
+        return x
+    out = _AllToAll.apply(x.unflatten(0, (dist.get_world_size(group), -1)).contiguous(), group)  # (P, T/P, H/P, D)
+    return out.transpose(0, 1).flatten(1, 2)                                        # (T/P, H, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------- FSDP2
+
+def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
+    """Shard fp32 parameters over grid.mesh; forward and backward see them gathered, in `dtype`. Gradients are summed,
+    not averaged, in fp32: the loss was divided by the targets of the whole step already."""
+    # cast_forward_inputs: cos, sin and the weights of the loss come in float32 and stay so
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    settings = {"mesh": grid.mesh, "mp_policy": precision,
+                "offload_policy": CPUOffloadPolicy() if offload_optimizer else OffloadPolicy()}
+    for i, block in enumerate(blocks):  # backward starts at the last block: freeing it would only fetch it twice
+        fully_shard(block, **settings, reshard_after_forward=zero_stage == 3 and i < len(blocks) - 1)
+    fully_shard(model, **settings, reshard_after_forward=False)
+    for module in [*blocks, model] if grid.world > 1 else []:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(grid.device.type == "cpu")  # nccl multiplies by 1 on the way
+    model.to_empty(device="cpu" if offload_optimizer else grid.device)
+
+
+def accumulate(model, zero_stage, last):
+    """Before the forward of a micro-batch. ZeRO 1 reduces gradients, and frees gathered weights, after the last
+    only."""
+    if zero_stage == 1:
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+
+
+def grad_norm(parameters):
+    """-> the norm of all gradients over all ranks, a scalar on the device."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def local_rows(parameter):
+    """-> this rank's rows of a parameter as a plain tensor, and the number of the first of them. FSDP2 cuts dimension 0
+    into equal pieces, rounded up, so the last ranks may hold fewer rows or none."""
+    if not hasattr(parameter, "device_mesh"):
+        return parameter.detach(), 0
+    mesh = parameter.device_mesh
+    piece = -(-parameter.shape[0] // mesh.shape[-1])
+    return parameter.to_local().detach(), min(piece * mesh.get_local_rank(mesh.ndim - 1), parameter.shape[0])
+
+
+# ------------------------------------------------------------------------------------- what a block keeps for backward
+
+class Keep:
+    """Decides what autograd holds for one block, through saved_tensors_hooks that know a tensor by its storage.
+
+    Kept: the block's input x (t, C), attention's output a (t, H, D), and the log-sum-exp. Computed when attention's
+    backward asks, and let go after it: q, k, v from x by `again`, and under sequence parallelism the kernel's own
+    output from a. So the kernel's forward runs once. With `offload` x and a wait in host memory. Keep() leaves autograd
+    alone."""
+
+    def __init__(self, offload=None, again=None, group=None):
+        self.active = torch.is_grad_enabled() and not (offload is None and again is None)
+        self.offload, self.again, self.group = offload, again, group
+        self.places, self.kernel_saved, self.qkv = {}, None, None       # places: storage -> how to get it, its offset
+
+    @contextlib.contextmanager
+    def hooks(self, x):
+        """The context of the block's forward on x (t, C)."""
+        if not self.active:
+            yield
+            return
+        self.x = self._keep(x)
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+        self.places = {}  # autograd alone holds what was kept: a cycle through self would hold it past backward
+
+    @contextlib.contextmanager
+    def inputs_of_attention(self, q, k, v):
+        """The context of the kernel's forward."""
+        qkv = (q, k, v) if self.active else ()
+        for i, t in enumerate(qkv):
+            self.places[_storage(t)] = lambda i=i: self._qkv()[i], t.storage_offset()
+        if self.active:
+            q.register_hook(self._let_go)
+            self.kernel_saved = []
+        yield
+        for t in qkv:  # about to be freed, and their addresses to be somebody else's
+            self.places.pop(_storage(t), None)
+
+    def output_of_attention(self, out, a):
+        """out (T, H/P, D) of the kernel, a (t, H, D) the same by token. -> a"""
+        if self.active:
+            self.a = self._keep(a)
+            for saved in self.kernel_saved:
+                if _storage(saved.get()) == _storage(out):
+                    saved.get = self.a if self.group is None else lambda: seq_to_heads(self.a(), self.group)
+            self.kernel_saved = None
+        return a
+
+    def _keep(self, t):
+        t = t.detach()
+        get = self.offload.store(t) if self.offload else lambda: t
+        self.places[_storage(t)] = get, t.storage_offset()
+        return get
+
+    def _qkv(self):
+        if self.qkv is None:
+            with torch.no_grad():
+                self.qkv = self.again(self.x())
+        return self.qkv
+
+    def _let_go(self, _):  # attention's backward is done; the hook, and so this object, lives as long as the graph
+        self.qkv = self.x = self.a = self.again = None
+
+    def _pack(self, t):
+        get, base = self.places.get(_storage(t), (None, 0))
+        if get is None and (self.kernel_saved is None or not t.is_floating_point()):
+            return t
+        saved = _Note(get=get, shape=t.shape, stride=t.stride(), offset=t.storage_offset() - base)
+        if get is None:
+            held = t.detach()
+            saved.get, saved.offset = lambda: held, 0
+            self.kernel_saved.append(saved)
+        return saved
+
+    def _unpack(self, saved):
+        if isinstance(saved, torch.Tensor):
+            return saved
+        t = saved.get()
+        return t.as_strided(saved.shape, saved.stride, t.storage_offset() + saved.offset)
+
+
+def _storage(t):
+    return t.untyped_storage().data_ptr()
+
+
+class _Note:
+    """A few fields, equal to itself alone."""
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+
+class Offload:
+    """Tensors that wait in pinned host memory between forward and backward. Copies run on a stream of their own: out
+    while later layers compute, back two tensors (one block) before they are asked for. Buffers are kept for the next
+    step. Without a GPU the copy is a plain one."""
+
+    def __init__(self):
+        self.stream, self.pool, self.line, self.leaving = None, {}, [], []
+
+    def store(self, t):
+        """-> a function that returns the tensor again."""
+        if not t.is_cuda:
+            copy = t.clone()
+            return lambda: copy
+        self.stream, main = self.stream or torch.cuda.Stream(), torch.cuda.current_stream()
+        for event, _ in self.leaving:  # the memory of what left before is free for the kernels queued from here on
+            main.wait_event(event)
+        pool = self.pool.setdefault((t.shape, t.dtype), [])
+        ticket = _Note(host=pool.pop() if pool else self._pinned(t), device=t.device, pool=pool, tensor=None)
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
+            ticket.host.copy_(t, non_blocking=True)
+        self.leaving = [(self.stream.record_event(), t)]
+        self.line.append(ticket)
+        return lambda: self._load(ticket)
+
+    def _load(self, ticket):
+        i = self.line.index(ticket) if ticket in self.line else 0
+        for t in [ticket, *self.line[max(i - 2, 0):i][::-1]]:
+            if t.tensor is None:
+                t.tensor = torch.empty(t.host.shape, dtype=t.host.dtype, device=t.device)
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    t.tensor.copy_(t.host, non_blocking=True)
+                t.event = self.stream.record_event()
+                t.pool.append(t.host)  # its next use comes later on the same stream
+        torch.cuda.current_stream().wait_event(ticket.event)  # and so for all that left before it, on the same stream
+        self.line, self.leaving = [t for t in self.line if t is not ticket], []
+        return ticket.tensor
+
+    def _pinned(self, t):
+        """Registered by hand: torch's pinned allocator rounds up to a power of two, up to twice the memory."""
+        host = torch.empty(t.shape, dtype=t.dtype)
+        error = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
+        if int(error):
+            raise RuntimeError(f"{host.nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {int(error)}"
+                               "): raise `ulimit -l`, or lower OFFLOAD_ACTIVATIONS")
+        weakref.finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr())
+        return host
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(root, step, model, optimizer, notes, keep):
+    """Write root/step-00000100: every rank its shards, then a manifest of sizes, hashes and `notes`, then a rename.
+    What carries the name is whole. A step that is published already stays as it is; the newest `keep` stay."""
+    root, name, rank = Path(root), f"step-{step:08d}", dist.get_rank()
+    part = root / f"{name}.part"
+    if (root / name).exists():
+        return
+
+    def prepare():
+        for leftover in root.glob("step-*.part"):
+            shutil.rmtree(leftover)
+        part.mkdir(parents=True)
+
+    def write():
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=part)
+        mine = [*part.glob(f"__{rank}_*"), *part.glob(".metadata" if rank == 0 else "nothing")]
+        return {f.name: [f.stat().st_size, _hash(f)] for f in mine}
+
+    def publish():
+        manifest = {**notes, "step": step, "files": {k: v for f in files for k, v in f.items()}}
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        os.sync()  # the bytes before the name that vouches for them
+        part.rename(root / name)
+        for old in sorted(root.glob("step-????????"))[:-keep]:
+            shutil.rmtree(old)
+
+    together(f"preparing {part}", prepare, only=0)
+    files = [None] * dist.get_world_size()
+    dist.all_gather_object(files, together(f"saving {part}", write))
+    together(f"publishing {root / name}", publish, only=0)
+
+
+def read_manifest(folder, part=0, parts=1):
+    """-> the manifest, after comparing every parts-th file with it. ValueError names what is missing or differs."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, (size, digest) in sorted(manifest["files"].items())[part::parts]:
+            path = folder / name
+            if not path.exists() or path.stat().st_size != size or _hash(path) != digest:
+                raise ValueError(f"{path} is not what was written, or is missing: resume from another checkpoint")
+    except (OSError, KeyError, json.JSONDecodeError) as e:
+        raise ValueError(f"{folder} is not a whole checkpoint ({type(e).__name__}: {e}): name another one") from e
+    return manifest
+
+
+def find_checkpoint(root, resume):
+    """resume "never", "auto" (the newest whole one under root), or a path -> (folder, manifest) or (None, None). All
+    ranks verify the files together; RuntimeError on all of them where a named one is damaged; others are set aside."""
+    named = resume not in ("auto", "never")
+    found = sorted(Path(root).glob("step-????????"), reverse=True) if resume == "auto" else [Path(resume)] * named
+    for folder in found:
+        try:
+            return folder, together(f"RESUME {resume}", read_manifest, folder, dist.get_rank(), dist.get_world_size())
+        except RuntimeError as e:
+            if named:
+                raise
+            if dist.get_rank() == 0:
+                print(f"WARNING: {e}. It is now {folder.name}.damaged; trying the one before it.", flush=True)
+            together("setting it aside", folder.rename, folder.with_suffix(".damaged"), only=0)
+    return None, None
+
+
+def load_checkpoint(folder, model, *optimizer):
+    """Fill model (and optimizer) from a checkpoint of any number of ranks."""
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    dcp.load(states, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+
+
+def _hash(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
