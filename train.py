@@ -1,0 +1,347 @@
+"""longspan: train a Llama-shaped model on very long sequences.
+
+    torchrun --nproc_per_node 8 train.py [NAME=VALUE ...]
+
+Edit the constants, or set any of them on the command line. main() reads downwards: plan, data, model, loop, export.
+"""
+import ast
+import difflib
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import convert
+import data
+import parallel
+from model import Execution, Transformer, attention_kernel, attention_pairs, flops
+
+# What to train, on what, where to
+MODEL = "demo"              # Hugging Face folder; "demo": a small Llama of our own, made on first use
+INIT = "weights"            # "weights": the folder's; "random": from its config.json alone
+DATA = "demo"               # .jsonl path, glob or list of them; "demo": Python's standard library; "synthetic"
+SYNTHETIC_DOCUMENT = 0      # tokens of each document of DATA="synthetic"; 0: MAX_LENGTH
+RUN_DIR = "runs/demo"       # checkpoints, metrics and the trained hf/ folder
+CACHE_DIR = "runs/cache"    # tokenized data and the demo, shared between runs
+
+# Rows
+MAX_LENGTH = 1024           # tokens of a row, and of the longest piece of a document
+PACKING = "split"           # "split": concatenate and cut; "whole": fill rows with uncut documents; "none"
+USE_VARLEN_ATTN = True      # a token attends to its own document only; False: to all before it in the row
+BATCH_SIZE = 1              # documents of a row, PACKING "none" only
+APPEND_EOS = True           # a plain text ends with the tokenizer's eos, and it is trained
+LOSS_WEIGHT = "token"       # of a target: "token" 1, "sample" 1/n, "square" 1/sqrt(n), n the targets of its document
+
+# Spreading the work: world = replicas x dp x sp
+SEQUENCE_PARALLEL_SIZE = 0  # ranks that share one row; 0: all (of a replica)
+GLOBAL_BATCH_SIZE = 4       # rows of an optimizer step, whatever the ranks
+ZERO_STAGE = 2              # 3: parameters freed after forward; 2: gradients sharded; 1: gradients whole until the last
+REPLICAS = 1                # copies of the sharded states, for several hosts
+RECOMPUTE = "all_but_attention"  # in backward: this, "all", or "none"; less memory, more work
+KEEP_LAYERS = 0             # last layers that recompute nothing all the same: raise it until memory is full
+OFFLOAD_ACTIVATIONS = False # what is kept for backward waits in host memory; a number: that of the first n layers only
+OFFLOAD_OPTIMIZER = False   # parameters and optimizer states live in host memory
+MLP_CHUNK = 0               # tokens that pass the MLP at a time; 0: all of a rank's
+LOSS_CHUNK = 8192           # tokens whose logits exist at a time
+COMPILE = True              # torch.compile on a GPU
+ATTENTION = "auto"          # or flash_attn_4, flash_attn_3, flash_attn_2, torch_varlen, sdpa
+DTYPE = "bfloat16"          # of matrix products; "float32" for exact tests
+
+# Optimization
+LEARNING_RATE = 6e-3        # peak
+MIN_LEARNING_RATE = 3e-4    # at the end of the schedule
+LR_SCHEDULE = "cosine"      # "linear", "constant", or "wsd": constant, then linear over the last fifth
+WARMUP_RATIO = 0.05         # of all steps
+BETAS = (0.9, 0.95)         # AdamW's
+WEIGHT_DECAY = 0.1          # on matrices
+MAX_GRAD_NORM = 1.0         # global norm that gradients are clipped to; 0: never
+EPOCHS = 1.0                # passes over the data
+MAX_STEPS = 360             # optimizer steps; -1: as EPOCHS gives; 0: load, check, export
+SEED = 0                    # of the order of the data and of INIT="random"
+
+# Along the way
+SAMPLE_PROMPTS = ["def __init__(self, ", "import os\nimport sys\n\ndef main(", "class Error("]    # continued at the end
+SAMPLE_TOKENS = 80          # tokens of each continuation
+SAVE_EVERY = 200            # steps between checkpoints; the last step is always saved; -1: write none, nor hf/
+KEEP_CHECKPOINTS = 2        # newest ones
+RESUME = "auto"             # "auto": from the newest checkpoint of RUN_DIR; "never"; or the path of one
+
+CONSTANTS = [name for name in globals() if name.isupper()]
+CHOICES = {"INIT": ("weights", "random"), "PACKING": ("split", "whole", "none"), "ZERO_STAGE": (1, 2, 3),
+           "LOSS_WEIGHT": ("token", "sample", "square"), "RECOMPUTE": ("all_but_attention", "all", "none"),
+           "DTYPE": ("bfloat16", "float32"), "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd")}
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}    # dense bfloat16 FLOP/s
+
+
+def override(arguments):
+    """Set constants from NAME=VALUE: a Python literal or a bare string, of the default's type."""
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if name not in CONSTANTS or not equals:
+            near = difflib.get_close_matches(name, CONSTANTS, 1, 0) or CONSTANTS
+            raise ValueError(f"{argument!r} sets no constant of train.py: NAME=VALUE, the nearest name is {near[0]}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        default = globals()[name]
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default) and name not in ("DATA", "BETAS", "OFFLOAD_ACTIVATIONS"):
+            raise ValueError(f"{name}={text} is a {type(value).__name__}: give a {type(default).__name__} like "
+                             f"{default!r}")
+        globals()[name] = value
+
+
+def learning_rate(step, steps):
+    """Of optimizer step `step` (from 1): warm-up, then the schedule. A function of the step alone."""
+    warmup = round(WARMUP_RATIO * steps)
+    if step <= warmup:
+        return LEARNING_RATE * step / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    down = {"cosine": (1 - math.cos(math.pi * done)) / 2, "linear": done, "constant": 0.0,
+            "wsd": max(0.0, (done - 0.8) / 0.2)}[LR_SCHEDULE]
+    return LEARNING_RATE + (MIN_LEARNING_RATE - LEARNING_RATE) * down
+
+
+def plan(world):
+    """Check what the constants say before any process waits for another. -> folder, Config, sp, dp."""
+    for name, values in CHOICES.items():
+        if globals()[name] not in values:
+            raise ValueError(f"{name} {globals()[name]!r} is unknown: use one of {', '.join(map(str, values))}")
+    for name in ("MAX_LENGTH", "BATCH_SIZE", "GLOBAL_BATCH_SIZE", "REPLICAS", "LOSS_CHUNK", "EPOCHS"):
+        if globals()[name] <= 0:
+            raise ValueError(f"{name} {globals()[name]} is not positive: use 1 or more")
+    if OFFLOAD_ACTIVATIONS and RECOMPUTE == "none":
+        raise ValueError("OFFLOAD_ACTIVATIONS moves what recomputation keeps, and RECOMPUTE is 'none': use 'all' or "
+                         "'all_but_attention'")
+    folder = Path(CACHE_DIR) / "demo" if MODEL == "demo" else Path(MODEL)
+    if "demo" in (MODEL, DATA):
+        with data.locked(Path(CACHE_DIR) / "demo.lock"):
+            demo = Path(CACHE_DIR) / "demo"
+            if not (demo / "model.safetensors").exists():
+                data.write_demo(demo)
+                model = Transformer(convert.load_config(demo))
+                model.init_weights(seed=0)
+                convert.save_weights(model, demo, demo)
+    config = convert.load_config(folder)
+    sp = SEQUENCE_PARALLEL_SIZE or max(world // REPLICAS, 1)
+    dp = parallel.check(world, REPLICAS, sp, config.num_attention_heads, config.num_key_value_heads)
+    if GLOBAL_BATCH_SIZE % dp:
+        raise ValueError(f"GLOBAL_BATCH_SIZE {GLOBAL_BATCH_SIZE} is not a multiple of the {dp} rows in flight ({world} "
+                         f"processes / SEQUENCE_PARALLEL_SIZE {sp}): use {-(-GLOBAL_BATCH_SIZE // dp) * dp}")
+    if config.sliding_window and config.sliding_window >= MAX_LENGTH:
+        config.sliding_window = None  # no query is far enough from any key
+    return folder, config, sp, dp
+
+
+def main():
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    folder, config, sp, dp = plan(world)
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if DTYPE == "bfloat16" else torch.float32
+    kernel, _ = attention_kernel(ATTENTION, "cuda" if cuda else "cpu", dtype)
+    if DATA == "synthetic":
+        length = SYNTHETIC_DOCUMENT or MAX_LENGTH
+        documents = -(-max(MAX_STEPS, 1) * GLOBAL_BATCH_SIZE * MAX_LENGTH // length)
+        corpus = data.Synthetic(documents, length, config.vocab_size)
+    else:
+        files = str(folder / "demo.jsonl") if DATA == "demo" else DATA
+        corpus = data.build_corpus(files, folder, CACHE_DIR, APPEND_EOS, config.vocab_size)
+    rows = data.Rows(corpus, PACKING, MAX_LENGTH, SEED, BATCH_SIZE, USE_VARLEN_ATTN, LOSS_WEIGHT)
+    total_rows = math.ceil(EPOCHS * rows.per_epoch) if MAX_STEPS < 0 else MAX_STEPS * GLOBAL_BATCH_SIZE
+    steps = -(-total_rows // GLOBAL_BATCH_SIZE)
+
+    grid = parallel.init(REPLICAS, sp)
+    first = grid.rank == 0
+    say = print if first else lambda *_, **__: None
+    offload = config.num_hidden_layers if OFFLOAD_ACTIVATIONS is True else int(OFFLOAD_ACTIVATIONS)
+    execution = Execution(ATTENTION, RECOMPUTE, KEEP_LAYERS, offload, MLP_CHUNK, LOSS_CHUNK, COMPILE and cuda)
+    with torch.device("meta"):
+        model = Transformer(config, grid.sp_group, execution)
+    parallel.shard(model, model.model["layers"], grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
+    if INIT == "weights":
+        convert.load_weights(model, folder)
+    else:
+        model.init_weights(SEED)
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+              {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{config.architecture} of {parameters / 1e6:,.1f}M parameters, {kernel}, {DTYPE}, {grid.device.type}\n"
+        f"{world} ranks = {REPLICAS} replicas x {dp // REPLICAS} dp x {sp} sp\n"
+        f"{GLOBAL_BATCH_SIZE} rows a step = {dp} in flight x accumulative_counts {GLOBAL_BATCH_SIZE // dp}; at most "
+        f"{GLOBAL_BATCH_SIZE * MAX_LENGTH:,} tokens a step\n"
+        f"{rows.accounting()}; {steps:,} steps")
+
+    notes = {"model": str(folder.resolve()), "config": asdict(config), "data": corpus.key,
+             "constants": {name: globals()[name] for name in CONSTANTS}}
+    done = resume(notes, model, optimizer, say)
+    if first:
+        open_run(notes, done)
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("second SIGTERM") if stop else stop.append(True))
+
+    def prepare(step):
+        """The step's micro-batches on the device, and over all ranks the sums of: weights, targets, tokens, pairs of
+        attention, requests to stop. The sums go by the host, so that the GPU is not waited for."""
+        batches = rows.step(step, GLOBAL_BATCH_SIZE, dp, grid.dp_rank, sp, grid.sp_rank, total_rows)
+        sums = [(b.weights.double().sum().item(), (b.labels != data.IGNORE).sum().item(), len(b.input_ids),
+                 attention_pairs(b.cu_seqlens.tolist(), config.sliding_window) / sp, 0) for b in batches]
+        sums = parallel.all_sum(torch.tensor([*sums, (0, 0, 0, 0, len(stop))], dtype=torch.float64).sum(0)).tolist()
+        move = lambda t: t.pin_memory().to(grid.device, non_blocking=True) if cuda and torch.is_tensor(t) else t
+        return [data.Batch(*map(move, b)) for b in batches], sums
+
+    skipped, began = 0, time.time()
+    ahead = prepare(done + 1) if done < steps else None
+    for step in range(done + 1, steps + 1):
+        batches, (weight, targets, tokens, pairs, stopping) = ahead
+        loss = torch.zeros((), device=grid.device)
+        for i, b in enumerate(batches):
+            parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
+            # sum of weight x cross entropy over this rank's targets, divided by the weights of all the step's targets
+            share = b.weights / max(weight, 1e-9)
+            part = model(b.input_ids, b.position_ids, b.cu_seqlens, b.max_seqlen, b.labels, share)
+            part.backward()
+            loss += part.detach()
+            del part  # and with it the graph
+        parallel.all_sum(loss)
+        norm = parallel.grad_norm(model.parameters())
+        ahead = prepare(step + 1) if step < steps else None
+        lr = learning_rate(step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, norm = loss.item(), norm.item()   # the step's only wait for the device
+        skip = not (targets and math.isfinite(loss) and math.isfinite(norm))
+        if not skip:
+            if 0 < MAX_GRAD_NORM < norm:
+                torch._foreach_mul_([p.grad for p in model.parameters()], MAX_GRAD_NORM / norm)
+            optimizer.step()
+        optimizer.zero_grad()
+        skipped = skipped + 1 if skip and targets else 0
+        now = time.time()
+        seconds, began = now - began, now
+        if first:
+            work = flops(config, tokens, pairs, RECOMPUTE, KEEP_LAYERS)
+            epoch = step * GLOBAL_BATCH_SIZE / rows.per_epoch
+            log(step, steps, epoch, loss, norm, lr, int(tokens), int(targets), seconds, work, world, skip)
+        if skipped == 5:
+            raise RuntimeError(f"5 steps in a row had a loss or gradient that is not finite, up to step {step}: lower "
+                               f"LEARNING_RATE {LEARNING_RATE}, or look at the data of these steps. Nothing was saved")
+        if SAVE_EVERY >= 0 and (step == steps or stopping or SAVE_EVERY and step % SAVE_EVERY == 0):
+            parallel.save_checkpoint(Path(RUN_DIR) / "checkpoints", step, model, optimizer, notes, KEEP_CHECKPOINTS)
+            began = time.time()
+        if stopping:
+            say(f"stopped by SIGTERM after step {step}; the same command resumes")
+            return parallel.close()
+
+    if SAVE_EVERY >= 0:
+        parallel.together("export", convert.save_weights, model, folder, Path(RUN_DIR) / "hf")
+        say(f"{RUN_DIR}/hf is a Hugging Face folder")
+    if SAMPLE_PROMPTS and DATA != "synthetic":
+        sample(model, folder, grid, say)
+    parallel.close()
+
+
+def resume(notes, model, optimizer, say):
+    """Load the checkpoint that RESUME names. -> the steps it has done."""
+    home = Path(RUN_DIR) / "checkpoints"
+    folder, manifest = parallel.find_checkpoint(home, RESUME)
+    done = manifest["step"] if manifest else 0
+    newer = sorted(f.name for f in home.glob("step-????????") if int(f.name[5:]) > done)
+    if newer:
+        raise ValueError(f"{RUN_DIR} holds {newer[-1]}, which this run from step {done} would meet again: set RUN_DIR "
+                         "to a new folder, or RESUME=auto to go on from there")
+    if folder is None:
+        return 0
+    for key in ("config", "data"):
+        if json.loads(json.dumps(notes[key])) != manifest[key]:
+            raise ValueError(f"{folder} was trained on another {key}: {manifest[key]}, now {notes[key]}. Set RUN_DIR "
+                             "to a new folder")
+    for name, now in json.loads(json.dumps(notes["constants"])).items():
+        if manifest["constants"].get(name) != now:
+            say(f"since {folder.name}, {name} changed from {manifest['constants'].get(name)!r} to {now!r}")
+    parallel.load_checkpoint(folder, model, optimizer)
+    say(f"resumed from {folder}")
+    return done
+
+
+def open_run(notes, done):
+    """RUN_DIR's config.json and env.json; metrics.jsonl without the lines of steps that are about to be done again."""
+    run = Path(RUN_DIR)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(notes["constants"], indent=2))
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    (run / "env.json").write_text(json.dumps({
+        "torch": torch.__version__, "python": sys.version.split()[0], "git": git.stdout.strip(), "data": notes["data"],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}, indent=2))
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    metrics.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= done))
+
+
+def log(step, steps, epoch, loss, norm, lr, tokens, targets, seconds, work, world, skip):
+    """One line on the screen, one in metrics.jsonl. work: (model, hardware) FLOPs of the step over all ranks."""
+    cuda = torch.cuda.is_available()
+    peak = next((v for k, v in PEAK.items() if cuda and k in torch.cuda.get_device_name()), None)
+    peak = peak if DTYPE == "bfloat16" else None
+    mfu, hfu = (w / seconds / world / peak if peak else None for w in work)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    speed = tokens / seconds / world
+    line = {"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "learning_rate": lr, "tokens": tokens,
+            "target_tokens": targets, "seconds": seconds, "tokens_per_second_per_gpu": speed, "mfu": mfu, "hfu": hfu,
+            "peak_memory_gib": memory, "skipped": skip,
+            "peak_host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    with open(Path(RUN_DIR) / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(line) + "\n")
+    print(f"step {step:>{len(str(steps))}}/{steps}  epoch {epoch:6.3f}  loss {loss:8.4f}  norm {norm:8.3f}  lr {lr:.2e}"
+          f"  {seconds:7.2f} s  {speed:9,.0f} tok/s/rank" + (f"  mfu {mfu:5.1%}" if mfu else "")
+          + (f"  {memory:6.1f} GiB" if memory else "") + ("  SKIPPED" if skip else ""), flush=True)
+
+
+@torch.no_grad()
+def sample(model, folder, grid, say, temperature=0.5):
+    """Print continuations of SAMPLE_PROMPTS: all side by side in one row, a whole forward for each token."""
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [tokenizer(p).input_ids for p in SAMPLE_PROMPTS]
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(SAMPLE_TOKENS):
+        fill = -sum(map(len, texts)) % (128 * grid.sp)
+        lengths = [*map(len, texts), fill] if fill else [*map(len, texts)]
+        ids = torch.tensor(sum(texts, []) + [0] * fill)
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        t = len(ids) // grid.sp
+        share = slice(t * grid.sp_rank, t * (grid.sp_rank + 1))
+        logits = model(ids[share].to(grid.device), positions[share].to(grid.device),
+                       cu_seqlens.to(grid.device, torch.int32), max(lengths))
+        last = cu_seqlens[1:len(texts) + 1] - 1 - share.start  # of each text, seen from this rank's share
+        mine = torch.zeros(len(texts), logits.shape[1], device=grid.device)
+        for i, p in enumerate(last.tolist()):
+            if 0 <= p < t:
+                mine[i] = logits[p].float()
+        if grid.sp > 1:
+            parallel.all_sum(mine, grid.sp_group)
+        chosen = torch.multinomial(torch.softmax(mine.cpu() / temperature, dim=-1), 1, generator=generator)
+        texts = [text + token for text, token in zip(texts, chosen.tolist())]
+    for text in texts:
+        say("-" * 80 + "\n" + tokenizer.decode(text).split(tokenizer.eos_token or "\0")[0])
+
+
+if __name__ == "__main__":
+    try:
+        override(sys.argv[1:])
+        main()
+    except Exception:
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(2)  # torchrun ends the others when one fails: let the first process speak
+        raise
