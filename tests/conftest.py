@@ -60,6 +60,7 @@ def _rank(rank, world, store, function, args, errors):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)
+    torch.cuda.is_available = lambda: False  # ranks are gloo's here, also where there is a GPU
     try:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         function(*args)
@@ -73,7 +74,7 @@ def _rank(rank, world, store, function, args, errors):
 
 def on_ranks(world, function, *args, tmp_path):
     """Run function(*args) on `world` gloo ranks; a failure shows every rank's own traceback. Forked, not spawned: ranks
-    need not import torch again, and there is no GPU here to fork."""
+    need not import torch again, and none of them touches a GPU."""
     context = mp.get_context("fork")
     errors, store = context.SimpleQueue(), tmp_path / f"store-{os.urandom(4).hex()}"
     ranks = [context.Process(target=_rank, args=(r, world, store, function, args, errors)) for r in range(world)]
