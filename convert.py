@@ -5,7 +5,9 @@
 A family is a row of FAMILIES. Its names map ours to theirs; the inverse, for export, is computed from it.
 """
 import json
+import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,110 +20,177 @@ from safetensors.torch import save_file
 from model import Config, Transformer, parallel, rope_frequencies
 
 SHARD_BYTES = 5 * 10**9
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
-                   "generation_config.json", "*.tiktoken")
+                   "generation_config.json", "*.tiktoken", "*.py")
 
 
 class Family(NamedTuple):
     """How one architecture's folder differs from Llama's."""
-    switches: object        # config.json as a dict -> the fields of Config that it sets apart
-    renames: tuple = ()     # (ours, theirs) substrings of parameter names, applied in order
+    switches: object = lambda get: {}   # config.json, as a function get(key, default) -> fields of Config
+    renames: tuple = ()     # (ours, theirs) substrings of parameter names, in order; several of ours may be one
+    grouped: bool = False   # their q, k, v: the rows of one key/value head, then those of the next
+    remote: bool = False    # its code comes with the folder, so auto_map stays
+    own_rope: bool = False  # its code reads no rope_scaling, so its context cannot be extended
 
 
+def _qwen_window(get):
+    window, first, types = get("sliding_window", 4096), get("max_window_layers", 28), get("layer_types", ())
+    if get("use_sliding_window") and ("full_attention" in types or first > 0 and not types):
+        raise ValueError("a sliding window for some layers only is not built: set use_sliding_window to false")
+    return window if get("use_sliding_window") else None
+
+
+def _biases(attention, mlp=False):
+    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": mlp}
+
+
+_W_PACK = tuple((f"self_attn.{x}_proj", "self_attn.W_pack") for x in "qkv")
 FAMILIES = {
-    "LlamaForCausalLM": Family(lambda c: {
-        "qkv_bias": c.get("attention_bias", False), "o_bias": c.get("attention_bias", False),
-        "mlp_bias": c.get("mlp_bias", False)}),
-    "MistralForCausalLM": Family(lambda c: {"sliding_window": c.get("sliding_window", 4096)}),
-    "Qwen2ForCausalLM": Family(lambda c: {"qkv_bias": True, "sliding_window": _qwen_window(c)}),
-    "Qwen3ForCausalLM": Family(lambda c: {
-        "qkv_bias": c.get("attention_bias", False), "o_bias": c.get("attention_bias", False), "qk_norm": True,
-        "head_dim": c.get("head_dim", 128), "sliding_window": _qwen_window(c)}),
+    "LlamaForCausalLM": Family(lambda get: _biases(get("attention_bias", False), get("mlp_bias", False))),
+    "YiForCausalLM": Family(renames=(("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2")), remote=True),
+    "MistralForCausalLM": Family(lambda get: {"sliding_window": get("sliding_window", 4096)}),
+    "Qwen2ForCausalLM": Family(lambda get: {"qkv_bias": True, "sliding_window": _qwen_window(get)}),
+    "Qwen3ForCausalLM": Family(lambda get: {
+        **_biases(get("attention_bias", False)), "qk_norm": True, "head_dim": get("head_dim", 128),
+        "sliding_window": _qwen_window(get)}),
+    "InternLMForCausalLM": Family(lambda get: {
+        **_biases(get("bias", True)), "rope_theta": get("rotary", {}).get("base", 10000.0), "rope_scaling": {
+            "rope_type": {"origin": "default"}.get(get("rotary", {}).get("type"), "dynamic"), "factor": 1.0}},
+        remote=True, own_rope=True),
+    "InternLM2ForCausalLM": Family(lambda get: _biases(get("bias", True)), (
+        ("embed_tokens", "tok_embeddings"), ("lm_head", "output"), ("input_layernorm", "attention_norm"),
+        ("post_attention_layernorm", "ffn_norm"), ("self_attn.o_proj", "attention.wo"),
+        *((f"self_attn.{x}_proj", "attention.wqkv") for x in "qkv"), ("mlp.gate_proj", "feed_forward.w1"),
+        ("mlp.up_proj", "feed_forward.w3"), ("mlp.down_proj", "feed_forward.w2")), grouped=True, remote=True),
+    "InternLM3ForCausalLM": Family(lambda get: {
+        "qkv_bias": get("qkv_bias", get("attention_bias", False)),
+        **dict.fromkeys(("o_bias", "mlp_bias"), get("bias", get("mlp_bias", False)))}, remote=True),
+    "GemmaForCausalLM": Family(lambda get: {
+        **_biases(get("attention_bias", False)), "norm": "rms_plus_one", "scale_embedding": True,
+        "activation": "gelu_pytorch_tanh",  # hidden_act may say gelu, which the model was not trained with
+        "head_dim": get("head_dim", 256), "tie_word_embeddings": get("tie_word_embeddings", True)}),
+    "CohereForCausalLM": Family(lambda get: {
+        **_biases(get("attention_bias", False)), "norm": "layer", "rms_norm_eps": get("layer_norm_eps", 1e-5),
+        "parallel_residual": True, "rope_interleaved": True, "qk_norm": get("use_qk_norm", False),
+        "logit_scale": get("logit_scale", 0.0625), "tie_word_embeddings": get("tie_word_embeddings", True)}),
+    "BaiChuanForCausalLM": Family(lambda get: {}, _W_PACK, remote=True, own_rope=True),
+    "BaichuanForCausalLM": Family(lambda get: {"normalize_head": True}, _W_PACK, remote=True, own_rope=True),
 }
-MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-               "qwen3": "Qwen3ForCausalLM"}
-
-
-def _qwen_window(c):
-    if not c.get("use_sliding_window"):
-        return None
-    if c.get("max_window_layers", 0) > 0:
-        raise ValueError("use_sliding_window with max_window_layers > 0 gives layers different windows, which is not "
-                         "built: set use_sliding_window to false in config.json")
-    return c.get("sliding_window", 4096)
+REFUSED = {"QWenLMHeadModel": "Qwen 1 renames every key and tensor, Qwen 1.5 does not", "Starcoder2ForCausalLM":
+           "its MLP has no gate", "ChatGLMModel": "it rotates half of a head, and renames every key and tensor"}
+MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
+SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+          "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings")
+# A key that nobody asked for is refused if its name says that it computes, unless its value is neutral
+COMPUTES = re.compile("attn|attention|rope|rotary|norm|scal|softcap|multipl|expert|moe|lora|alibi|window|bias|residual|"
+                      "mup|layer_types|sink|original_max")
+HARMLESS = re.compile("dropout|implementation|flash|fp32|initializer")
+ROPE_KEYS = {"rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+             "truncate", "beta_fast", "beta_slow", "attention_factor"}
 
 
 # --------------------------------------------------------------------------------------------------------- config.json
 
 def load_config(folder):
-    """-> Config. FileNotFoundError or ValueError names the file and the key that is missing, contradictory or
-    unknown."""
+    """-> Config. FileNotFoundError or ValueError names the file and the key that is missing, in conflict or unknown."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"MODEL {str(folder)!r} has no config.json: name a Hugging Face folder")
-    c = json.loads(path.read_text())
+    c, asked = json.loads(path.read_text()), {"rope_theta", "rope_scaling", "rope_parameters"}
     architecture = (c.get("architectures") or [MODEL_TYPES.get(c.get("model_type"))])[0]
     if architecture not in FAMILIES:
         raise ValueError(f"{path}: architecture {architecture} (model_type {c.get('model_type')}) is not supported: "
-                         f"use one of {', '.join(FAMILIES)}")
+                         f"{REFUSED.get(architecture, 'it is unknown')}. Use one of {', '.join(FAMILIES)}")
     if c.get("quantization_config"):
         raise ValueError(f"{path}: the weights are quantized ({c['quantization_config'].get('quant_method')}): train "
                          "from the unquantized folder")
-    if c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act {c['hidden_act']!r} is not silu, the only one built")
-    theta, scaling = _rope(c, path)
-    fields = {
-        "architecture": architecture, "vocab_size": c["vocab_size"], "hidden_size": c["hidden_size"],
-        "intermediate_size": c["intermediate_size"], "num_hidden_layers": c["num_hidden_layers"],
-        "num_attention_heads": c["num_attention_heads"],
-        "num_key_value_heads": c.get("num_key_value_heads") or c["num_attention_heads"],
-        "head_dim": c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-        "rms_norm_eps": c.get("rms_norm_eps", 1e-6), "rope_theta": theta, "rope_scaling": scaling,
-        "max_position_embeddings": c.get("max_position_embeddings", 2048),
-        "tie_word_embeddings": c.get("tie_word_embeddings", False)}
-    config = Config(**{**fields, **FAMILIES[architecture].switches(c)})
+
+    def get(key, default=None):
+        asked.add(key)
+        return default if c.get(key) is None and key != "sliding_window" else c.get(key, default)
+
     try:
+        fields = {"architecture": architecture, "activation": get("hidden_act", "silu"),
+                  **{key: get(key) for key in SHARED if get(key) is not None}}
+        fields["rope_theta"], fields["rope_scaling"] = _rope(c)
+        fields.update(FAMILIES[architecture].switches(get))
+        if architecture == "BaichuanForCausalLM" and "max_position_embeddings" not in fields:
+            raise ValueError("max_position_embeddings is missing, as in 13B, whose ALiBi is not built: use 7B")
+        fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+        fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+        for key, value in c.items():
+            neutral = value in (None, False, 0, 1, "", [], {}, ["full_attention"] * fields["num_hidden_layers"])
+            suspect = COMPUTES.search(key) and not HARMLESS.search(key) and key not in asked
+            if suspect and (value is True or not neutral):
+                raise ValueError(f"{key} {value!r} changes the computation, by its name, and is not built for "
+                                 f"{architecture}: use another folder, or remove the key if it changes nothing")
+        if fields["activation"] not in ("silu", "gelu_pytorch_tanh"):
+            raise ValueError(f"hidden_act {fields['activation']!r} is not built: use silu or gelu_pytorch_tanh")
+        config = Config(**fields)
         rope_frequencies(config)
-    except (ValueError, KeyError) as e:
-        raise ValueError(f"{path}: rope scaling {scaling}: {e}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: {f'{e} is missing' if isinstance(e, KeyError) else e}") from e
     return config
 
 
-def _rope(c, path):
+def _rope(c):
     """-> rope_theta, rope_scaling, from the old keys (rope_theta, rope_scaling), the new (rope_parameters), or both."""
     new = c.get("rope_parameters") or {}
-    old = c.get("rope_scaling") or {}
-    old = {("rope_type" if k == "type" else k): v for k, v in old.items()}
+    old = {("rope_type" if k == "type" else k): v for k, v in (c.get("rope_scaling") or {}).items()}
     theta = new.get("rope_theta", c.get("rope_theta", old.get("rope_theta", 10000.0)))
     if c.get("rope_theta", theta) != theta:
-        raise ValueError(f"{path}: rope_theta {c['rope_theta']} and {theta} in rope_parameters differ: remove one")
+        raise ValueError(f"rope_theta {c['rope_theta']} and rope_parameters' {theta} differ: remove the wrong one")
     new, old = ({k: v for k, v in d.items() if k != "rope_theta" and v is not None} for d in (new, old))
     if new and old and {"rope_type": "default", **new} != {"rope_type": "default", **old}:
-        raise ValueError(f"{path}: rope_scaling {old} and rope_parameters {new} differ: remove the wrong one")
+        raise ValueError(f"rope_scaling {old} and rope_parameters {new} differ: remove the wrong one")
     scaling = new or old
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{path}: partial_rotary_factor {scaling['partial_rotary_factor']} is not built")
-    if scaling.get("rope_type", "default") == "default":
-        return float(theta), None
-    if scaling["rope_type"] == "llama3" and "original_max_position_embeddings" not in scaling:
-        raise ValueError(f"{path}: rope_type llama3 needs original_max_position_embeddings: add it")
-    return float(theta), scaling
+    for key in set(scaling) - ROPE_KEYS:
+        raise ValueError(f"rope_scaling's {key} {scaling[key]!r} is not built: use {', '.join(sorted(ROPE_KEYS))}")
+    return float(theta), None if scaling.get("rope_type", "default") == "default" else scaling
+
+
+def extend_context(config, positions, scaling, theta, length):
+    """Change `config` for `positions` positions by a base `theta` (0: the checkpoint's) or `scaling`: a rope_type or
+    dict, its factor ceil(new / old) unless given; None: the checkpoint's type or linear. Dynamic becomes its base at
+    `length`."""
+    old, had = config.max_position_embeddings, config.rope_scaling or {}
+    if 0 < positions < old:
+        raise ValueError(f"MAX_POSITION_EMBEDDINGS {positions} is less than the checkpoint's {old}: 0 keeps these")
+    if (positions > old or scaling or theta) and FAMILIES[config.architecture].own_rope:
+        raise ValueError(f"{config.architecture} reads no rope_scaling: leave its {old} positions as they are")
+    config.max_position_embeddings, config.rope_theta = max(positions, old), float(theta or config.rope_theta)
+    if scaling or positions > old and not theta:
+        scaling = {"rope_type": scaling} if isinstance(scaling, str) else scaling or {}
+        scaling = {("rope_type" if k == "type" else k): v for k, v in scaling.items()}
+        kind = scaling.setdefault("rope_type", had.get("rope_type", "linear"))
+        if had and kind not in ("default", had["rope_type"]) and "factor" not in scaling:
+            raise ValueError(f"the checkpoint is scaled by {had}: ROPE_SCALING of another type needs its factor")
+        longer, same = math.ceil(config.max_position_embeddings / old), had.get("rope_type") == kind
+        start = {"original_max_position_embeddings": old} if kind in ("llama3", "yarn") else {}
+        start |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+        start |= had if same else {"factor": 1.0}
+        start["factor"] = float(start["factor"] * (1 if same and kind == "dynamic" else longer))
+        config.rope_scaling = None if kind == "default" else {**start, **scaling}
+    rope_frequencies(config)
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "dynamic" and length > old:
+        config.rope_theta *= (scaling["factor"] * (length / old - 1) + 1) ** (config.head_dim / (config.head_dim - 2))
+        config.max_position_embeddings, config.rope_scaling = max(config.max_position_embeddings, length), None
 
 
 def export_config(source, config, dtype):
     """-> the config.json of `source` (a dict) with what training changed, in the words of transformers 4 and 5 both: 4
     silently takes theta 10000 where it finds only the new ones."""
-    c = {k: v for k, v in source.items() if k not in ("auto_map", "quantization_config", "rope_parameters")}
-    scaling = config.rope_scaling or {"rope_type": "default"}
-    c["rope_parameters"] = {"rope_theta": config.rope_theta, **scaling}
-    c["rope_theta"], c["rope_scaling"] = config.rope_theta, config.rope_scaling and dict(config.rope_scaling)
-    if c["rope_scaling"]:
-        c["rope_scaling"]["type"] = c["rope_scaling"]["rope_type"]
-    c["max_position_embeddings"], c["architectures"] = config.max_position_embeddings, [config.architecture]
-    c["torch_dtype"] = c["dtype"] = str(dtype).removeprefix("torch.")
-    return c
+    family = FAMILIES[config.architecture]
+    c = {k: v for k, v in source.items() if k != "quantization_config" and (k != "auto_map" or family.remote)}
+    if not family.own_rope:
+        theta, scaling = config.rope_theta, config.rope_scaling
+        c["rope_parameters"] = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+        c["rope_theta"], c["rope_scaling"] = theta, scaling and {**scaling, "type": scaling["rope_type"]}
+        c["max_position_embeddings"] = config.max_position_embeddings
+    c["architectures"], c["torch_dtype"] = [config.architecture], str(dtype).removeprefix("torch.")
+    return {**c, "dtype": c["torch_dtype"]}
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -131,6 +200,23 @@ def their_name(config, ours):
     for mine, theirs in FAMILIES[config.architecture].renames:
         ours = ours.replace(mine, theirs)
     return ours
+
+
+def layout(model):
+    """-> {our name: (their name, row runs (start, stop) in it)}, {their name: its shape}. The rows of several of ours
+    in one of theirs come in our order (q, k, v): all of q first, or all of the first key/value head."""
+    config, together, ours, theirs = model.config, {}, {}, {}
+    for name, p in model.named_parameters():
+        together.setdefault(their_name(config, name), {})[name] = p.shape
+    for fused, shapes in together.items():
+        groups = config.num_key_value_heads if FAMILIES[config.architecture].grouped and len(shapes) > 1 else 1
+        rows = sum(shape[0] for shape in shapes.values())
+        theirs[fused], start = (rows, *next(iter(shapes.values()))[1:]), 0
+        for name, shape in shapes.items():
+            n = shape[0] // groups
+            ours[name] = fused, [(first, first + n) for first in range(start, rows, rows // groups)]
+            start += n
+    return ours, theirs
 
 
 def _weight_files(folder):
@@ -166,8 +252,8 @@ def load_weights(model, folder):
     """Fill every parameter from the folder's safetensors. Each rank reads its own rows from the mapped files.
     ValueError names a tensor that is missing, not expected, or of another shape; nothing has been read then."""
     config, where = model.config, _weight_files(folder)
-    wanted = {their_name(config, name): p.shape for name, p in model.named_parameters()}
-    unused = {n for n in where if n.endswith("rotary_emb.inv_freq")}
+    ours, wanted = layout(model)
+    unused = {n for n in where if n.endswith(".inv_freq")}
     if config.tie_word_embeddings:
         unused.add(their_name(config, "lm_head.weight"))
     missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted) - unused)
@@ -181,9 +267,14 @@ def load_weights(model, folder):
         if found != tuple(shape):
             raise ValueError(f"{where[name]}: {name} has shape {found}, and config.json asks for {tuple(shape)}")
     for name, rows, first in model.local_parameters():
-        theirs = their_name(config, name)
-        if len(rows):
-            rows.copy_(files[where[theirs]].get_slice(theirs)[first:first + len(rows)])
+        theirs, runs = ours[name]
+        tensor, last = files[where[theirs]].get_slice(theirs), first + len(rows)
+        for start, stop in runs:  # rows 0 to stop - start of what is left of ours; this rank wants first to last
+            n = stop - start
+            if first < n and last > 0:
+                a, b = max(first, 0), min(last, n)
+                rows[a - first:b - first].copy_(tensor[start + a:start + b])
+            first, last = first - n, last - n
 
 
 @torch.no_grad()
@@ -198,13 +289,15 @@ def save_weights(model, source_folder, out_folder):
     source_config = json.loads((source / "config.json").read_text())
     named = source_config.get("dtype") or source_config.get("torch_dtype") or "float32"
     dtype = DTYPES.get(named, torch.bfloat16)
+    ours, theirs = layout(model)
     total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
     limit, shards, filled = min(SHARD_BYTES, -(-total // world)), [[]], 0
-    for name, p in parameters.items():
-        if filled and filled + p.numel() * dtype.itemsize > limit:
+    for name, shape in theirs.items():
+        size = math.prod(shape) * dtype.itemsize
+        if filled and filled + size > limit:
             shards, filled = shards + [[]], 0
         shards[-1].append(name)
-        filled += p.numel() * dtype.itemsize
+        filled += size
     one = len(shards) == 1
     names = ["model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
              for i in range(len(shards))]
@@ -212,11 +305,13 @@ def save_weights(model, source_folder, out_folder):
     for start in range(0, len(shards), world):
         mine = {}
         for owner, shard in enumerate(shards[start:start + world]):
-            for name in shard:
-                p = parameters[name]
-                full = p.full_tensor() if hasattr(p, "full_tensor") else p
-                if owner == rank:
-                    mine[their_name(config, name)] = full.detach().to("cpu", dtype).contiguous()
+            mine |= {name: torch.empty(theirs[name], dtype=dtype) for name in shard if owner == rank}
+            for name, (fused, runs) in ours.items():
+                if fused in shard:
+                    p = parameters[name]
+                    full = p.full_tensor() if hasattr(p, "full_tensor") else p
+                    for a, b in runs if owner == rank else ():
+                        mine[fused][a:b], full = full[:b - a], full[b - a:]
         try:  # the other ranks go on to the next gather: fail after the last
             if mine:
                 save_file(mine, out / names[start + rank], metadata={"format": "pt"})
@@ -225,7 +320,7 @@ def save_weights(model, source_folder, out_folder):
     if error:
         raise OSError(f"{out}: {error}") from error
     if rank == 0:
-        weight_map = {their_name(config, n): file for file, shard in zip(names, shards) for n in shard}
+        weight_map = {n: file for file, shard in zip(names, shards) for n in shard}
         if not one:
             (out / "model.safetensors.index.json").write_text(json.dumps(
                 {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
@@ -239,8 +334,7 @@ def main(checkpoint, out):
     """Checkpoint -> Hugging Face folder, in one process, on the host. The run's config.json says which MODEL it was."""
     manifest = parallel.read_manifest(checkpoint)
     source = manifest["model"]
-    with torch.device("cpu"):
-        model = Transformer(Config(**manifest["config"]))
+    model = Transformer(Config(**manifest["config"]))
     parallel.load_checkpoint(checkpoint, model)
     save_weights(model, source, out)
     print(f"{out}: step {manifest['step']} of {source}, {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -2,7 +2,7 @@
 
 Letters, for one rank: T tokens of the row, t = T/P of them here, P ranks of the sequence, H query heads, G key/value
 heads, D head size, C width, I inner width, V vocabulary.
-float32: RMSNorm's statistics, the rotation, the softmax, the loss, master weights and their reduction (parallel.py);
+float32: the norms' statistics, the rotation, the softmax, the loss, master weights and their reduction (parallel.py);
 RoPE's angles are float64, since position x frequency at a million tokens leaves float32 no digit of the turn.
 Everything else runs in the dtype of the weights, bfloat16 in training.
 """
@@ -39,9 +39,16 @@ class Config:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False               # RMSNorm of every head of q and k, before RoPE
+    qk_norm: bool = False               # norm of every head of q and k, before RoPE
     sliding_window: int | None = None   # tokens a query sees, itself included; None: all before it
     architecture: str = "LlamaForCausalLM"
+    norm: str = "rms"                   # "rms_plus_one": times 1 + weight; "layer": LayerNorm without bias
+    activation: str = "silu"            # or "gelu_pytorch_tanh"
+    parallel_residual: bool = False     # attention and MLP read one norm of x, and both are added to x
+    rope_interleaved: bool = False      # dimensions 2i and 2i + 1 turn together; False: i and i + D/2
+    scale_embedding: bool = False       # embeddings times sqrt(C)
+    logit_scale: float = 1.0
+    normalize_head: bool = False        # rows of lm_head are brought to length 1
 
 
 @dataclass
@@ -129,19 +136,17 @@ def rope_frequencies(config):
     """-> (D/2,) float32 inverse frequencies, and the factor of cos and sin. Formulas as in transformers, whose
     float32 frequencies are the ones the checkpoints were trained with."""
     D, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
-    kind, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
+    kind, factor = scaling.get("rope_type", "default"), scaling["factor"] if scaling else 1.0
     original = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
     exponent = torch.arange(0, D, 2).float() / D
-    if kind == "dynamic":  # NTK: the base grows with the length; training knows one length, and freezes it there
-        length = max(scaling.get("length", original), original)
-        base = base * (factor * length / original - (factor - 1)) ** (D / (D - 2))
     frequency = 1.0 / base ** exponent
-    if kind in ("default", "dynamic"):
+    if kind in ("default", "dynamic"):  # convert.extend_context has made what dynamic changes a larger base
         return frequency, 1.0
     if kind == "linear":
         return frequency / factor, 1.0
     if kind == "llama3":  # long waves are stretched, short ones kept, smoothly between
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        original = scaling["original_max_position_embeddings"]
         wave = 2 * math.pi / frequency
         smooth = ((original / wave - low) / (high - low)).clamp(0, 1)
         return (1 - smooth) * frequency / factor + smooth * frequency, 1.0
@@ -166,21 +171,28 @@ def rope_cos_sin(config, position_ids):
     return (angle.cos() * amplitude).float(), (angle.sin() * amplitude).float()
 
 
-def rotate(x, cos, sin):
-    """x (t, H, D), its two halves of D being the real and the imaginary parts."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+def rotate(x, cos, sin, interleaved=False):
+    """x (t, H, D), its two halves of D being the real and the imaginary parts; interleaved, these alternate."""
+    pairs = x.float().unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    a, b = pairs.unbind(-1 if interleaved else -2)                                  # (t, H, D/2)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1 if interleaved else -2)
+    return turned.flatten(-2).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
+class Norm(nn.Module):
+    """Of the last dimension, as config.norm says."""
+    def __init__(self, size, config):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.eps, self.kind = nn.Parameter(torch.ones(size)), config.rms_norm_eps, config.norm
 
     def forward(self, x):
         y = x.float()
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdim=True)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        if self.kind == "rms":
+            return self.weight * y.to(x.dtype)
+        return (y * (self.weight.float() + (self.kind == "rms_plus_one"))).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- transformer
@@ -190,21 +202,21 @@ class Attention(nn.Module):
         super().__init__()
         H, G, D, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         self.head_dim, self.window, self.sp_group, self.choice = D, config.sliding_window, sp_group, execution.attention
-        self.P = sp_group.size() if sp_group is not None else 1
+        self.P, self.interleaved = sp_group.size() if sp_group is not None else 1, config.rope_interleaved
         self.heads = [max(heads // self.P, 1) for heads in (H, G, G)]               # of q, k, v on this rank
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(C, G * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, G * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
-        if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+        if config.qk_norm:  # Qwen3's heads share a weight, Cohere's have their own
+            self.q_norm, self.k_norm = (Norm(D if config.norm == "rms" else (heads, D), config) for heads in (H, G))
 
     def project(self, x, cos, sin):
         """x (t, C) -> q (t, H, D), k and v (t, G, D), rotated; for P ranks cut and joined: (P, t, H/P + 2 G/P, D)."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (rotate(y, cos, sin, self.interleaved) for y in (q, k))
         return cut_heads((q, k, v), self.P) if self.P > 1 else (q, k, v)
 
     def exchange(self, qkv):
@@ -231,9 +243,10 @@ class MLP(nn.Module):
         C, I, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj, self.up_proj = nn.Linear(C, I, bias=bias), nn.Linear(C, I, bias=bias)
         self.down_proj = nn.Linear(I, C, bias=bias)
+        self.activation = F.silu if config.activation == "silu" else functools.partial(F.gelu, approximate="tanh")
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -242,9 +255,9 @@ class Block(nn.Module):
 
     def __init__(self, config, sp_group, execution, recompute):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = Norm(config.hidden_size, config)
         self.self_attn = Attention(config, sp_group, execution)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = None if config.parallel_residual else Norm(config.hidden_size, config)
         self.mlp = MLP(config)
         self.recompute, self.compile, self.chunk = recompute, execution.compile, execution.mlp_chunk
 
@@ -254,8 +267,10 @@ class Block(nn.Module):
 
     def after(self, x, a):
         """x (t, C), attention's output a (t, H*D) -> (t, C)."""
-        x = x + self.self_attn.o_proj(a)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = x + self.self_attn.o_proj(a)
+        if self.post_attention_layernorm is None:
+            return y + self.mlp(self.input_layernorm(x))
+        return y + self.mlp(self.post_attention_layernorm(y))
 
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, offload=None):
         if self.recompute == "none":
@@ -306,7 +321,7 @@ class Transformer(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(
                 Block(config, sp_group, execution, execution.recompute if i < L - keep else "none") for i in range(L)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+            "norm": Norm(config.hidden_size, config)})
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -318,11 +333,15 @@ class Transformer(nn.Module):
         label -100: no target). Without: logits (t, V)."""
         cos, sin = rope_cos_sin(self.config, position_ids)
         x = self.model["embed_tokens"](input_ids)                                   # (t, C)
+        if self.config.scale_embedding:  # by a number of x's dtype, as in training
+            x = x * torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype, device="cpu").item()
         for i, block in enumerate(self.model["layers"]):
             offload = self.offload if i < self.execution.offload_layers else None
             x = block(x, cos, sin, cu_seqlens, max_seqlen, offload)
         x = self.model["norm"](x)
         head = self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight    # (V, C)
+        head = F.normalize(head) if self.config.normalize_head else head
+        x = x if self.config.logit_scale == 1 else x * self.config.logit_scale
         if labels is None:
             return x @ head.T                                                       # (t, V)
         weights = (labels != -100).float() if weights is None else weights * (labels != -100)
@@ -335,17 +354,17 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Matrices normal with deviation 1/sqrt(C), a tenth of it where a block writes its result, norms one, biases
-        zero; the same whatever the number of ranks."""
+        """Matrices normal with deviation 1/sqrt(C), a tenth of it where a block writes its result, norms times one,
+        biases zero; the same whatever the number of ranks."""
         for name, rows, first in self.local_parameters():
-            if rows.ndim == 2:
+            if rows.ndim == 2 and "norm" not in name:
                 shape, std = self.get_parameter(name).shape, self.config.hidden_size ** -0.5
                 std *= 0.1 if "o_proj" in name or "down_proj" in name else 1.0
                 generator = torch.Generator(rows.device).manual_seed(seed + zlib.crc32(name.encode()))
                 full = torch.empty(shape, device=rows.device).normal_(0, std, generator=generator)
                 rows.copy_(full[first:first + len(rows)])
             else:
-                rows.fill_(0.0 if name.endswith("bias") else 1.0)
+                rows.fill_(0.0 if name.endswith("bias") or self.config.norm == "rms_plus_one" else 1.0)
 
 
 def _softmax_and_gradient(logits, labels, weights):

@@ -38,6 +38,9 @@ PACKING = "split"           # "split": concatenate and cut; "whole": fill rows w
 USE_VARLEN_ATTN = True      # a token attends to its own document only; False: to all before it in the row
 BATCH_SIZE = 1              # documents of a row, PACKING "none" only
 APPEND_EOS = True           # a plain text ends with the tokenizer's eos, and it is trained
+MAX_POSITION_EMBEDDINGS = 0 # positions of a model that is to be extended; 0: the checkpoint's
+ROPE_SCALING = None         # how: "linear" if None, "dynamic", "yarn", "llama3"; or {"rope_type": ..., "factor": ...}
+ROPE_THETA = 0.0            # or by another base; 0: the checkpoint's
 LOSS_WEIGHT = "token"       # of a target: "token" 1, "sample" 1/n, "square" 1/sqrt(n), n the targets of its document
 
 # Spreading the work: world = replicas x dp x sp
@@ -95,7 +98,7 @@ def override(arguments):
         default = globals()[name]
         if isinstance(default, float) and type(value) is int:
             value = float(value)
-        if type(value) is not type(default) and name not in ("DATA", "BETAS", "OFFLOAD_ACTIVATIONS"):
+        if type(value) is not type(default) and name not in ("DATA", "BETAS", "OFFLOAD_ACTIVATIONS", "ROPE_SCALING"):
             raise ValueError(f"{name}={text} is a {type(value).__name__}: give a {type(default).__name__} like "
                              f"{default!r}")
         globals()[name] = value
@@ -133,6 +136,7 @@ def plan(world):
                 model.init_weights(seed=0)
                 convert.save_weights(model, demo, demo)
     config = convert.load_config(folder)
+    convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, ROPE_THETA, MAX_LENGTH)
     sp = SEQUENCE_PARALLEL_SIZE or max(world // REPLICAS, 1)
     dp = parallel.check(world, REPLICAS, sp, config.num_attention_heads, config.num_key_value_heads)
     if GLOBAL_BATCH_SIZE % dp:
@@ -177,6 +181,7 @@ def main():
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{config.architecture} of {parameters / 1e6:,.1f}M parameters, {kernel}, {DTYPE}, {grid.device.type}\n"
+        f"{config.max_position_embeddings:,} positions, theta {config.rope_theta:,.0f}, scaling {config.rope_scaling}\n"
         f"{world} ranks = {REPLICAS} replicas x {dp // REPLICAS} dp x {sp} sp\n"
         f"{GLOBAL_BATCH_SIZE} rows a step = {dp} in flight x accumulative_counts {GLOBAL_BATCH_SIZE // dp}; at most "
         f"{GLOBAL_BATCH_SIZE * MAX_LENGTH:,} tokens a step\n"

@@ -1,17 +1,27 @@
-"""Folders in and out: bit-equal when nothing was trained, and refused by name when they are not what they say."""
+"""Hugging Face folders in and out: every family beside transformers or a plain reference, and every fault by its
+name."""
 import json
+import math
+import shutil
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import TINY, assert_close, row, tiny_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert
-from model import Transformer
+from model import Config, Transformer, rope_cos_sin, rope_frequencies
 
-FAMILIES = [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("mistral", {}), ("qwen2", {}), ("qwen3", {}),
-            ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5,
-                                           "original_max_position_embeddings": 128}})]
+ODD = dict(num_attention_heads=6, num_key_value_heads=3, head_dim=10)
+BIASED = {"attention_bias": True}
+FAMILIES = [
+    ("llama", {}), ("llama", {**BIASED, "mlp_bias": True, "tie_word_embeddings": True}), ("mistral", {"sliding_window": 5}),
+    ("qwen2", {"head_dim": 8}), ("qwen2", {"tie_word_embeddings": True, "head_dim": 8}), ("qwen3", {}),
+    ("qwen3", {**BIASED, "tie_word_embeddings": True}), ("internlm3", {}), ("internlm3", {**BIASED, "mlp_bias": True}),
+    ("gemma", {"tie_word_embeddings": True}), ("gemma", {**BIASED, "tie_word_embeddings": False}),
+    ("cohere", {"logit_scale": 0.3, "head_dim": 8}), ("cohere", {"use_qk_norm": True, "head_dim": 8, **BIASED}),
+    ("cohere", {"use_qk_norm": True, "head_dim": 8, "tie_word_embeddings": False})]
 
 
 def load(folder):
@@ -20,107 +30,366 @@ def load(folder):
     return model
 
 
-def edit(folder, **changes):
-    """Change config.json; a value of None removes the key."""
-    config = {**json.loads((folder / "config.json").read_text()), **changes}
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+def tensors(folder):
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def assert_same_tensors(actual, expected):
+    actual, expected = tensors(actual), tensors(expected)
+    assert actual.keys() == expected.keys()
+    for name, t in expected.items():
+        assert actual[name].dtype == t.dtype and torch.equal(actual[name], t), name
+
+
+def edit_config(folder, drop=(), **changes):
+    c = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in {**c, **changes}.items() if k not in drop}))
+    return folder
+
+
 @pytest.mark.parametrize("model_type,changes", FAMILIES, ids=str)
-def test_what_was_not_trained_comes_back_bit_equal(hf_folder, tmp_path, monkeypatch, model_type, changes, dtype):
+def test_family_equals_transformers(hf_folder, tmp_path, model_type, changes):
+    folder, theirs = hf_folder(model_type, **{**ODD, **changes})
+    if model_type == "internlm3":  # transformers calls it a Llama, its authors do not
+        bias = changes.get("attention_bias", False)
+        edit_config(folder, BIASED | {"mlp_bias": 1}, architectures=["InternLM3ForCausalLM"], qkv_bias=bias, bias=bias)
+    ours = load(folder)
+    assert ours.config.architecture.lower().startswith(model_type)
+    ids, positions, cu_seqlens, max_seqlen, labels = row([23])
+    expected = theirs(ids[None]).logits[0]
+    assert_close(ours(ids, positions, cu_seqlens, max_seqlen), expected, "logits", atol=1e-5 * expected.abs().max().item())
+    torch.nn.functional.cross_entropy(expected, labels, reduction="sum").backward()
+    ours(ids, positions, cu_seqlens, max_seqlen, labels).backward()
+    found = {name: p.grad for name, p in ours.named_parameters()}
+    for name, p in theirs.named_parameters():
+        assert_close(found.pop(name), p.grad, f"gradient of {name}", atol=1e-4 * p.grad.abs().max().item(), rtol=1e-4)
+    assert not found
+    convert.save_weights(ours, folder, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", folder)
     from transformers import AutoConfig, AutoModelForCausalLM
-    folder, theirs = hf_folder(model_type, **changes)
-    theirs.to(getattr(torch, dtype)).save_pretrained(folder)
-    edit(folder, dtype=dtype, some_unknown_note="kept", auto_map={"AutoConfig": "x.py"})
-    (folder / "tokenizer.json").write_bytes(b'{"odd":  "spacing"}\r\n')
-    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    monkeypatch.setattr(convert, "SHARD_BYTES", 40_000)
+    before, after = AutoConfig.from_pretrained(folder), AutoConfig.from_pretrained(tmp_path / "out")
+    assert before.rope_parameters == after.rope_parameters
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert torch.equal(again(ids[None]).logits[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_round_trip_in_small_shards_is_bit_equal(hf_folder, tokenizer_files, tmp_path, monkeypatch, dtype):
+    folder, theirs = hf_folder("llama", **ODD, tie_word_embeddings=True, eos_token_id=[2, 3])
+    theirs.to(dtype).save_pretrained(folder)
+    tokenizer_files(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3],  "temperature": 0.6}')
+    edit_config(folder, my_own_key={"kept": 1}, auto_map={"AutoConfig": "x.Y"})
+    monkeypatch.setattr(convert, "SHARD_BYTES", 20_000)
     convert.save_weights(load(folder), folder, tmp_path / "out")
-    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
-    back = {k: v for shard in shards for k, v in load_file(shard).items()}
-    source = load_file(folder / "model.safetensors")
-    assert len(shards) > 1 and back.keys() == source.keys()
-    assert all(torch.equal(back[k], source[k]) and back[k].dtype == source[k].dtype for k in source)
-    for file in ("tokenizer.json", "generation_config.json"):
-        assert (tmp_path / "out" / file).read_bytes() == (folder / file).read_bytes()
-    written = json.loads((tmp_path / "out/config.json").read_text())
-    assert written["some_unknown_note"] == "kept" and "auto_map" not in written
-    config, before = AutoConfig.from_pretrained(tmp_path / "out"), AutoConfig.from_pretrained(folder)
-    assert config.rope_parameters["rope_theta"] == before.rope_parameters["rope_theta"] == written["rope_theta"]
-    assert config.rope_parameters.get("factor") == before.rope_parameters.get("factor")
-    ids = torch.arange(20)[None]
-    opened, source = (AutoModelForCausalLM.from_pretrained(f, attn_implementation="eager").float()
-                      for f in (tmp_path / "out", folder))
-    assert_close(opened(ids).logits, source(ids).logits, "logits", rtol=0)
+    assert_same_tensors(tmp_path / "out", folder)
+    shards = sorted(f.name for f in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1 and shards == [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    total = 0
+    for name in shards:
+        held = load_file(tmp_path / "out" / name)
+        size = sum(t.nbytes for t in held.values())
+        total += size
+        assert size <= 20_000 or len(held) == 1
+        assert {k for k, file in index["weight_map"].items() if file == name} == held.keys()
+        with safe_open(tmp_path / "out" / name, "pt") as f:
+            assert f.metadata() == {"format": "pt"}
+    assert index["metadata"]["total_size"] == total and "lm_head.weight" not in index["weight_map"]
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (folder / file).read_bytes(), file
+    c = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert c["my_own_key"] == {"kept": 1} and c["eos_token_id"] == [2, 3] and "auto_map" not in c
+    assert c["torch_dtype"] == c["dtype"] == str(dtype).removeprefix("torch.")
+    convert.save_weights(load(tmp_path / "out"), tmp_path / "out", tmp_path / "out2")
+    assert_same_tensors(tmp_path / "out2", folder)
 
 
-def test_old_and_new_rope_keys_mean_the_same(hf_folder):
+# ----------------------------------------------------------------------------------- families whose code is in the folder
+
+def remote_folder(folder, architecture, tensors, drop=(), **changes):
+    """The folder of tiny_model() as another architecture would have written it."""
+    folder.mkdir()
+    c = {k: v for k, v in TINY.items() if k != "head_dim" and k not in drop}
+    c.update(architectures=[architecture], max_position_embeddings=512, torch_dtype="float32", rms_norm_eps=1e-6,
+             auto_map={"AutoConfig": "configuration.C"}, attn_implementation="eager", **changes)
+    (folder / "config.json").write_text(json.dumps(c))
+    (folder / "configuration.py").write_text("class C: pass\n")
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def widened(**changes):
+    return tiny_model(hidden_size=64, **changes)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_internlm2_fuses_by_key_value_head(tmp_path, bias):
+    llama = widened(qkv_bias=bias, o_bias=bias)
+    theirs = {"model.tok_embeddings.weight": llama.model["embed_tokens"].weight, "model.norm.weight": llama.model["norm"].weight,
+              "output.weight": llama.lm_head.weight}
+    for i, block in enumerate(llama.model["layers"]):
+        a, m, at = block.self_attn, block.mlp, f"model.layers.{i}."
+        for kind in ("weight", "bias") if bias else ("weight",):
+            q, k, v = (getattr(w, kind) for w in (a.q_proj, a.k_proj, a.v_proj))
+            rows = []
+            for g in range(4):  # 8 heads, 4 key/value heads of 8 rows each
+                rows += [q[16 * g:16 * g + 8], q[16 * g + 8:16 * g + 16], k[8 * g:8 * g + 8], v[8 * g:8 * g + 8]]
+            theirs |= {at + f"attention.wqkv.{kind}": torch.cat(rows), at + f"attention.wo.{kind}": getattr(a.o_proj, kind)}
+        theirs |= {at + "attention_norm.weight": block.input_layernorm.weight,
+                   at + "ffn_norm.weight": block.post_attention_layernorm.weight,
+                   at + "feed_forward.w1.weight": m.gate_proj.weight, at + "feed_forward.w3.weight": m.up_proj.weight,
+                   at + "feed_forward.w2.weight": m.down_proj.weight}
+    folder = remote_folder(tmp_path / "hf", "InternLM2ForCausalLM", theirs, model_type="internlm", bias=bias,
+                           rope_scaling={"type": "dynamic", "factor": 2.0}, rope_theta=1e6)
+    edit_config(folder, hidden_size=64)
+    ours = load(folder)
+    for name, p in llama.named_parameters():
+        assert torch.equal(ours.get_parameter(name), p), name
+    assert ours.config.rope_theta == 1e6 and ours.config.rope_scaling == {"rope_type": "dynamic", "factor": 2.0}
+    convert.save_weights(ours, folder, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", folder)
+    c = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert c["auto_map"] and (tmp_path / "out" / "configuration.py").exists()  # or nothing could open it
+    assert c["rope_scaling"] == {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
+
+
+@pytest.mark.parametrize("architecture", ["BaiChuanForCausalLM", "BaichuanForCausalLM"])
+def test_baichuan_fuses_q_k_v_and_its_second_normalizes_the_head(tmp_path, architecture):
+    llama = widened(num_key_value_heads=8)
+    theirs = dict(llama.named_parameters())
+    for i in range(2):
+        at = f"model.layers.{i}.self_attn."
+        theirs[at + "W_pack.weight"] = torch.cat([theirs.pop(f"{at}{x}_proj.weight") for x in "qkv"])
+    folder = remote_folder(tmp_path / "hf", architecture, theirs, drop=("num_key_value_heads",), model_type="baichuan")
+    edit_config(folder, hidden_size=64, model_max_length=512)
+    ours = load(folder)
+    second = architecture == "BaichuanForCausalLM"
+    if second:
+        with torch.no_grad():
+            llama.lm_head.weight /= llama.lm_head.weight.norm(dim=1, keepdim=True)
+    ids, positions, cu_seqlens, max_seqlen, labels = row([23])
+    assert_close(ours(ids, positions, cu_seqlens, max_seqlen), llama(ids, positions, cu_seqlens, max_seqlen), "logits", atol=1e-5)
+    convert.save_weights(ours, folder, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", folder)
+    with pytest.raises(ValueError, match="reads no rope_scaling"):
+        convert.extend_context(ours.config, 4096, None, 0, 512)
+    if second:
+        with pytest.raises(ValueError, match="ALiBi"):
+            convert.load_config(edit_config(folder, drop=["max_position_embeddings"]))
+
+
+def test_internlm_and_old_yi(tmp_path):
+    llama = widened(qkv_bias=True, o_bias=True)
+    folder = remote_folder(tmp_path / "internlm", "InternLMForCausalLM", dict(llama.named_parameters()), bias=True)
+    config = load(edit_config(folder, hidden_size=64)).config
+    assert config.qkv_bias and config.o_bias and not config.mlp_bias
+    convert.extend_context(config, 0, None, 0, 2048)  # its dynamic base, of factor 1, at the length of the rows
+    assert config.rope_theta == pytest.approx(10000 * 4 ** (8 / 6)) and config.rope_scaling is None
+    llama = widened()
+    names = {n.replace("input_layernorm", "ln1").replace("post_attention_layernorm", "ln2"): p
+             for n, p in llama.named_parameters()}
+    folder = remote_folder(tmp_path / "yi", "YiForCausalLM", names, model_type="Yi", rope_theta=5e6)
+    ours = load(edit_config(folder, hidden_size=64))
+    assert ours.config.rope_theta == 5e6
+    assert all(torch.equal(ours.get_parameter(n), p) for n, p in llama.named_parameters())
+    convert.save_weights(ours, folder, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", folder)
+
+
+@pytest.mark.parametrize("architecture,reason", [
+    ("QWenLMHeadModel", "Qwen 1"), ("ChatGLMModel", "half of a head"), ("Starcoder2ForCausalLM", "no gate"),
+    ("MixtralForCausalLM", "unknown")])
+def test_other_architectures_are_refused_with_the_reason(hf_folder, architecture, reason):
     folder, _ = hf_folder()
-    scaling = {"type": "linear", "factor": 4.0}
-    edit(folder, rope_parameters=None, rope_theta=7e4, rope_scaling=scaling)
-    old = convert.load_config(folder)
-    edit(folder, rope_theta=None, rope_scaling=None,
-         rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 7e4})
-    assert convert.load_config(folder) == old and (old.rope_theta, old.rope_scaling["factor"]) == (7e4, 4.0)
-    written = convert.export_config({}, old, torch.float32)
-    assert written["rope_scaling"]["type"] == written["rope_parameters"]["rope_type"] == "linear"
-    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 7e4
+    with pytest.raises(ValueError, match=f"{architecture}.*{reason}"):
+        convert.load_config(edit_config(folder, architectures=[architecture]))
 
 
-CONFIGS = [({"architectures": ["FancyForCausalLM"]}, "FancyForCausalLM .* not supported"),
-           ({"quantization_config": {"quant_method": "fp8"}}, "quantized .fp8"), ({"hidden_act": "gelu"}, "gelu"),
-           ({"rope_theta": 3.0}, "differ: remove one"),
-           ({"rope_scaling": {"type": "linear", "factor": 2.0},
-             "rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "differ: remove the wrong one"),
-           ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type 'spiral' is unknown"),
-           ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}}, "original_max_position")]
+# ------------------------------------------------------------------------------------------------------ context extension
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+EXTENSIONS = [  # max_position_embeddings' extension, ROPE_SCALING, ROPE_THETA, the checkpoint's scaling, the factor
+    (1500, None, 0, None, 3.0), (2048, "yarn", 0, None, 4.0), (2048, {"type": "llama3"}, 0, None, 4.0),
+    (0, {"rope_type": "linear", "factor": 2.5}, 0, None, 2.5), (2048, None, 5e5, None, None),
+    (1024, None, 0, {"rope_type": "linear", "factor": 4.0}, 8.0), (1024, None, 0, LLAMA3, 16.0),
+    (2048, {"rope_type": "dynamic"}, 0, None, None), (0, None, 0, {"rope_type": "dynamic", "factor": 6.0}, None)]
 
 
-@pytest.mark.parametrize("changes,message", CONFIGS, ids=lambda v: str(v)[:40])
-def test_a_config_that_cannot_be_followed_is_refused(hf_folder, changes, message):
-    folder, _ = hf_folder()
-    edit(folder, **changes)
-    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
-        convert.load_config(folder)
+@pytest.mark.parametrize("positions,scaling,theta,had,factor", EXTENSIONS, ids=str)
+def test_extended_context_is_what_transformers_serves(hf_folder, tmp_path, positions, scaling, theta, had, factor):
+    changes = {"rope_parameters": {"rope_theta": 10000.0, **had}} if had else {}
+    folder, _ = hf_folder("llama", head_dim=16, **changes)
+    ours, length = load(folder), 2048
+    convert.extend_context(ours.config, positions, scaling, theta, length)
+    assert (ours.config.rope_scaling or {}).get("factor") == factor
+    convert.save_weights(ours, folder, tmp_path / "out")
+    from transformers import AutoConfig, AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    ids, _, cu_seqlens, max_seqlen, _ = row([40])
+    far = torch.arange(40) * 50  # up to position 1950, where transformers' float32 angles are 1e-4 off
+    expected = theirs(ids[None], position_ids=far[None]).logits[0]
+    assert_close(ours(ids, far, cu_seqlens, max_seqlen), expected, "logits", atol=1e-4 * expected.abs().max().item())
+    c = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert c["max_position_embeddings"] >= max(positions, 512)
+    new, old = c["rope_parameters"], {"rope_theta": c["rope_theta"], **(c["rope_scaling"] or {"rope_type": "default"})}
+    assert new == {k: v for k, v in old.items() if k != "type"} and old.get("type", old["rope_type"]) == new["rope_type"]
+    again = convert.load_config(tmp_path / "out")
+    assert torch.equal(rope_frequencies(again)[0], rope_frequencies(ours.config)[0])
+    before = (again.rope_theta, again.rope_scaling)
+    convert.extend_context(again, positions, scaling if factor else None, theta, length)  # the same once more: nothing
+    assert (again.rope_theta, again.rope_scaling) == before
+    if had is None and factor and positions:
+        assert factor == math.ceil(positions / 512)
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == ours.config.rope_theta
 
 
-def drop(tensors):
-    del tensors["model.norm.weight"]
+@pytest.mark.parametrize("length", [512, 131072, 1048576])
+def test_dynamic_is_frozen_at_the_training_length(length):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    scaling = {"rope_type": "dynamic", "factor": 6.0}
+    config = Config(1, 512, 1, 1, 8, 8, 64, rope_theta=50000.0, max_position_embeddings=512, rope_scaling=dict(scaling))
+    theirs = LlamaConfig(hidden_size=512, num_attention_heads=8, max_position_embeddings=512,
+                         rope_parameters={**scaling, "rope_theta": 50000.0})
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, seq_len=length)
+    convert.extend_context(config, 0, None, 0, length)
+    assert_close(rope_frequencies(config)[0], expected, "frequencies", rtol=1e-6)
+    cos, _ = rope_cos_sin(config, torch.tensor([0, 1, 4095, 131071, 1000000]))
+    angle = torch.tensor([0, 1, 4095, 131071, 1000000]).double()[:, None] * rope_frequencies(config)[0].double()
+    assert_close(cos[:, 0], angle.cos(), "cos", atol=1e-6)
 
 
-def add(tensors):
-    tensors["model.layers.0.rope.weight"] = torch.zeros(1)
-
-
-def reshape(tensors):
-    tensors["model.norm.weight"] = torch.zeros(7)
-
-
-@pytest.mark.parametrize("change,message", [(drop, "1 tensors are missing: model.norm.weight"),
-                                            (reshape, "norm.weight has shape"),
-                                            (add, "1 are not the architecture's: model.layers.0.rope.weight")])
-def test_tensors_that_are_not_the_models_are_named(hf_folder, change, message):
-    folder, _ = hf_folder()
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+@pytest.mark.parametrize("positions,scaling,message", [
+    (256, None, "256 is less than the checkpoint's 512"), (1024, {"rope_type": "su"}, "'su' is unknown"),
+    (1024, {"rope_type": "yarn"}, "needs its factor")])
+def test_extensions_that_cannot_be_are_refused(positions, scaling, message):
+    config = Config(1, 512, 1, 1, 8, 8, 64, max_position_embeddings=512)
+    config.rope_scaling = {"rope_type": "linear", "factor": 2.0} if "needs" in message else None
     with pytest.raises(ValueError, match=message):
-        load(folder)
+        convert.extend_context(config, positions, scaling, 0, 512)
 
 
-def test_files_that_are_not_there_or_not_safetensors_are_named(hf_folder):
+# ----------------------------------------------------------------------------------------------------------------- faults
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("drop,changes,theta,scaling", [
+    (["rope_parameters"], {"rope_theta": 5e5}, 5e5, None), (["rope_theta"], {"rope_parameters": {"rope_theta": 5e5}}, 5e5, None),
+    (["rope_parameters"], {"rope_scaling": {"type": "linear", "factor": 4.0}}, 1e4, LINEAR),
+    ([], {"rope_parameters": {"rope_theta": 3e4, **LINEAR}, "rope_theta": 3e4, "rope_scaling": {**LINEAR, "type": "linear"}},
+     3e4, LINEAR), (["rope_parameters", "rope_theta"], {}, 1e4, None)], ids=str)
+def test_both_dialects_of_rope_are_read(hf_folder, drop, changes, theta, scaling):
     folder, _ = hf_folder()
-    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    for name, error in (("../model.safetensors", "points out of the folder"), ("/model.safetensors", "points out"),
-                        ("model-2.safetensors", "is missing")):
-        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-        with pytest.raises((ValueError, FileNotFoundError), match=error):
-            load(folder)
-    index.unlink()
-    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match="git-lfs pointer"):
-        load(folder)
-    weights.rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="pytorch_model.bin is a pickle"):
-        load(folder)
+    config = convert.load_config(edit_config(folder, drop, **changes))
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, "rope_theta 10000.0 and rope_parameters' 500000.0 differ"),
+    ({"rope_parameters": {"rope_theta": 1e4, **LINEAR}, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, "differ: remove"),
+    ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "su", "factor": 2.0}}, "'su' is unknown"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "'factor' is missing"),
+    ({"rope_parameters": {k: v for k, v in LLAMA3.items() if k[0] != "o"}}, "'original_max_position_embeddings' is missing"),
+    ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not built"),
+    ({"rope_parameters": {**LINEAR, "rope_type": "yarn", "mscale": 0.7}}, "mscale 0.7 is not built"),
+    ({"architectures": ["UnheardOfForCausalLM"]}, "UnheardOfForCausalLM .*is not supported"),
+    ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\)"), ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 changes"), ({"qk_norm": True}, "qk_norm True changes"),
+    ({"num_local_experts": 8}, "num_local_experts"), ({"sliding_window": 4096}, "sliding_window 4096 changes"),
+    ({"residual_multiplier": 0.22}, "residual_multiplier"), ({"rope_interleaved": True}, "rope_interleaved"),
+    ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types")], ids=str)
+def test_config_faults_are_named(hf_folder, changes, message):
+    folder, _ = hf_folder()
+    with pytest.raises(ValueError, match=message) as e:
+        convert.load_config(edit_config(folder, **changes))
+    assert "config.json" in str(e.value)
+
+
+def test_neutral_and_harmless_keys_pass(hf_folder):
+    folder, _ = hf_folder()
+    convert.load_config(edit_config(
+        folder, residual_multiplier=1.0, attention_dropout=0.1, rope_interleaved=False, sliding_window=None, pretraining_tp=1,
+        attn_implementation="flash_attention_2", layer_types=["full_attention"] * 2, auto_map={"AutoConfig": "c.C"}))
+
+
+@pytest.mark.parametrize("model_type,drop,changes,window", [
+    ("mistral", ["sliding_window"], {}, 4096), ("mistral", [], {"sliding_window": None}, None),
+    ("qwen2", [], {"use_sliding_window": False, "sliding_window": 7}, None),
+    ("qwen2", ["layer_types"], {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}, 7)])
+def test_sliding_windows(hf_folder, model_type, drop, changes, window):
+    folder, _ = hf_folder(model_type)
+    assert convert.load_config(edit_config(folder, drop, **changes)).sliding_window == window
+
+
+def test_windows_of_some_layers_are_refused(hf_folder):
+    folder, _ = hf_folder("qwen2", head_dim=6)
+    with pytest.raises(ValueError, match="some layers only"):
+        convert.load_config(edit_config(folder, ["layer_types"], use_sliding_window=True, sliding_window=7, max_window_layers=1))
+
+
+def shards_of(folder, **moved):
+    held = load_file(folder / "model.safetensors")
+    where = {name: moved.get("to", "model.safetensors") for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def change_tensors(folder, change):
+    held = load_file(folder / "model.safetensors")
+    change(held)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def only_pickles(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+NORM = "model.norm.weight"
+FOLDER_FAULTS = {
+    "an index that leaves the folder": (lambda f: shards_of(f, to="../hf/model.safetensors"), "points out of the folder"),
+    "an absolute index": (lambda f: shards_of(f, to=str(f / "model.safetensors")), "points out of the folder"),
+    "a missing shard": (lambda f: shards_of(f, to="model-00001-of-00002.safetensors"), "00002.safetensors is missing"),
+    "a missing tensor": (lambda f: change_tensors(f, lambda t: t.pop(NORM)), f"1 tensors are missing: {NORM}"),
+    "an extra tensor": (lambda f: change_tensors(f, lambda t: t.update(x=torch.ones(1))), "not the architecture's: x"),
+    "a misshapen tensor": (lambda f: change_tensors(f, lambda t: t.update({NORM: torch.ones(7)})), r"shape \(7,\)"),
+    "a git-lfs pointer": (lambda f: (f / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "git-lfs pointer"),
+    "pickles only": (only_pickles, r"pytorch_model.bin is a pickle"),
+    "nothing": (lambda f: (f / "model.safetensors").unlink(), "has no .safetensors"),
+}
+
+
+@pytest.mark.parametrize("fault", FOLDER_FAULTS)
+def test_folder_faults_are_named_and_nothing_is_loaded(hf_folder, fault):
+    folder, _ = hf_folder()
+    break_it, message = FOLDER_FAULTS[fault]
+    break_it(folder)
+    model = Transformer(convert.load_config(folder))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        convert.load_weights(model, folder)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_leftover_frequencies_and_a_stored_tied_head_are_accepted(hf_folder):
+    folder, _ = hf_folder(tie_word_embeddings=True)
+    change_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                                               "lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    load(folder)
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        convert.load_config(tmp_path)
+
+
+def test_export_into_the_source_folder_keeps_its_tokenizer(hf_folder, tokenizer_files):
+    folder, _ = hf_folder()
+    tokenizer_files(folder)
+    before = (folder / "tokenizer.json").read_bytes()
+    shutil.copy(folder / "model.safetensors", folder.parent / "before.safetensors")
+    convert.save_weights(load(folder), folder, folder)
+    assert (folder / "tokenizer.json").read_bytes() == before
+    assert_same_tensors(folder, folder)
