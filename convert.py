@@ -1,6 +1,6 @@
 """Hugging Face folders in and out: config.json <-> Config, safetensors <-> parameters, rank by rank.
 
-    python convert.py runs/demo/checkpoints/step-00000300 OUT_FOLDER      a training checkpoint as a Hugging Face folder
+    python convert.py runs/demo/checkpoints/step-00000300 OUT_FOLDER    a training checkpoint as a Hugging Face folder
 
 A family is a row of FAMILIES. Its names map ours to theirs; the inverse, for export, is computed from it.
 """
@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from model import Config, Transformer, parallel, rope_frequencies
 
 SHARD_BYTES = 5 * 10**9
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
                    "generation_config.json", "*.tiktoken", "*.py")
 
@@ -28,64 +27,85 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 class Family(NamedTuple):
     """How one architecture's folder differs from Llama's."""
     switches: object = lambda get: {}   # config.json, as a function get(key, default) -> fields of Config
-    renames: tuple = ()     # (ours, theirs) substrings of parameter names, in order; several of ours may be one
-    grouped: bool = False   # their q, k, v: the rows of one key/value head, then those of the next
+    keys: dict = {}         # field of Config -> its key of config.json, where not as in KEYS
+    names: dict = {}        # pattern in the names of our parameters -> theirs, in order; several may become one
+    grouped: str = "-"      # their q, k, v in one, where all of one key/value head comes before the next head
     remote: bool = False    # its code comes with the folder, so auto_map stays
     own_rope: bool = False  # its code reads no rope_scaling, so its context cannot be extended
 
 
 def _qwen_window(get):
     window, first, types = get("sliding_window", 4096), get("max_window_layers", 28), get("layer_types", ())
-    if get("use_sliding_window") and ("full_attention" in types or first > 0 and not types):
+    used = get("use_sliding_window", False)
+    if used and ("full_attention" in types or first > 0 and not types):
         raise ValueError("a sliding window for some layers only is not built: set use_sliding_window to false")
-    return window if get("use_sliding_window") else None
+    return window if used else None
 
 
-def _biases(attention, mlp=False):
-    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": mlp}
-
-
-_W_PACK = tuple((f"self_attn.{x}_proj", "self_attn.W_pack") for x in "qkv")
 FAMILIES = {
-    "LlamaForCausalLM": Family(lambda get: _biases(get("attention_bias", False), get("mlp_bias", False))),
-    "YiForCausalLM": Family(renames=(("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2")), remote=True),
+    "LlamaForCausalLM": Family(),
+    "YiForCausalLM": Family(names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}, remote=True),
     "MistralForCausalLM": Family(lambda get: {"sliding_window": get("sliding_window", 4096)}),
     "Qwen2ForCausalLM": Family(lambda get: {"qkv_bias": True, "sliding_window": _qwen_window(get)}),
     "Qwen3ForCausalLM": Family(lambda get: {
-        **_biases(get("attention_bias", False)), "qk_norm": True, "head_dim": get("head_dim", 128),
-        "sliding_window": _qwen_window(get)}),
+        "qk_norm": True, "head_dim": get("head_dim", 128), "sliding_window": _qwen_window(get)}),
+    "QWenLMHeadModel": Family(  # its code turns the dynamic base and logn off in training
+        lambda get: {"qkv_bias": True, "intermediate_size": get("intermediate_size") // 2},
+        {"head_dim": "kv_channels", "max_position_embeddings": "seq_length", "rms_norm_eps": "layer_norm_epsilon",
+         "rope_theta": "rotary_emb_base"},
+        {"model.embed_tokens": "transformer.wte", "model.layers": "transformer.h", "model.norm": "transformer.ln_f",
+         "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn": "attn", "[qkv]_proj": "c_attn",
+         "gate_proj": "w2", "up_proj": "w1", "(o|down)_proj": "c_proj"}, remote=True, own_rope=True),
     "InternLMForCausalLM": Family(lambda get: {
-        **_biases(get("bias", True)), "rope_theta": get("rotary", {}).get("base", 10000.0), "rope_scaling": {
-            "rope_type": {"origin": "default"}.get(get("rotary", {}).get("type"), "dynamic"), "factor": 1.0}},
-        remote=True, own_rope=True),
-    "InternLM2ForCausalLM": Family(lambda get: _biases(get("bias", True)), (
-        ("embed_tokens", "tok_embeddings"), ("lm_head", "output"), ("input_layernorm", "attention_norm"),
-        ("post_attention_layernorm", "ffn_norm"), ("self_attn.o_proj", "attention.wo"),
-        *((f"self_attn.{x}_proj", "attention.wqkv") for x in "qkv"), ("mlp.gate_proj", "feed_forward.w1"),
-        ("mlp.up_proj", "feed_forward.w3"), ("mlp.down_proj", "feed_forward.w2")), grouped=True, remote=True),
-    "InternLM3ForCausalLM": Family(lambda get: {
-        "qkv_bias": get("qkv_bias", get("attention_bias", False)),
-        **dict.fromkeys(("o_bias", "mlp_bias"), get("bias", get("mlp_bias", False)))}, remote=True),
-    "GemmaForCausalLM": Family(lambda get: {
-        **_biases(get("attention_bias", False)), "norm": "rms_plus_one", "scale_embedding": True,
-        "activation": "gelu_pytorch_tanh",  # hidden_act may say gelu, which the model was not trained with
+        "rope_theta": get("rotary", {}).get("base", 1e4), "rope_scaling": {
+            "rope_type": {"origin": "default"}.get(get("rotary", {}).get("type"), "dynamic"),
+            "factor": get("rotary", {}).get("scaling_factor", 1.0)}},
+        {"qkv_bias": "bias", "o_bias": "bias"}, remote=True, own_rope=True),
+    "InternLM2ForCausalLM": Family(
+        keys={"qkv_bias": "bias", "o_bias": "bias"}, grouped="wqkv", remote=True,
+        names={"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
+               "post_attention_layernorm": "ffn_norm", "self_attn": "attention", "[qkv]_proj": "wqkv", "o_proj": "wo",
+               "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+    "InternLM3ForCausalLM": Family(
+        keys={"qkv_bias": "qkv_bias", "o_bias": "bias", "mlp_bias": "bias"}, remote=True),
+    "GemmaForCausalLM": Family(lambda get: {  # hidden_act may say gelu, which the model was not trained with
+        "norm": "rms_plus_one", "scale_embedding": True, "activation": "gelu_pytorch_tanh",
         "head_dim": get("head_dim", 256), "tie_word_embeddings": get("tie_word_embeddings", True)}),
     "CohereForCausalLM": Family(lambda get: {
-        **_biases(get("attention_bias", False)), "norm": "layer", "rms_norm_eps": get("layer_norm_eps", 1e-5),
-        "parallel_residual": True, "rope_interleaved": True, "qk_norm": get("use_qk_norm", False),
-        "logit_scale": get("logit_scale", 0.0625), "tie_word_embeddings": get("tie_word_embeddings", True)}),
-    "BaiChuanForCausalLM": Family(lambda get: {}, _W_PACK, remote=True, own_rope=True),
-    "BaichuanForCausalLM": Family(lambda get: {"normalize_head": True}, _W_PACK, remote=True, own_rope=True),
+        "norm": "layer", "rms_norm_eps": get("layer_norm_eps", 1e-5), "parallel_residual": True,
+        "rope_interleaved": True, "qk_norm": get("use_qk_norm", False), "logit_scale": get("logit_scale", 0.0625),
+        "tie_word_embeddings": get("tie_word_embeddings", True)}),
+    "Starcoder2ForCausalLM": Family(lambda get: {
+        "norm": {"layer_norm": "layer_bias"}[get("norm_type", "layer_norm")], "mlp_gate": False,
+        "rms_norm_eps": get("norm_epsilon", get("layer_norm_epsilon", 1e-5)),
+        "sliding_window": get("sliding_window", None), "tie_word_embeddings": get("tie_word_embeddings", True)},
+        dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), "use_bias"), {"gate_proj": "c_fc", "down_proj": "c_proj"}),
+    "BaiChuanForCausalLM": Family(names={"[qkv]_proj": "W_pack"}, remote=True, own_rope=True),
+    "BaichuanForCausalLM": Family(lambda get: {  # its 13B has no max_position_embeddings, but ALiBi, which is not built
+        "normalize_head": True, "max_position_embeddings": get("max_position_embeddings")},
+        names={"[qkv]_proj": "W_pack"}, remote=True, own_rope=True),
+    "ChatGLMModel": Family(
+        lambda get: {"rope_theta": 1e4 * get("rope_ratio", 1), "rope_interleaved": True,
+                     "rope_scaling": {"factor": 1.0, "partial_rotary_factor": 0.5}},
+        {"vocab_size": "padded_vocab_size", "num_hidden_layers": "num_layers", "intermediate_size": "ffn_hidden_size",
+         "num_key_value_heads": "multi_query_group_num", "head_dim": "kv_channels", "rms_norm_eps": "layernorm_epsilon",
+         "max_position_embeddings": "seq_length", "qkv_bias": "add_qkv_bias"},
+        {"model.embed_tokens": "transformer.embedding.word_embeddings", "model.layers": "transformer.encoder.layers",
+         "model.norm": "transformer.encoder.final_layernorm", "lm_head": "transformer.output_layer", "self_attn":
+         "self_attention", "[qkv]_proj": "query_key_value", "o_proj": "dense", "(gate|up)_proj": "dense_h_to_4h",
+         "down_proj": "dense_4h_to_h"}, remote=True, own_rope=True),
 }
-REFUSED = {"QWenLMHeadModel": "Qwen 1 renames every key and tensor, Qwen 1.5 does not", "Starcoder2ForCausalLM":
-           "its MLP has no gate", "ChatGLMModel": "it rotates half of a head, and renames every key and tensor"}
+FAMILIES["ChatGLMForConditionalGeneration"] = FAMILIES["ChatGLMModel"]
 MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
-SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
-          "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings")
+KEYS = {**{key: key for key in (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "mlp_bias")},
+    "qkv_bias": "attention_bias", "o_bias": "attention_bias", "activation": "hidden_act"}
 # A key that nobody asked for is refused if its name says that it computes, unless its value is neutral
-COMPUTES = re.compile("attn|attention|rope|rotary|norm|scal|softcap|multipl|expert|moe|lora|alibi|window|bias|residual|"
-                      "mup|layer_types|sink|original_max")
-HARMLESS = re.compile("dropout|implementation|flash|fp32|initializer")
+COMPUTES = re.compile("(?!.*(dropout|implementation|flash|fp32|initializer|logn|layer_scaling|original_rope)).*(attn|"
+                      "attention|rope|rotary|norm|scal|softcap|multipl|expert|moe|lora|alibi|window|bias|residual|mup|"
+                      "layer_types|sink|original_max)")
+TRUE = {"no_bias", "scale_attn_weights", "rmsnorm", "post_layer_norm", "multi_query_attention"}  # or refused
 ROPE_KEYS = {"rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
              "truncate", "beta_fast", "beta_slow", "attention_factor"}
 
@@ -97,40 +117,43 @@ def load_config(folder):
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"MODEL {str(folder)!r} has no config.json: name a Hugging Face folder")
-    c, asked = json.loads(path.read_text()), {"rope_theta", "rope_scaling", "rope_parameters"}
-    architecture = (c.get("architectures") or [MODEL_TYPES.get(c.get("model_type"))])[0]
-    if architecture not in FAMILIES:
-        raise ValueError(f"{path}: architecture {architecture} (model_type {c.get('model_type')}) is not supported: "
-                         f"{REFUSED.get(architecture, 'it is unknown')}. Use one of {', '.join(FAMILIES)}")
-    if c.get("quantization_config"):
-        raise ValueError(f"{path}: the weights are quantized ({c['quantization_config'].get('quant_method')}): train "
-                         "from the unquantized folder")
-
-    def get(key, default=None):
-        asked.add(key)
-        return default if c.get(key) is None and key != "sliding_window" else c.get(key, default)
-
     try:
-        fields = {"architecture": architecture, "activation": get("hidden_act", "silu"),
-                  **{key: get(key) for key in SHARED if get(key) is not None}}
-        fields["rope_theta"], fields["rope_scaling"] = _rope(c)
-        fields.update(FAMILIES[architecture].switches(get))
-        if architecture == "BaichuanForCausalLM" and "max_position_embeddings" not in fields:
-            raise ValueError("max_position_embeddings is missing, as in 13B, whose ALiBi is not built: use 7B")
-        fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
-        fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-        for key, value in c.items():
-            neutral = value in (None, False, 0, 1, "", [], {}, ["full_attention"] * fields["num_hidden_layers"])
-            suspect = COMPUTES.search(key) and not HARMLESS.search(key) and key not in asked
-            if suspect and (value is True or not neutral):
-                raise ValueError(f"{key} {value!r} changes the computation, by its name, and is not built for "
-                                 f"{architecture}: use another folder, or remove the key if it changes nothing")
-        if fields["activation"] not in ("silu", "gelu_pytorch_tanh"):
-            raise ValueError(f"hidden_act {fields['activation']!r} is not built: use silu or gelu_pytorch_tanh")
-        config = Config(**fields)
+        config = _config(json.loads(path.read_text()))
         rope_frequencies(config)
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: {f'{e} is missing' if isinstance(e, KeyError) else e}") from e
+    return config
+
+
+def _config(c):
+    """config.json as a dict -> Config. KeyError is a missing key."""
+    architecture = (c.get("architectures") or [MODEL_TYPES.get(c.get("model_type"))])[0]
+    if architecture not in FAMILIES:
+        raise ValueError(f"architecture {architecture} (model_type {c.get('model_type')}) is not supported: use one of "
+                         f"{', '.join(FAMILIES)}")
+    if c.get("quantization_config"):
+        raise ValueError(f"the weights are quantized ({c['quantization_config'].get('quant_method')}): train from the "
+                         "unquantized folder")
+    family, asked = FAMILIES[architecture], {"rope_theta", "rope_scaling", "rope_parameters"}
+
+    def get(key, *default):  # null is the default, but of a window, where it says that there is none
+        asked.add(key)
+        return default[0] if default and c.get(key) is None and (key, key in c) != ("sliding_window", True) else c[key]
+
+    fields = {"architecture": architecture, **dict(zip(("rope_theta", "rope_scaling"), _rope(c)))}
+    found = {field: get(key, None) for field, key in {**KEYS, **family.keys}.items()}
+    fields |= {field: value for field, value in found.items() if value is not None} | family.switches(get)
+    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+    for key, value in c.items():
+        neutral = value in (None, False, 0, 1, "", [], {}, ["full_attention"] * fields["num_hidden_layers"])
+        fine = key in asked or not COMPUTES.match(key) or neutral and value is not True
+        if not (value is True if key in TRUE else fine):
+            raise ValueError(f"{key} {value!r} changes the computation, by its name, and is not built for "
+                             f"{architecture}: use another folder, or remove the key if it changes nothing")
+    config = Config(**fields)
+    if config.activation not in ("silu", "gelu_pytorch_tanh"):
+        raise ValueError(f"hidden_act {config.activation!r} is not built: use silu or gelu_pytorch_tanh")
     return config
 
 
@@ -186,95 +209,82 @@ def export_config(source, config, dtype):
     c = {k: v for k, v in source.items() if k != "quantization_config" and (k != "auto_map" or family.remote)}
     if not family.own_rope:
         theta, scaling = config.rope_theta, config.rope_scaling
-        c["rope_parameters"] = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
-        c["rope_theta"], c["rope_scaling"] = theta, scaling and {**scaling, "type": scaling["rope_type"]}
-        c["max_position_embeddings"] = config.max_position_embeddings
-    c["architectures"], c["torch_dtype"] = [config.architecture], str(dtype).removeprefix("torch.")
-    return {**c, "dtype": c["torch_dtype"]}
+        c |= {"rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})}, "rope_theta": theta,
+              "rope_scaling": scaling and {**scaling, "type": scaling["rope_type"]},
+              "max_position_embeddings": config.max_position_embeddings}
+    name = str(dtype).removeprefix("torch.")
+    return {**c, "architectures": [config.architecture], "torch_dtype": name, "dtype": name}
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
 def their_name(config, ours):
     """The name of a parameter in the folder of its family."""
-    for mine, theirs in FAMILIES[config.architecture].renames:
-        ours = ours.replace(mine, theirs)
+    for pattern, theirs in FAMILIES[config.architecture].names.items():
+        ours = re.sub(pattern, theirs, ours)
     return ours
 
 
 def layout(model):
-    """-> {our name: (their name, row runs (start, stop) in it)}, {their name: its shape}. The rows of several of ours
-    in one of theirs come in our order (q, k, v): all of q first, or all of the first key/value head."""
-    config, together, ours, theirs = model.config, {}, {}, {}
+    """-> {our name: (their name, groups, first, n)}, {their name: its shape}. Several of ours in one of theirs come in
+    our order (q, k, v): of each of `groups` equal parts of its rows, the n from `first` are ours."""
+    config, ours, theirs = model.config, {}, {}
     for name, p in model.named_parameters():
-        together.setdefault(their_name(config, name), {})[name] = p.shape
-    for fused, shapes in together.items():
-        groups = config.num_key_value_heads if FAMILIES[config.architecture].grouped and len(shapes) > 1 else 1
-        rows = sum(shape[0] for shape in shapes.values())
-        theirs[fused], start = (rows, *next(iter(shapes.values()))[1:]), 0
-        for name, shape in shapes.items():
-            n = shape[0] // groups
-            ours[name] = fused, [(first, first + n) for first in range(start, rows, rows // groups)]
-            start += n
+        fused = their_name(config, name)
+        groups = config.num_key_value_heads if FAMILIES[config.architecture].grouped in fused else 1
+        rows = theirs.get(fused, (0,))[0]
+        ours[name] = fused, groups, rows // groups, len(p) // groups
+        theirs[fused] = (rows + len(p), *p.shape[1:])
     return ours, theirs
 
 
-def _weight_files(folder):
-    """-> {tensor name: path}. ValueError or FileNotFoundError for everything that is not a whole set of safetensors."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+def _part(tensor, groups, first, n):
+    """Of their tensor, the view (groups, n, ...) of the rows that are one of ours."""
+    return tensor.unflatten(0, (groups, -1))[:, first:first + n]
+
+
+def _open_weights(folder):
+    """-> {tensor name: its open file}. ValueError or FileNotFoundError for what is not a whole set of safetensors."""
+    folder, where = Path(folder), {}
+    index, names = folder / "model.safetensors.index.json", {f.name for f in folder.glob("*.safetensors")}
     if index.exists():
         names = set(json.loads(index.read_text())["weight_map"].values())
         for name in names:
             if Path(name).name != name or name in ("", ".", ".."):
                 raise ValueError(f"{index}: {name!r} points out of the folder: only plain file names are read")
-    else:
-        names = {f.name for f in folder.glob("*.safetensors")}
     if not names:
         others = sorted(f.name for f in folder.glob("*.bin"))
         raise FileNotFoundError(f"{folder} has no .safetensors{f' ({others[0]} is a pickle)' if others else ''}: save "
                                 "the model with safe_serialization=True, or set INIT=random")
-    where = {}
-    for name in sorted(names):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name} is missing, and {index.name} names it: download it")
+    for path in sorted(folder / name for name in names):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing, and {index.name} names it: download it")
         try:
-            with safe_open(folder / name, "pt") as f:
-                where.update(dict.fromkeys(f.keys(), folder / name))
+            file = safe_open(path, "pt")
         except SafetensorError as e:
-            what = "a git-lfs pointer" if (folder / name).read_bytes()[:12] == b"version http" else "damaged"
-            raise ValueError(f"{folder / name} is {what} ({e}): download it again") from e
+            what = "a git-lfs pointer" if path.read_bytes()[:12] == b"version http" else "damaged"
+            raise ValueError(f"{path} is {what} ({e}): download it again") from e
+        where.update(dict.fromkeys(file.keys(), file))
     return where
 
 
 @torch.no_grad()
 def load_weights(model, folder):
     """Fill every parameter from the folder's safetensors. Each rank reads its own rows from the mapped files.
-    ValueError names a tensor that is missing, not expected, or of another shape; nothing has been read then."""
-    config, where = model.config, _weight_files(folder)
-    ours, wanted = layout(model)
-    unused = {n for n in where if n.endswith(".inv_freq")}
-    if config.tie_word_embeddings:
-        unused.add(their_name(config, "lm_head.weight"))
-    missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted) - unused)
-    if missing or extra:
-        raise ValueError(f"{folder}: " + "; ".join(f"{len(names)} {what}: {', '.join(names[:4])}" for what, names in
-                         (("tensors are missing", missing), ("are not the architecture's", extra)) if names)
-                         + f". The folder is not the {config.architecture} its config.json describes")
-    files = {path: safe_open(path, "pt") for path in set(where.values())}
-    for name, shape in wanted.items():
-        found = tuple(files[where[name]].get_slice(name).get_shape())
-        if found != tuple(shape):
-            raise ValueError(f"{where[name]}: {name} has shape {found}, and config.json asks for {tuple(shape)}")
+    ValueError names tensors that are missing, not expected, or of another shape; nothing has been read then."""
+    where, (ours, wanted) = _open_weights(folder), layout(model)
+    found = {name: tuple(f.get_slice(name).get_shape()) for name, f in where.items() if not name.endswith(".inv_freq")}
+    if model.config.tie_word_embeddings:
+        found.pop(their_name(model.config, "lm_head.weight"), None)
+    wrong = [f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
+             for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    if wrong:
+        raise ValueError(f"{folder} is not the {model.config.architecture} that its config.json describes: "
+                         f"{len(wrong)} tensors differ: {'; '.join(wrong[:4])}")
     for name, rows, first in model.local_parameters():
-        theirs, runs = ours[name]
-        tensor, last = files[where[theirs]].get_slice(theirs), first + len(rows)
-        for start, stop in runs:  # rows 0 to stop - start of what is left of ours; this rank wants first to last
-            n = stop - start
-            if first < n and last > 0:
-                a, b = max(first, 0), min(last, n)
-                rows[a - first:b - first].copy_(tensor[start + a:start + b])
-            first, last = first - n, last - n
+        theirs, *place = ours[name]
+        tensor = _part(where[theirs].get_tensor(theirs), *place).flatten(0, 1)  # mapped from the file, not yet read
+        rows.copy_(tensor[first:first + len(rows)])
 
 
 @torch.no_grad()
@@ -288,7 +298,7 @@ def save_weights(model, source_folder, out_folder):
     rank, world = (mesh.get_rank(), mesh.size()) if mesh is not None else (0, 1)
     source_config = json.loads((source / "config.json").read_text())
     named = source_config.get("dtype") or source_config.get("torch_dtype") or "float32"
-    dtype = DTYPES.get(named, torch.bfloat16)
+    dtype = {"float32": torch.float32, "float16": torch.float16}.get(named, torch.bfloat16)
     ours, theirs = layout(model)
     total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
     limit, shards, filled = min(SHARD_BYTES, -(-total // world)), [[]], 0
@@ -298,20 +308,19 @@ def save_weights(model, source_folder, out_folder):
             shards, filled = shards + [[]], 0
         shards[-1].append(name)
         filled += size
-    one = len(shards) == 1
-    names = ["model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-             for i in range(len(shards))]
+    n = len(shards)
+    names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
     error = None
     for start in range(0, len(shards), world):
         mine = {}
         for owner, shard in enumerate(shards[start:start + world]):
-            mine |= {name: torch.empty(theirs[name], dtype=dtype) for name in shard if owner == rank}
-            for name, (fused, runs) in ours.items():
+            for name, (fused, *place) in ours.items():
                 if fused in shard:
                     p = parameters[name]
                     full = p.full_tensor() if hasattr(p, "full_tensor") else p
-                    for a, b in runs if owner == rank else ():
-                        mine[fused][a:b], full = full[:b - a], full[b - a:]
+                    if owner == rank:
+                        part = _part(mine.setdefault(fused, torch.empty(theirs[fused], dtype=dtype)), *place)
+                        part.copy_(full.unflatten(0, part.shape[:2]))
         try:  # the other ranks go on to the next gather: fail after the last
             if mine:
                 save_file(mine, out / names[start + rank], metadata={"format": "pt"})
@@ -320,8 +329,8 @@ def save_weights(model, source_folder, out_folder):
     if error:
         raise OSError(f"{out}: {error}") from error
     if rank == 0:
-        weight_map = {n: file for file, shard in zip(names, shards) for n in shard}
-        if not one:
+        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+        if n > 1:
             (out / "model.safetensors.index.json").write_text(json.dumps(
                 {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
         (out / "config.json").write_text(json.dumps(export_config(source_config, config, dtype), indent=2))
@@ -333,11 +342,10 @@ def save_weights(model, source_folder, out_folder):
 def main(checkpoint, out):
     """Checkpoint -> Hugging Face folder, in one process, on the host. The run's config.json says which MODEL it was."""
     manifest = parallel.read_manifest(checkpoint)
-    source = manifest["model"]
     model = Transformer(Config(**manifest["config"]))
     parallel.load_checkpoint(checkpoint, model)
-    save_weights(model, source, out)
-    print(f"{out}: step {manifest['step']} of {source}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    save_weights(model, manifest["model"], out)
+    print(f"{out}: step {manifest['step']} of {manifest['model']}")
 
 
 if __name__ == "__main__":

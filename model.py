@@ -42,8 +42,9 @@ class Config:
     qk_norm: bool = False               # norm of every head of q and k, before RoPE
     sliding_window: int | None = None   # tokens a query sees, itself included; None: all before it
     architecture: str = "LlamaForCausalLM"
-    norm: str = "rms"                   # "rms_plus_one": times 1 + weight; "layer": LayerNorm without bias
+    norm: str = "rms"                   # "rms_plus_one": times 1 + weight; "layer": LayerNorm; "layer_bias": with bias
     activation: str = "silu"            # or "gelu_pytorch_tanh"
+    mlp_gate: bool = True               # activation(gate) * up; False: the activation alone
     parallel_residual: bool = False     # attention and MLP read one norm of x, and both are added to x
     rope_interleaved: bool = False      # dimensions 2i and 2i + 1 turn together; False: i and i + D/2
     scale_embedding: bool = False       # embeddings times sqrt(C)
@@ -138,17 +139,16 @@ def rope_frequencies(config):
     D, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
     kind, factor = scaling.get("rope_type", "default"), scaling["factor"] if scaling else 1.0
     original = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
-    exponent = torch.arange(0, D, 2).float() / D
-    frequency = 1.0 / base ** exponent
+    exponent = torch.arange(0, D, 2).float() / (D * scaling.get("partial_rotary_factor", 1.0))
+    frequency = 1.0 / base ** exponent * (exponent < 1)  # the other dimensions never turn
     if kind in ("default", "dynamic"):  # convert.extend_context has made what dynamic changes a larger base
         return frequency, 1.0
     if kind == "linear":
         return frequency / factor, 1.0
     if kind == "llama3":  # long waves are stretched, short ones kept, smoothly between
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        original = scaling["original_max_position_embeddings"]
         wave = 2 * math.pi / frequency
-        smooth = ((original / wave - low) / (high - low)).clamp(0, 1)
+        smooth = ((scaling["original_max_position_embeddings"] / wave - low) / (high - low)).clamp(0, 1)
         return (1 - smooth) * frequency / factor + smooth * frequency, 1.0
     if kind == "yarn":  # the same by the number of turns within the original length, as a ramp over dimensions
         turns = [scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1]
@@ -156,9 +156,8 @@ def rope_frequencies(config):
         if scaling.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, D - 1)
-        ramp = ((torch.arange(D // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+        keep = 1 - ((torch.arange(D // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
         amplitude = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-        keep = 1 - ramp
         return 1.0 / (factor * base ** exponent) * (1 - keep) + frequency * keep, amplitude
     raise ValueError(f"rope_type {kind!r} is unknown: use default, linear, dynamic, yarn or llama3")
 
@@ -173,10 +172,9 @@ def rope_cos_sin(config, position_ids):
 
 def rotate(x, cos, sin, interleaved=False):
     """x (t, H, D), its two halves of D being the real and the imaginary parts; interleaved, these alternate."""
-    pairs = x.float().unflatten(-1, (-1, 2) if interleaved else (2, -1))
-    a, b = pairs.unbind(-1 if interleaved else -2)                                  # (t, H, D/2)
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1 if interleaved else -2)
-    return turned.flatten(-2).to(x.dtype)
+    sizes, dim = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+    a, b = x.float().unflatten(-1, sizes).unbind(dim)                               # (t, H, D/2)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim).flatten(-2).to(x.dtype)
 
 
 class Norm(nn.Module):
@@ -184,15 +182,16 @@ class Norm(nn.Module):
     def __init__(self, size, config):
         super().__init__()
         self.weight, self.eps, self.kind = nn.Parameter(torch.ones(size)), config.rms_norm_eps, config.norm
+        self.bias = nn.Parameter(torch.zeros(size)) if config.norm == "layer_bias" else 0.0
 
     def forward(self, x):
         y = x.float()
-        if self.kind == "layer":
+        if self.kind in ("layer", "layer_bias"):
             y = y - y.mean(-1, keepdim=True)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.kind == "rms":
             return self.weight * y.to(x.dtype)
-        return (y * (self.weight.float() + (self.kind == "rms_plus_one"))).to(x.dtype)
+        return (y * (self.weight.float() + (self.kind == "rms_plus_one")) + self.bias).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- transformer
@@ -241,12 +240,13 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, I, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj, self.up_proj = nn.Linear(C, I, bias=bias), nn.Linear(C, I, bias=bias)
-        self.down_proj = nn.Linear(I, C, bias=bias)
+        self.gate_proj, self.up_proj = nn.Linear(C, I, bias), nn.Linear(C, I, bias) if config.mlp_gate else None
+        self.down_proj = nn.Linear(I, C, bias)
         self.activation = F.silu if config.activation == "silu" else functools.partial(F.gelu, approximate="tanh")
 
     def forward(self, x):
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        y = self.activation(self.gate_proj(x))
+        return self.down_proj(y if self.up_proj is None else y * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -423,7 +423,7 @@ def flops(config, tokens, pairs, recompute="none", keep_layers=0):
     adds what backward computes again; the last product of a recomputed block never is."""
     C, L, D = config.hidden_size, config.num_hidden_layers, config.head_dim
     H, G, I = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    block = C * D * (2 * H + 2 * G) + 3 * C * I
+    block = C * D * (2 * H + 2 * G) + (2 + config.mlp_gate) * C * I
     attention = 4 * H * D * pairs
     forward = 2 * tokens * (L * block + C * config.vocab_size) + L * attention
     again = 0 if recompute == "none" else 2 * tokens * (block - C * I) + (attention if recompute == "all" else 0)
