@@ -1,6 +1,7 @@
 """Hugging Face folders in and out: config.json <-> Config, safetensors <-> parameters, rank by rank.
 
     python convert.py runs/demo/checkpoints/step-00000300 OUT_FOLDER    a training checkpoint as a Hugging Face folder
+    python convert.py check FOLDER    how far our layers, logits and loss are from transformers'
 
 A family is a row of FAMILIES. Its names map ours to theirs; the inverse, for export, is computed from it.
 """
@@ -348,7 +349,27 @@ def main(checkpoint, out):
     print(f"{out}: step {manifest['step']} of {manifest['model']}")
 
 
+@torch.no_grad()
+def check(folder):
+    """Print how far our float32 layers, logits and loss are from transformers', on this file's text. -> is it far?"""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, found = Transformer(load_config(folder)), []
+    load_weights(model, folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(Path(__file__).read_text()[:600]).input_ids)
+    for layer in [*model.model["layers"][:-1], model.model["norm"]]:  # transformers shows the last one after the norm
+        layer.register_forward_hook(lambda module, args, output: found.append(output))
+    found.append(model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)))
+    output = theirs(ids[None], labels=ids[None], output_hidden_states=True)
+    for i, (a, b) in enumerate(zip(found, (*output.hidden_states[1:], output.logits))):
+        apart = ((a - b[0]).abs().max() / b.abs().max()).item()
+        print(f"{f'layer {i}' if b is not output.logits else 'logits':<10} {apart:.1e}{' PART' * (apart > 1e-4)}")
+    loss = torch.nn.functional.cross_entropy(found[-1][:-1], ids[1:])
+    print(f"loss of {len(ids)} tokens {loss:.6f}, transformers' {output.loss:.6f}")
+    return apart > 1e-4
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not os.path.isdir(sys.argv[1]):
+    if len(sys.argv) != 3 or not os.path.isdir(sys.argv[2 if sys.argv[1] == "check" else 1]):
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2])
+    sys.exit(check(sys.argv[2]) if sys.argv[1] == "check" else main(*sys.argv[1:]))

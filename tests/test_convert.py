@@ -3,6 +3,7 @@ name."""
 import json
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -529,6 +530,19 @@ def test_leftover_frequencies_and_a_stored_tied_head_are_accepted(hf_folder):
     tensors_after(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
                                       "lm_head.weight": t["model.embed_tokens.weight"].clone()}))(folder)
     load(folder)
+
+
+def test_check_names_the_layer_where_we_part_from_transformers(hf_folder, tokenizer_files, capsys):
+    folder, _ = hf_folder(vocab_size=260, num_hidden_layers=3, **ODD)
+    tokenizer_files(folder)
+    assert not convert.check(folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:-1] for line in lines[:4]] == [["layer", "0"], ["layer", "1"], ["layer", "2"], ["logits"]]
+    losses = re.fullmatch(r"loss of 600 tokens (\S+), transformers' (\S+)", lines[4]).groups()
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
+    # we go by architectures, transformers by model_type, which knows no window
+    assert convert.check(edit_config(folder, architectures=["MistralForCausalLM"], sliding_window=300))
+    assert all(line.endswith(" PART") for line in capsys.readouterr().out.splitlines()[:4])
 
 
 def test_a_folder_without_a_whole_config_is_refused(tmp_path):
