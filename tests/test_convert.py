@@ -8,11 +8,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, assert_close, row, tiny_model
+from conftest import TINY, assert_close, on_ranks, row, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert
+import parallel
 from model import Config, Transformer, rope_cos_sin, rope_frequencies
 
 ODD = dict(num_attention_heads=6, num_key_value_heads=3, head_dim=10)
@@ -172,6 +173,25 @@ def test_internlm2_fuses_by_key_value_head(tmp_path, bias):
     c = json_of(tmp_path / "out")
     assert c["auto_map"] and (tmp_path / "out" / "configuration.py").exists()  # or nothing could open it
     assert c["rope_scaling"] == {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
+
+
+def load_and_save_shards(folder, out):
+    grid, expected = parallel.init(1, 1), load(folder)
+    with torch.device("meta"):
+        model = Transformer(convert.load_config(folder), grid.sp_group)
+    parallel.shard(model, model.model["layers"], grid, torch.float32, 3, False)
+    convert.load_weights(model, folder)
+    for name, rows, first in model.local_parameters():
+        assert torch.equal(rows, expected.get_parameter(name)[first:first + len(rows)]), f"{name} on rank {grid.rank}"
+    convert.save_weights(model, folder, out)
+
+
+def test_fused_tensors_are_loaded_and_saved_by_shards(tmp_path):
+    """Of 3 ranks, whose shares of the rows end inside a key/value head."""
+    folder, _ = internlm2_folder(tmp_path / "hf", bias=True)
+    on_ranks(3, load_and_save_shards, folder, tmp_path / "out", tmp_path=tmp_path)
+    assert_same_tensors(tmp_path / "out", folder)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) >= 3
 
 
 @pytest.mark.parametrize("architecture", ["BaiChuanForCausalLM", "BaichuanForCausalLM"])
@@ -408,6 +428,171 @@ def test_extensions_that_cannot_be_are_refused(positions, scaling, message):
     config.rope_scaling = {"rope_type": "linear", "factor": 2.0} if "needs" in message else None
     with pytest.raises(ValueError, match=message):
         convert.extend_context(config, positions, scaling, 0, 512)
+
+
+# ------------------------------------------------------------------------------------ config.json as it is published
+
+ALWAYS = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True,
+          "transformers_version": "4.40.0", "_name_or_path": "somebody/model"}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "pretraining_tp": 1,
+         "rope_scaling": None, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}
+LLAMA31 = {**LLAMA, "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "rope_theta": 500000.0,
+           "max_position_embeddings": 131072, "vocab_size": 128256}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu",
+           "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "attention_dropout": 0.0}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0,
+         "rms_norm_eps": 1e-6, "use_sliding_window": False, "rope_theta": 1000000.0, "tie_word_embeddings": False}
+INTERNLM = {"hidden_act": "silu", "pad_token_id": 2, "tie_word_embeddings": False, "attn_implementation": "eager",
+            "auto_map": {"AutoConfig": "configuration_internlm.InternLMConfig"}}
+GEMMA = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", "attention_bias": False, "head_dim": 256,
+         "attention_dropout": 0.0, "hidden_act": "gelu", "hidden_activation": None, "rms_norm_eps": 1e-6,
+         "rope_scaling": None, "rope_theta": 10000.0, "max_position_embeddings": 8192, "vocab_size": 256000}
+COHERE = {"architectures": ["CohereForCausalLM"], "model_type": "cohere", "attention_bias": False, "hidden_act": "silu",
+          "attention_dropout": 0.0, "layer_norm_eps": 1e-5, "model_max_length": 131072, "vocab_size": 256000}
+BAICHUAN = {"model_type": "baichuan", "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+            "max_position_embeddings": 4096, "_from_model_config": True, "pad_token_id": 0,
+            "auto_map": {"AutoConfig": "configuration_baichuan.BaichuanConfig"}}
+GLM = {"architectures": ["ChatGLMModel"], "model_type": "chatglm", "add_bias_linear": False, "add_qkv_bias": True,
+       "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False, "rmsnorm": True,
+       "attention_dropout": 0.0, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "kv_channels": 128,
+       "classifier_dropout": None, "fp32_residual_connection": False, "hidden_dropout": 0.0, "post_layer_norm": True,
+       "multi_query_attention": True, "original_rope": True, "tie_word_embeddings": False, "multi_query_group_num": 2}
+
+
+def sizes(C, I, L, H, G=None, **more):
+    grouped = {"num_key_value_heads": G} if G else {}
+    return {"hidden_size": C, "intermediate_size": I, "num_hidden_layers": L, "num_attention_heads": H, **grouped,
+            **more}
+
+
+def llama3(factor):
+    return {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
+            "original_max_position_embeddings": 8192}
+
+
+PUBLISHED = {  # name: (config.json, what is expected of Config)
+    "Llama 1 7B": ({**LLAMA, **sizes(4096, 11008, 32, 32), "max_sequence_length": 2048, "vocab_size": 32000,
+                    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "pad_token_id": 0},
+                   {"num_key_value_heads": 32, "head_dim": 128, "rope_theta": 1e4, "rms_norm_eps": 1e-6}),
+    "Llama 2 70B": ({**LLAMA, **sizes(8192, 28672, 80, 64, 8), "max_position_embeddings": 4096, "vocab_size": 32000},
+                    {"num_key_value_heads": 8, "rope_theta": 1e4, "qkv_bias": False}),
+    "Llama 3 8B": ({**LLAMA, **sizes(4096, 14336, 32, 32, 8), "rope_theta": 500000.0, "vocab_size": 128256,
+                    "max_position_embeddings": 8192, "attention_bias": False}, {"rope_theta": 5e5}),
+    "Llama 3.1 8B": ({**LLAMA31, **sizes(4096, 14336, 32, 32, 8), "rope_scaling": llama3(8.0)},
+                     {"rope_scaling": llama3(8.0), "max_position_embeddings": 131072}),
+    "Llama 3.2 1B": ({**LLAMA31, **sizes(2048, 8192, 16, 32, 8, head_dim=64), "tie_word_embeddings": True,
+                      "rope_scaling": llama3(32.0)}, {"head_dim": 64, "tie_word_embeddings": True}),
+    "Llama 3.3 70B": ({**LLAMA31, **sizes(8192, 28672, 80, 64, 8, head_dim=128), "rope_scaling": llama3(8.0),
+                       "eos_token_id": [128001, 128008, 128009]}, {"head_dim": 128, "mlp_bias": False}),
+    "SmolLM2 135M": ({**LLAMA, **sizes(576, 1536, 30, 9, 3), "is_llama_config": True, "rope_interleaved": False,
+                      "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152, "attention_bias": False,
+                      "max_position_embeddings": 8192, "transformers.js_config": {"dtype": "q4f16"}},
+                     {"head_dim": 64, "rope_theta": 1e5}),
+    "Yi 1.5 9B": ({**LLAMA, **sizes(4096, 11008, 48, 32, 4), "attention_bias": False, "attention_dropout": 0.0,
+                   "rms_norm_eps": 1e-6, "rope_theta": 5000000.0, "vocab_size": 64000, "pad_token_id": 0,
+                   "max_position_embeddings": 4096}, {"rope_theta": 5e6, "num_key_value_heads": 4}),
+    "DeepSeek LLM 7B": ({**LLAMA, **sizes(4096, 11008, 30, 32, 32), "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+                         "max_position_embeddings": 4096, "vocab_size": 102400}, {"num_hidden_layers": 30}),
+    "DeepSeek LLM 67B": ({**LLAMA, **sizes(8192, 22016, 95, 64, 8), "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+                          "max_position_embeddings": 4096, "vocab_size": 102400}, {"num_key_value_heads": 8}),
+    "DeepSeek Coder 33B": ({**LLAMA, **sizes(7168, 19200, 62, 56, 8), "rms_norm_eps": 1e-6, "rope_theta": 100000,
+                            "rope_scaling": {"factor": 4.0, "type": "linear"}, "max_position_embeddings": 16384,
+                            "vocab_size": 32256},
+                           {"rope_theta": 1e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "Mistral 7B 0.1": ({**MISTRAL, **sizes(4096, 14336, 32, 32, 8), "max_position_embeddings": 32768,
+                        "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000}, {"sliding_window": 4096}),
+    "Mistral 7B 0.3": ({**MISTRAL, **sizes(4096, 14336, 32, 32, 8), "max_position_embeddings": 32768,
+                        "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32768},
+                       {"sliding_window": None, "rope_theta": 1e6}),
+    "Mistral Nemo": ({**MISTRAL, **sizes(5120, 14336, 40, 32, 8, head_dim=128), "max_position_embeddings": 131072,
+                      "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 131072}, {"head_dim": 128}),
+    "Zephyr 7B": ({**MISTRAL, **sizes(4096, 14336, 32, 32, 8), "max_position_embeddings": 32768, "pad_token_id": 2,
+                   "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000}, {"sliding_window": 4096}),
+    "Qwen 7B": ({**sizes(4096, 22016, 32, 32), "architectures": ["QWenLMHeadModel"], "model_type": "qwen",
+                 "attn_dropout_prob": 0.0, "bf16": False, "emb_dropout_prob": 0.0, "fp16": False, "fp32": False,
+                 "kv_channels": 128, "layer_norm_epsilon": 1e-6, "max_position_embeddings": 32768, "no_bias": True,
+                 "onnx_safe": None, "rotary_emb_base": 10000, "rotary_pct": 1.0, "scale_attn_weights": True,
+                 "seq_length": 8192, "tie_word_embeddings": False, "tokenizer_class": "QWenTokenizer",
+                 "use_dynamic_ntk": True, "use_flash_attn": "auto", "use_logn_attn": True, "vocab_size": 151936},
+                {"intermediate_size": 11008, "qkv_bias": True, "o_bias": False, "max_position_embeddings": 8192}),
+    "Qwen 1.5 7B": ({**QWEN2, **sizes(4096, 11008, 32, 32, 32), "max_window_layers": 28, "sliding_window": 32768,
+                     "max_position_embeddings": 32768, "vocab_size": 151936}, {"sliding_window": None}),
+    "Qwen 2 7B": ({**QWEN2, **sizes(3584, 18944, 28, 28, 4), "max_window_layers": 28, "sliding_window": 131072,
+                   "max_position_embeddings": 131072, "vocab_size": 152064}, {"qkv_bias": True, "o_bias": False}),
+    "Qwen 2.5 7B": ({**QWEN2, **sizes(3584, 18944, 28, 28, 4), "max_window_layers": 28, "sliding_window": 131072,
+                     "max_position_embeddings": 131072, "use_mrope": False, "vocab_size": 152064}, {"head_dim": 128}),
+    "Qwen 3 8B": ({**QWEN2, **sizes(4096, 12288, 36, 32, 8, head_dim=128), "architectures": ["Qwen3ForCausalLM"],
+                   "model_type": "qwen3", "attention_bias": False, "max_window_layers": 36, "rope_scaling": None,
+                   "sliding_window": None, "max_position_embeddings": 40960, "vocab_size": 151936},
+                  {"qk_norm": True, "qkv_bias": False, "sliding_window": None}),
+    "InternLM 7B": ({**INTERNLM, **sizes(4096, 11008, 32, 32), "architectures": ["InternLMForCausalLM"], "bias": True,
+                     "model_type": "internlm", "rms_norm_eps": 1e-6, "rotary": {"base": 10000, "type": "dynamic"},
+                     "max_position_embeddings": 2048, "vocab_size": 103168},
+                    {"o_bias": True, "rope_scaling": {"rope_type": "dynamic", "factor": 1.0}}),
+    "InternLM 2 7B": ({**INTERNLM, **sizes(4096, 14336, 32, 32, 8), "architectures": ["InternLM2ForCausalLM"],
+                       "model_type": "internlm2", "bias": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
+                       "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "pretraining_tp": 1,
+                       "max_position_embeddings": 32768, "vocab_size": 92544},
+                      {"rope_theta": 1e6, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "o_bias": False}),
+    "InternLM 2.5 7B 1M": ({**INTERNLM, **sizes(4096, 14336, 32, 32, 8), "architectures": ["InternLM2ForCausalLM"],
+                            "model_type": "internlm2", "bias": False, "rms_norm_eps": 1e-5, "rope_theta": 50000000,
+                            "rope_scaling": {"factor": 2.5, "type": "dynamic"}, "pretraining_tp": 1,
+                            "max_position_embeddings": 262144, "vocab_size": 92544}, {"rope_theta": 5e7}),
+    "InternLM 3 8B": ({**INTERNLM, **sizes(4096, 10240, 48, 32, 2, head_dim=128), "model_type": "internlm3",
+                       "architectures": ["InternLM3ForCausalLM"], "attention_dropout": 0.0, "bias": False,
+                       "qkv_bias": False, "rms_norm_eps": 1e-5, "rope_theta": 50000000,
+                       "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}, "max_position_embeddings": 32768,
+                       "vocab_size": 128512}, {"num_key_value_heads": 2, "qkv_bias": False, "mlp_bias": False}),
+    "Gemma 2B": ({**GEMMA, **sizes(2048, 16384, 18, 8, 1)},
+                 {"head_dim": 256, "tie_word_embeddings": True, "activation": "gelu_pytorch_tanh"}),
+    "Gemma 7B": ({**GEMMA, **sizes(3072, 24576, 28, 16, 16)}, {"norm": "rms_plus_one", "scale_embedding": True}),
+    "Command R": ({**COHERE, **sizes(8192, 22528, 40, 64, 64), "logit_scale": 0.0625, "rope_theta": 8000000.0,
+                   "max_position_embeddings": 8192, "use_qk_norm": False},
+                  {"tie_word_embeddings": True, "qk_norm": False, "rope_interleaved": True, "rms_norm_eps": 1e-5}),
+    "Command R+": ({**COHERE, **sizes(12288, 33792, 64, 96, 8), "logit_scale": 0.8333333333333334,
+                    "rope_theta": 75000000.0, "max_position_embeddings": 8192, "use_qk_norm": True},
+                   {"qk_norm": True, "logit_scale": 0.8333333333333334}),
+    "Starcoder 2 7B": ({**sizes(4608, 18432, 32, 36, 4), "architectures": ["Starcoder2ForCausalLM"], "use_bias": True,
+                        "model_type": "starcoder2", "activation_function": "gelu", "attention_dropout": 0.1,
+                        "attention_softmax_in_fp32": True, "embedding_dropout": 0.1, "hidden_act": "gelu_pytorch_tanh",
+                        "layer_norm_epsilon": 1e-5, "norm_epsilon": 1e-5, "norm_type": "layer_norm",
+                        "mlp_type": "default", "residual_dropout": 0.1, "rope_theta": 1000000, "sliding_window": 4096,
+                        "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True,
+                        "max_position_embeddings": 16384, "vocab_size": 49152},
+                       {"norm": "layer_bias", "mlp_gate": False, "o_bias": True, "mlp_bias": True,
+                        "sliding_window": 4096, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "Baichuan 7B": ({**BAICHUAN, **sizes(4096, 11008, 32, 32), "architectures": ["BaiChuanForCausalLM"],
+                     "vocab_size": 64000}, {"normalize_head": False}),
+    "Baichuan 2 7B": ({**BAICHUAN, **sizes(4096, 11008, 32, 32), "architectures": ["BaichuanForCausalLM"],
+                       "model_max_length": 4096, "vocab_size": 125696, "z_loss_weight": 0}, {"normalize_head": True}),
+    "ChatGLM 3 6B": ({**GLM, "hidden_size": 4096, "ffn_hidden_size": 13696, "num_layers": 28, "num_attention_heads": 32,
+                      "layernorm_epsilon": 1e-5, "padded_vocab_size": 65024, "vocab_size": 65024, "seq_length": 8192,
+                      "pre_seq_len": None, "prefix_projection": False, "quantization_bit": 0},
+                     {"num_key_value_heads": 2, "intermediate_size": 13696, "qkv_bias": True, "o_bias": False,
+                      "max_position_embeddings": 8192, "vocab_size": 65024}),
+    "GLM 4 9B": ({**GLM, "hidden_size": 4096, "ffn_hidden_size": 13696, "num_layers": 40, "num_attention_heads": 32,
+                  "num_hidden_layers": 40, "layernorm_epsilon": 1.5625e-07, "padded_vocab_size": 151552,
+                  "rope_ratio": 500, "seq_length": 131072, "vocab_size": 151552},
+                 {"rope_theta": 5e6, "rms_norm_eps": 1.5625e-07}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(tmp_path, name):
+    published, expected = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps({**ALWAYS, **published}))
+    config = convert.load_config(tmp_path)
+    for key in ("hidden_size", "num_attention_heads", "vocab_size"):
+        assert getattr(config, key) == published[key]
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert config.head_dim == 256 if "Gemma" in name else config.head_dim * config.num_attention_heads == (
+        4096 if "Nemo" in name else config.hidden_size)
+    if published["model_type"] in ("llama", "mistral", "qwen2", "qwen3", "gemma", "cohere", "starcoder2"):
+        from transformers import AutoConfig
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        for key in ("num_key_value_heads", "intermediate_size", "max_position_embeddings", "tie_word_embeddings"):
+            assert getattr(config, key) == getattr(theirs, key), key
+        assert config.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
