@@ -119,19 +119,16 @@ def load_config(folder):
     if not path.exists():
         raise FileNotFoundError(f"MODEL {str(folder)!r} has no config.json: name a Hugging Face folder")
     try:
-        config = _config(json.loads(path.read_text()))
-        rope_frequencies(config)
+        return _config(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: {f'{e} is missing' if isinstance(e, KeyError) else e}") from e
-    return config
 
 
 def _config(c):
     """config.json as a dict -> Config. KeyError is a missing key."""
     architecture = (c.get("architectures") or [MODEL_TYPES.get(c.get("model_type"))])[0]
     if architecture not in FAMILIES:
-        raise ValueError(f"architecture {architecture} (model_type {c.get('model_type')}) is not supported: use one of "
-                         f"{', '.join(FAMILIES)}")
+        raise ValueError(f"architecture {architecture} is not supported: use one of {', '.join(FAMILIES)}")
     if c.get("quantization_config"):
         raise ValueError(f"the weights are quantized ({c['quantization_config'].get('quant_method')}): train from the "
                          "unquantized folder")
@@ -155,6 +152,7 @@ def _config(c):
     config = Config(**fields)
     if config.activation not in ("silu", "gelu_pytorch_tanh"):
         raise ValueError(f"hidden_act {config.activation!r} is not built: use silu or gelu_pytorch_tanh")
+    rope_frequencies(config)
     return config
 
 

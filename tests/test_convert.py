@@ -175,8 +175,8 @@ def test_internlm2_fuses_by_key_value_head(tmp_path, bias):
     assert c["rope_scaling"] == {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
 
 
-def load_and_save_shards(folder, out):
-    grid, expected = parallel.init(1, 1), load(folder)
+def load_and_save_shards(folder, expected, out):
+    grid = parallel.init(1, 1)
     with torch.device("meta"):
         model = Transformer(convert.load_config(folder), grid.sp_group)
     parallel.shard(model, model.model["layers"], grid, torch.float32, 3, False)
@@ -188,8 +188,8 @@ def load_and_save_shards(folder, out):
 
 def test_fused_tensors_are_loaded_and_saved_by_shards(tmp_path):
     """Of 3 ranks, whose shares of the rows end inside a key/value head."""
-    folder, _ = internlm2_folder(tmp_path / "hf", bias=True)
-    on_ranks(3, load_and_save_shards, folder, tmp_path / "out", tmp_path=tmp_path)
+    folder, llama = internlm2_folder(tmp_path / "hf", bias=True)
+    on_ranks(3, load_and_save_shards, folder, llama, tmp_path / "out", tmp_path=tmp_path)
     assert_same_tensors(tmp_path / "out", folder)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) >= 3
 
@@ -360,7 +360,7 @@ def test_internlm_and_old_yi(tmp_path):
 
 def test_other_architectures_are_refused(hf_folder):
     folder, _ = hf_folder()
-    with pytest.raises(ValueError, match="architecture MixtralForCausalLM .*is not supported: use one of Llama"):
+    with pytest.raises(ValueError, match="architecture MixtralForCausalLM is not supported: use one of Llama"):
         convert.load_config(edit_config(folder, architectures=["MixtralForCausalLM"]))
 
 
