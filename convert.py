@@ -82,9 +82,8 @@ FAMILIES = {
         "sliding_window": get("sliding_window", None), "tie_word_embeddings": get("tie_word_embeddings", True)},
         dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), "use_bias"), {"gate_proj": "c_fc", "down_proj": "c_proj"}),
     "BaiChuanForCausalLM": Family(names={"[qkv]_proj": "W_pack"}, remote=True, own_rope=True),
-    "BaichuanForCausalLM": Family(lambda get: {  # its 13B has no max_position_embeddings, but ALiBi, which is not built
-        "normalize_head": True, "max_position_embeddings": get("max_position_embeddings")},
-        names={"[qkv]_proj": "W_pack"}, remote=True, own_rope=True),
+    "BaichuanForCausalLM": Family(
+        lambda get: {"normalize_head": True}, names={"[qkv]_proj": "W_pack"}, remote=True, own_rope=True),
     "ChatGLMModel": Family(
         lambda get: {"rope_theta": 1e4 * get("rope_ratio", 1), "rope_interleaved": True,
                      "rope_scaling": {"factor": 1.0, "partial_rotary_factor": 0.5}},
@@ -141,6 +140,8 @@ def _config(c):
     fields = {"architecture": architecture, **dict(zip(("rope_theta", "rope_scaling"), _rope(c)))}
     found = {field: get(key, None) for field, key in {**KEYS, **family.keys}.items()}
     fields |= {field: value for field, value in found.items() if value is not None} | family.switches(get)
+    if architecture == "BaichuanForCausalLM" and "max_position_embeddings" not in fields:
+        raise ValueError(f"{architecture} without max_position_embeddings is 13B, whose ALiBi is not built: use 7B")
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
     for key, value in c.items():
@@ -349,7 +350,7 @@ def main(checkpoint, out):
 
 @torch.no_grad()
 def check(folder):
-    """Print how far our float32 layers, logits and loss are from transformers', on this file's text. -> is it far?"""
+    """Print how far float32 layers, logits and loss are from transformers' on this file's text. -> are the logits?"""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model, found = Transformer(load_config(folder)), []
     load_weights(model, folder)
@@ -360,7 +361,7 @@ def check(folder):
     found.append(model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)))
     output = theirs(ids[None], labels=ids[None], output_hidden_states=True)
     for i, (a, b) in enumerate(zip(found, (*output.hidden_states[1:], output.logits))):
-        apart = ((a - b[0]).abs().max() / b.abs().max()).item()
+        apart = ((a - b[0]).norm(dim=-1) / b[0].norm(dim=-1)).max().item()  # by token, as the first one may be huge
         print(f"{f'layer {i}' if b is not output.logits else 'logits':<10} {apart:.1e}{' PART' * (apart > 1e-4)}")
     loss = torch.nn.functional.cross_entropy(found[-1][:-1], ids[1:])
     print(f"loss of {len(ids)} tokens {loss:.6f}, transformers' {output.loss:.6f}")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import convert
 import parallel
+import train
 from model import Config, Transformer, rope_cos_sin, rope_frequencies
 
 ODD = dict(num_attention_heads=6, num_key_value_heads=3, head_dim=10)
@@ -216,7 +217,7 @@ def test_baichuan_fuses_q_k_v_and_its_second_normalizes_the_head(tmp_path, archi
     with pytest.raises(ValueError, match="reads no rope_scaling"):
         convert.extend_context(ours.config, 4096, None, 0, 512)
     if second:
-        with pytest.raises(ValueError, match="'max_position_embeddings' is missing"):
+        with pytest.raises(ValueError, match="BaichuanForCausalLM .* 13B, whose ALiBi is not built"):
             convert.load_config(edit_config(folder, drop=["max_position_embeddings"]))
 
 
@@ -653,6 +654,14 @@ def test_neutral_and_harmless_keys_pass(hf_folder):
 def test_sliding_windows(hf_folder, model_type, drop, changes, window):
     folder, _ = hf_folder(model_type)
     assert convert.load_config(edit_config(folder, drop, **changes)).sliding_window == window
+
+
+@pytest.mark.parametrize("length,window", [(7, None), (8, 7)])
+def test_a_window_no_shorter_than_the_rows_is_none(hf_folder, monkeypatch, length, window):
+    folder, _ = hf_folder("mistral", sliding_window=7)
+    monkeypatch.setattr(train, "MODEL", str(folder))
+    monkeypatch.setattr(train, "MAX_LENGTH", length)
+    assert train.plan(1)[1].sliding_window == window
 
 
 def test_windows_of_some_layers_are_refused(hf_folder):
