@@ -62,13 +62,11 @@ FAMILIES = {
             "rope_type": {"origin": "default"}.get(get("rotary", {}).get("type"), "dynamic"),
             "factor": get("rotary", {}).get("scaling_factor", 1.0)}},
         {"qkv_bias": "bias", "o_bias": "bias"}, remote=True, own_rope=True),
-    "InternLM2ForCausalLM": Family(
-        keys={"qkv_bias": "bias", "o_bias": "bias"}, grouped="wqkv", remote=True,
-        names={"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
-               "post_attention_layernorm": "ffn_norm", "self_attn": "attention", "[qkv]_proj": "wqkv", "o_proj": "wo",
-               "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
-    "InternLM3ForCausalLM": Family(
-        keys={"qkv_bias": "qkv_bias", "o_bias": "bias", "mlp_bias": "bias"}, remote=True),
+    "InternLM2ForCausalLM": Family(keys={"qkv_bias": "bias", "o_bias": "bias"}, grouped="wqkv", remote=True, names={
+        "embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm", "o_proj": "wo",
+        "post_attention_layernorm": "ffn_norm", "self_attn": "attention", "[qkv]_proj": "wqkv", "mlp": "feed_forward",
+        "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+    "InternLM3ForCausalLM": Family(keys={"qkv_bias": "qkv_bias", "o_bias": "bias", "mlp_bias": "bias"}, remote=True),
     "GemmaForCausalLM": Family(lambda get: {  # hidden_act may say gelu, which the model was not trained with
         "norm": "rms_plus_one", "scale_embedding": True, "activation": "gelu_pytorch_tanh",
         "head_dim": get("head_dim", 256), "tie_word_embeddings": get("tie_word_embeddings", True)}),
