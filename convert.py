@@ -104,8 +104,8 @@ COMPUTES = re.compile("(?!.*(dropout|implementation|flash|fp32|initializer|logn|
                       "attention|rope|rotary|norm|scal|softcap|multipl|expert|moe|lora|alibi|window|bias|residual|mup|"
                       "layer_types|sink|original_max)")
 TRUE = {"no_bias", "scale_attn_weights", "rmsnorm", "post_layer_norm", "multi_query_attention"}  # or refused
-ROPE_KEYS = {"rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
-             "truncate", "beta_fast", "beta_slow", "attention_factor"}
+ROPE_KEYS = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
+             "high_freq_factor", "truncate", "beta_fast", "beta_slow", "attention_factor"}
 
 
 # --------------------------------------------------------------------------------------------------------- config.json
@@ -155,10 +155,17 @@ def _config(c):
     return config
 
 
+def _scaling(given):
+    """A rope_scaling by its new words. ValueError names a key that is not built, or misspelt."""
+    given = {("rope_type" if key == "type" else key): value for key, value in (given or {}).items()}
+    for key in set(given) - ROPE_KEYS:
+        raise ValueError(f"rope_scaling's {key} {given[key]!r} is not built: use {', '.join(sorted(ROPE_KEYS))}")
+    return given
+
+
 def _rope(c):
     """-> rope_theta, rope_scaling, from the old keys (rope_theta, rope_scaling), the new (rope_parameters), or both."""
-    new = c.get("rope_parameters") or {}
-    old = {("rope_type" if k == "type" else k): v for k, v in (c.get("rope_scaling") or {}).items()}
+    new, old = _scaling(c.get("rope_parameters")), _scaling(c.get("rope_scaling"))
     theta = new.get("rope_theta", c.get("rope_theta", old.get("rope_theta", 10000.0)))
     if c.get("rope_theta", theta) != theta:
         raise ValueError(f"rope_theta {c['rope_theta']} and rope_parameters' {theta} differ: remove the wrong one")
@@ -166,8 +173,6 @@ def _rope(c):
     if new and old and {"rope_type": "default", **new} != {"rope_type": "default", **old}:
         raise ValueError(f"rope_scaling {old} and rope_parameters {new} differ: remove the wrong one")
     scaling = new or old
-    for key in set(scaling) - ROPE_KEYS:
-        raise ValueError(f"rope_scaling's {key} {scaling[key]!r} is not built: use {', '.join(sorted(ROPE_KEYS))}")
     return float(theta), None if scaling.get("rope_type", "default") == "default" else scaling
 
 
@@ -176,14 +181,14 @@ def extend_context(config, positions, scaling, theta, length):
     dict, its factor ceil(new / old) unless given; None: the checkpoint's type or linear. Dynamic becomes its base at
     `length`."""
     old, had = config.max_position_embeddings, config.rope_scaling or {}
+    scaling = {"rope_type": scaling} if isinstance(scaling, str) else _scaling(scaling)
+    theta = scaling.pop("rope_theta", theta)
     if 0 < positions < old:
         raise ValueError(f"MAX_POSITION_EMBEDDINGS {positions} is less than the checkpoint's {old}: 0 keeps these")
     if (positions > old or scaling or theta) and FAMILIES[config.architecture].own_rope:
         raise ValueError(f"{config.architecture} reads no rope_scaling: leave its {old} positions as they are")
     config.max_position_embeddings, config.rope_theta = max(positions, old), float(theta or config.rope_theta)
     if scaling or positions > old and not theta:
-        scaling = {"rope_type": scaling} if isinstance(scaling, str) else scaling or {}
-        scaling = {("rope_type" if k == "type" else k): v for k, v in scaling.items()}
         kind = scaling.setdefault("rope_type", had.get("rope_type", "linear"))
         if had and kind not in ("default", had["rope_type"]) and "factor" not in scaling:
             raise ValueError(f"the checkpoint is scaled by {had}: ROPE_SCALING of another type needs its factor")

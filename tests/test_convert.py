@@ -27,7 +27,7 @@ FAMILIES = [
     ("gemma", {"tie_word_embeddings": True}), ("gemma", {**BIASED, "tie_word_embeddings": False}),
     ("cohere", {"logit_scale": 0.3, "head_dim": 8}), ("cohere", {"use_qk_norm": True, "head_dim": 8, **BIASED}),
     ("cohere", {"use_qk_norm": True, "head_dim": 8, "tie_word_embeddings": False}),
-    ("starcoder2", {"head_dim": 8}), ("starcoder2", {"head_dim": 8, "tie_word_embeddings": False, "use_bias": False})]
+    ("starcoder2", {}), ("starcoder2", {"tie_word_embeddings": False, "use_bias": False, "sliding_window": 5})]
 
 
 def load(folder):
@@ -373,6 +373,7 @@ EXTENSIONS = [  # max_position_embeddings' extension, ROPE_SCALING, ROPE_THETA, 
     (1500, None, 0, None, 3.0), (2048, "yarn", 0, None, 4.0), (2048, {"type": "llama3"}, 0, None, 4.0),
     (0, {"rope_type": "linear", "factor": 2.5}, 0, None, 2.5), (2048, None, 5e5, None, None),
     (1024, None, 0, {"rope_type": "linear", "factor": 4.0}, 8.0), (1024, None, 0, LLAMA3, 16.0),
+    (2048, {"rope_type": "linear", "rope_theta": 5e4}, 0, None, 4.0),
     (2048, {"rope_type": "dynamic"}, 0, None, None), (0, None, 0, {"rope_type": "dynamic", "factor": 6.0}, None)]
 
 
@@ -423,7 +424,8 @@ def test_dynamic_is_frozen_at_the_training_length(length):
 
 @pytest.mark.parametrize("positions,scaling,message", [
     (256, None, "256 is less than the checkpoint's 512"), (1024, {"rope_type": "su"}, "'su' is unknown"),
-    (1024, {"rope_type": "yarn"}, "needs its factor")])
+    (1024, {"rope_type": "yarn"}, "needs its factor"),
+    (1024, {"type": "linear", "facotr": 2.0}, "facotr 2.0 is not built: use .*, factor,")])
 def test_extensions_that_cannot_be_are_refused(positions, scaling, message):
     config = Config(1, 512, 1, 1, 8, 8, 64, max_position_embeddings=512)
     config.rope_scaling = {"rope_type": "linear", "factor": 2.0} if "needs" in message else None
