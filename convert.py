@@ -24,7 +24,6 @@ SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
                    "generation_config.json", "*.tiktoken", "*.py")
 
-
 class Family(NamedTuple):
     """How one architecture's folder differs from Llama's."""
     switches: object = lambda get: {}   # config.json, as a function get(key, default) -> fields of Config
@@ -34,14 +33,12 @@ class Family(NamedTuple):
     remote: bool = False    # its code comes with the folder, so auto_map stays
     own_rope: bool = False  # its code reads no rope_scaling, so its context cannot be extended
 
-
 def _qwen_window(get):
     window, first, types = get("sliding_window", 4096), get("max_window_layers", 28), get("layer_types", ())
     used = get("use_sliding_window", False)
     if used and ("full_attention" in types or first > 0 and not types):
         raise ValueError("a sliding window for some layers only is not built: set use_sliding_window to false")
     return window if used else None
-
 
 FAMILIES = {
     "LlamaForCausalLM": Family(),
@@ -107,9 +104,7 @@ TRUE = {"no_bias", "scale_attn_weights", "rmsnorm", "post_layer_norm", "multi_qu
 ROPE_KEYS = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
              "high_freq_factor", "truncate", "beta_fast", "beta_slow", "attention_factor"}
 
-
 # --------------------------------------------------------------------------------------------------------- config.json
-
 def load_config(folder):
     """-> Config. FileNotFoundError or ValueError names the file and the key that is missing, in conflict or unknown."""
     path = Path(folder) / "config.json"
@@ -119,7 +114,6 @@ def load_config(folder):
         return _config(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: {f'{e} is missing' if isinstance(e, KeyError) else e}") from e
-
 
 def _config(c):
     """config.json as a dict -> Config. KeyError is a missing key."""
@@ -154,14 +148,12 @@ def _config(c):
     rope_frequencies(config)
     return config
 
-
 def _scaling(given):
     """A rope_scaling by its new words. ValueError names a key that is not built, or misspelt."""
     given = {("rope_type" if key == "type" else key): value for key, value in (given or {}).items()}
     for key in set(given) - ROPE_KEYS:
         raise ValueError(f"rope_scaling's {key} {given[key]!r} is not built: use {', '.join(sorted(ROPE_KEYS))}")
     return given
-
 
 def _rope(c):
     """-> rope_theta, rope_scaling, from the old keys (rope_theta, rope_scaling), the new (rope_parameters), or both."""
@@ -174,7 +166,6 @@ def _rope(c):
         raise ValueError(f"rope_scaling {old} and rope_parameters {new} differ: remove the wrong one")
     scaling = new or old
     return float(theta), None if scaling.get("rope_type", "default") == "default" else scaling
-
 
 def extend_context(config, positions, scaling, theta, length):
     """Change `config` for `positions` positions by a base `theta` (0: the checkpoint's) or `scaling`: a rope_type or
@@ -204,7 +195,6 @@ def extend_context(config, positions, scaling, theta, length):
         config.rope_theta *= (scaling["factor"] * (length / old - 1) + 1) ** (config.head_dim / (config.head_dim - 2))
         config.max_position_embeddings, config.rope_scaling = max(config.max_position_embeddings, length), None
 
-
 def export_config(source, config, dtype):
     """-> the config.json of `source` (a dict) with what training changed, in the words of transformers 4 and 5 both: 4
     silently takes theta 10000 where it finds only the new ones."""
@@ -218,15 +208,12 @@ def export_config(source, config, dtype):
     name = str(dtype).removeprefix("torch.")
     return {**c, "architectures": [config.architecture], "torch_dtype": name, "dtype": name}
 
-
 # ------------------------------------------------------------------------------------------------------------- weights
-
 def their_name(config, ours):
     """The name of a parameter in the folder of its family."""
     for pattern, theirs in FAMILIES[config.architecture].names.items():
         ours = re.sub(pattern, theirs, ours)
     return ours
-
 
 def layout(model):
     """-> {our name: (their name, groups, first, n)}, {their name: its shape}. Several of ours in one of theirs come in
@@ -240,11 +227,9 @@ def layout(model):
         theirs[fused] = (rows + len(p), *p.shape[1:])
     return ours, theirs
 
-
 def _part(tensor, groups, first, n):
     """Of their tensor, the view (groups, n, ...) of the rows that are one of ours."""
     return tensor.unflatten(0, (groups, -1))[:, first:first + n]
-
 
 def _open_weights(folder):
     """-> {tensor name: its open file}. ValueError or FileNotFoundError for what is not a whole set of safetensors."""
@@ -270,7 +255,6 @@ def _open_weights(folder):
         where.update(dict.fromkeys(file.keys(), file))
     return where
 
-
 @torch.no_grad()
 def load_weights(model, folder):
     """Fill every parameter from the folder's safetensors. Each rank reads its own rows from the mapped files.
@@ -288,7 +272,6 @@ def load_weights(model, folder):
         theirs, *place = ours[name]
         tensor = _part(where[theirs].get_tensor(theirs), *place).flatten(0, 1)  # mapped from the file, not yet read
         rows.copy_(tensor[first:first + len(rows)])
-
 
 @torch.no_grad()
 def save_weights(model, source_folder, out_folder):
@@ -341,7 +324,6 @@ def save_weights(model, source_folder, out_folder):
             if not (out / file.name).exists() or not file.samefile(out / file.name):
                 shutil.copyfile(file, out / file.name)
 
-
 def main(checkpoint, out):
     """Checkpoint -> Hugging Face folder, in one process, on the host. The run's config.json says which MODEL it was."""
     manifest = parallel.read_manifest(checkpoint)
@@ -349,7 +331,6 @@ def main(checkpoint, out):
     parallel.load_checkpoint(checkpoint, model)
     save_weights(model, manifest["model"], out)
     print(f"{out}: step {manifest['step']} of {manifest['model']}")
-
 
 @torch.no_grad()
 def check(folder):
@@ -369,7 +350,6 @@ def check(folder):
     loss = torch.nn.functional.cross_entropy(found[-1][:-1], ids[1:])
     print(f"loss of {len(ids)} tokens {loss:.6f}, transformers' {output.loss:.6f}")
     return apart > 1e-4
-
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or not os.path.isdir(sys.argv[2 if sys.argv[1] == "check" else 1]):

@@ -20,7 +20,6 @@ import torch
 
 IGNORE = -100
 
-
 class Batch(NamedTuple):
     """One micro-batch: a flat row of T tokens, or one rank's t of them, on the host."""
     input_ids: torch.Tensor     # (t,) int64
@@ -30,9 +29,7 @@ class Batch(NamedTuple):
     max_seqlen: int             # the longest of them
     weights: torch.Tensor       # (t,) float32: LOSS_WEIGHT of each target, 0 where there is none
 
-
 # ------------------------------------------------------------------------------------------------------------- formats
-
 def find_files(data):
     """A path, glob or list of them -> sorted files. FileNotFoundError names what matches nothing."""
     files = []
@@ -45,7 +42,6 @@ def find_files(data):
         if not f.endswith(".jsonl"):
             raise ValueError(f"DATA {f!r} is not a .jsonl file: convert it, one JSON object a line")
     return files
-
 
 def read_rows(files):
     """Yields (file:line, row as a dict). Blank lines, CRLF and a BOM are accepted; ValueError for anything else odd."""
@@ -65,7 +61,6 @@ def read_rows(files):
                 if line:
                     yield where, row
 
-
 def to_text(where, row, tokenizer):
     """A row, its format told by its keys -> (text, trained character spans; None: a plain text, trained whole)."""
     formats = [key for key in ("text", "messages") if key in row]
@@ -77,7 +72,6 @@ def to_text(where, row, tokenizer):
             raise ValueError(f"{where}: text is {json.dumps(row['text'])[:40]}, not a string: mend or remove the line")
         return row["text"], None
     return chat_text(where, row["messages"], tokenizer)
-
 
 def chat_text(where, messages, tokenizer):
     """Messages -> the template's text and the spans to train: what the template writes for an assistant's turn, its end
@@ -108,7 +102,6 @@ def chat_text(where, messages, tokenizer):
         raise ValueError(f"{where}: no assistant turn, so nothing to train: remove the row")
     return text, spans
 
-
 def encode(batch, tokenizer, append_eos):
     """[(text, spans)] -> [int32 array]: token ids, those not trained as their complement ~id, which is negative."""
     backend, out = tokenizer.backend_tokenizer, []
@@ -130,9 +123,7 @@ def encode(batch, tokenizer, append_eos):
             out.append(np.where(trained, ids, ~ids))
     return out
 
-
 # --------------------------------------------------------------------------------------------------------- token cache
-
 class Corpus(NamedTuple):
     """Tokenized documents, memory-mapped. Document i is tokens[offsets[i]:offsets[i + 1]]."""
     tokens: np.ndarray      # int32; ~id where the token is not trained
@@ -145,7 +136,6 @@ class Corpus(NamedTuple):
         first, last = self.offsets[document:document + 2]
         return self.tokens[first + start:min(first + end, last)]
 
-
 @contextmanager
 def locked(path):
     """One process of this host at a time; the others wait, before any process group exists to run into a timeout."""
@@ -154,7 +144,6 @@ def locked(path):
     with open(path, "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
-
 
 def build_corpus(data, folder, cache, append_eos=True, vocab_size=None):
     """-> Corpus of the files `data`, tokenized with the tokenizer of the Hugging Face folder by whichever process comes
@@ -177,7 +166,6 @@ def build_corpus(data, folder, cache, append_eos=True, vocab_size=None):
         raise ValueError(f"token id {largest} in {data} is beyond the model's vocabulary of {vocab_size}: the "
                          f"tokenizer of {folder} is not the model's")
     return corpus
-
 
 def _tokenize(files, folder, home, append_eos):
     from transformers import AutoTokenizer
@@ -213,7 +201,6 @@ def _tokenize(files, folder, home, append_eos):
     np.save(part / "largest.npy", np.array(largest))
     part.rename(home)
 
-
 class Synthetic(NamedTuple):
     """DATA="synthetic": documents of one length, of random tokens below vocab_size, made when they are read."""
     documents: int
@@ -232,16 +219,13 @@ class Synthetic(NamedTuple):
     def read(self, document, start, end):
         return np.random.default_rng(int(document)).integers(0, self.vocab_size, self.length, np.int32)[start:end]
 
-
 # ------------------------------------------------------------------------------------------------------ packing, order
-
 class Segments(NamedTuple):
     """The rows of an epoch. Row r is segments rows[r] to rows[r + 1]; segment i is `length` tokens of a document."""
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
     rows: np.ndarray
-
 
 def pack_split(lengths, order, max_length):
     """Documents end to end in `order`, cut every max_length tokens: nothing is lost. Neighbouring rows share documents,
@@ -253,7 +237,6 @@ def pack_split(lengths, order, max_length):
     which = np.searchsorted(ends, starts, "right")
     rows = np.searchsorted(starts, np.arange(0, total, max_length))
     return Segments(order[which], starts - (ends - lengths[order])[which], np.diff(edges), np.append(rows, len(starts)))
-
 
 def knapsack(lengths, capacity):
     """-> lists of indices: each bin takes the longest that still fits until none does. O(n log n): equal lengths share
@@ -272,7 +255,6 @@ def knapsack(lengths, capacity):
             if not by_length[n]:
                 left.pop(at)
     return bins
-
 
 class Rows:
     """The rows of every step. Epoch e's order is drawn from (seed, e); row g of the run is row g % n of epoch g //
@@ -356,12 +338,9 @@ class Rows:
                 f"{targets:,} targets + {tokens - targets:,} masked or first; {self.per_epoch:,} rows an epoch, "
                 f"{tokens / self.per_epoch:,.0f} tokens each")
 
-
 # ----------------------------------------------------------------------------------------------------------- the demo
-
 CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
 
 def write_demo(folder, vocab_size=512):
     """A corpus, a tokenizer and a config.json from what every Python carries: the source of its standard library."""

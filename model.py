@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 import parallel
 from parallel import cut_heads, heads_to_seq, seq_to_heads
 
-
 @dataclass
 class Config:
     """What the weights are. Field names are those of a Hugging Face config.json."""
@@ -51,7 +50,6 @@ class Config:
     logit_scale: float = 1.0
     normalize_head: bool = False        # rows of lm_head are brought to length 1
 
-
 @dataclass
 class Execution:
     """How the work is done. Nothing here changes a result by more than rounding."""
@@ -63,7 +61,6 @@ class Execution:
     loss_chunk: int = 8192              # tokens whose logits exist at a time
     compile: bool = False               # torch.compile the two halves of a block and the loss
 
-
 # ---------------------------------------------------------------------------------------------- attention kernels
 # One signature: q (T, H, D), k and v (T, G, D), cu_seqlens (n+1,) int32 on the device, max_seqlen, window -> (T, H, D).
 
@@ -73,7 +70,6 @@ def _flash(module, left, q, k, v, cu_seqlens, max_seqlen, window):
         q=q, k=k, v=v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen, causal=True, window_size=(window - 1, 0) if window else (left, left))
     return out[0] if isinstance(out, tuple) else out
-
 
 def _torch_varlen(module, left, q, k, v, cu_seqlens, max_seqlen, window):
     """torch's own kernel, whose arguments grew: a causal mask was is_causal before it was a window, and grouped heads
@@ -85,7 +81,6 @@ def _torch_varlen(module, left, q, k, v, cu_seqlens, max_seqlen, window):
     else:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return module.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
-
 
 def _sdpa(module, left, q, k, v, cu_seqlens, max_seqlen, window):
     """scaled_dot_product_attention, document by document: the CPU's path and the plainest statement of the others."""
@@ -101,7 +96,6 @@ def _sdpa(module, left, q, k, v, cu_seqlens, max_seqlen, window):
         out.append(o[0].transpose(0, 1))                                            # (n, H, D)
     return torch.cat(out)
 
-
 KERNELS = {  # name: (module, its least GPU generation, adapter, its word for "no bound"), best first
     "flash_attn_4": ("flash_attn.cute", 9, _flash, None),
     "flash_attn_3": ("flash_attn_interface", 9, _flash, -1),
@@ -109,7 +103,6 @@ KERNELS = {  # name: (module, its least GPU generation, adapter, its word for "n
     "torch_varlen": ("torch.nn.attention.varlen", 8, _torch_varlen, -1),
     "sdpa": ("torch.nn.functional", 0, _sdpa, -1),
 }
-
 
 @functools.cache
 def attention_kernel(choice, device_type, dtype):
@@ -130,9 +123,7 @@ def attention_kernel(choice, device_type, dtype):
     raise ValueError(f"ATTENTION {choice!r} is not to be had for {dtype} on {device_type} here: install it, use a GPU "
                      "and bfloat16, or choose auto")
 
-
 # --------------------------------------------------------------------------------------------------- RoPE and norm
-
 def rope_frequencies(config):
     """-> (D/2,) float32 inverse frequencies, and the factor of cos and sin. Formulas as in transformers, whose
     float32 frequencies are the ones the checkpoints were trained with."""
@@ -161,7 +152,6 @@ def rope_frequencies(config):
         return 1.0 / (factor * base ** exponent) * (1 - keep) + frequency * keep, amplitude
     raise ValueError(f"rope_type {kind!r} is unknown: use default, linear, dynamic, yarn or llama3")
 
-
 def rope_cos_sin(config, position_ids):
     """position_ids (t,) -> cos, sin (t, 1, D/2) float32: 512 MiB together at t = 1M and D = 128, once for all
     layers."""
@@ -169,13 +159,11 @@ def rope_cos_sin(config, position_ids):
     angle = position_ids.double()[:, None, None] * frequency.to(position_ids.device).double()
     return (angle.cos() * amplitude).float(), (angle.sin() * amplitude).float()
 
-
 def rotate(x, cos, sin, interleaved=False):
     """x (t, H, D), its two halves of D being the real and the imaginary parts; interleaved, these alternate."""
     sizes, dim = ((-1, 2), -1) if interleaved else ((2, -1), -2)
     a, b = x.float().unflatten(-1, sizes).unbind(dim)                               # (t, H, D/2)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim).flatten(-2).to(x.dtype)
-
 
 class Norm(nn.Module):
     """Of the last dimension, as config.norm says."""
@@ -193,9 +181,7 @@ class Norm(nn.Module):
             return self.weight * y.to(x.dtype)
         return (y * (self.weight.float() + (self.kind == "rms_plus_one")) + self.bias).to(x.dtype)
 
-
 # ---------------------------------------------------------------------------------------------------- transformer
-
 class Attention(nn.Module):
     def __init__(self, config, sp_group, execution):
         super().__init__()
@@ -235,7 +221,6 @@ class Attention(nn.Module):
             out = kernel(q, k, v, cu_seqlens, max_seqlen, self.window)              # (T, H/P, D)
         return keep.output_of_attention(out, heads_to_seq(out, self.sp_group)).flatten(1)  # (t, H*D)
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -247,7 +232,6 @@ class MLP(nn.Module):
     def forward(self, x):
         y = self.activation(self.gate_proj(x))
         return self.down_proj(y if self.up_proj is None else y * self.up_proj(x))
-
 
 class Block(nn.Module):
     """x -> x + Attention(norm(x)) -> x + MLP(norm(x)), cut where tokens meet: before and after attention every token
@@ -292,23 +276,18 @@ class Block(nn.Module):
         y = [half(self.compile, recompute or chunk < len(x), self.after, xi, ai) for xi, ai in slices]
         return y[0] if len(y) == 1 else torch.cat(y)
 
-
 _CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
-
 
 def _half(recompute, function, *args):
     return checkpoint(function, *args, **_CHECKPOINT) if recompute else function(*args)
 
-
 _compiled_half = torch.compile(_half)           # one cache for all blocks: their weights are its inputs
 torch._dynamo.config.recompile_limit = 64       # halves x recomputed or not x with gradient or not x shapes
-
 
 def half(compile, recompute, function, *args):
     """function(*args), keeping for backward only the arguments if `recompute`. Compiled, backward recomputes just what
     it reads: the last product of a half is never computed again."""
     return (_compiled_half if compile else _half)(recompute, function, *args)
-
 
 class Transformer(nn.Module):
     """Parameters carry the names of a Llama checkpoint. Tied embeddings: there is no lm_head."""
@@ -366,7 +345,6 @@ class Transformer(nn.Module):
             else:
                 rows.fill_(0.0 if name.endswith("bias") or self.config.norm == "rms_plus_one" else 1.0)
 
-
 def _softmax_and_gradient(logits, labels, weights):
     """logits (c, V) -> sum of weight x cross entropy in float32, and its gradient (c, V) in the logits' dtype."""
     z = logits.float()
@@ -375,9 +353,7 @@ def _softmax_and_gradient(logits, labels, weights):
     loss = (weights * (lse[:, 0] - (z * target).sum(-1))).sum()
     return loss, (weights[:, None] * ((z - lse).exp() - target.float())).to(logits.dtype)
 
-
 _compiled_softmax_and_gradient = torch.compile(_softmax_and_gradient)
-
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass over chunks of tokens, so that (t, V) logits, 256 GiB at t = 1M and V = 128k,
@@ -404,9 +380,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dx, dhead = ctx.saved_tensors
         return dx.mul_(scale), dhead.mul_(scale), None, None, None, None
 
-
 # ----------------------------------------------------------------------------------------------------- arithmetic
-
 def attention_pairs(cu_seqlens, window=None):
     """cu_seqlens (n+1,) on the host -> pairs of a query and a key it sees: n^2/2 a document, less beyond a window."""
     pairs = 0.0
@@ -415,7 +389,6 @@ def attention_pairs(cu_seqlens, window=None):
         w = min(n, window or n)
         pairs += w * n - w * w / 2
     return pairs
-
 
 def flops(config, tokens, pairs, recompute="none", keep_layers=0):
     """-> model FLOPs and hardware FLOPs of forward and backward over `tokens` tokens with `pairs` attention pairs.

@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-
 class Grid(NamedTuple):
     """Who this process is. dp_rank counts over replicas too: it says which rows of a step are this rank's."""
     rank: int
@@ -37,7 +36,6 @@ class Grid(NamedTuple):
     sp_group: object        # None when one rank holds the whole row
     mesh: object            # what FSDP2 shards over: (shard,) or (replicate, shard)
     device: torch.device
-
 
 def check(world, replicas, sp, heads, kv_heads):
     """-> dp, rows in flight at a time. ValueError where the sizes do not fit; needs no process group."""
@@ -51,7 +49,6 @@ def check(world, replicas, sp, heads, kv_heads):
         fit = ", ".join(str(p) for p in works if world % p == 0)
         raise ValueError(f"SEQUENCE_PARALLEL_SIZE {sp} does not divide {world} processes: use {fit}")
     return world // sp
-
 
 def init(replicas, sp):
     """Join the process group that torchrun (or srun) describes; alone, one of our own. -> Grid."""
@@ -72,17 +69,14 @@ def init(replicas, sp):
     return Grid(rank, world, world // sp, rank // sp, sp, rank % sp, grid["sp"].get_group() if sp > 1 else None,
                 mesh if replicas > 1 else mesh["shard"], device)
 
-
 def close():
     dist.barrier()
     dist.destroy_process_group()
-
 
 def all_sum(values, group=None):
     """Tensor -> its sum over all ranks (or the group's), in place."""
     dist.all_reduce(values, group=group)
     return values
-
 
 def together(what, function, *args, only=None):
     """function(*args) on every rank, or on rank `only`. If it fails on any, RuntimeError on all: none waits for one
@@ -99,9 +93,7 @@ def together(what, function, *args, only=None):
         raise RuntimeError(f"{what}: {next(filter(None, errors))}") from error
     return result
 
-
 # ------------------------------------------------------------------------------ Ulysses: the sequence-parallel exchange
-
 class _AllToAll(torch.autograd.Function):
     """x (P, ...): part i goes to rank i. The exchange is its own transpose, so backward is the same exchange."""
     @staticmethod
@@ -114,13 +106,11 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx, grad):
         return _AllToAll.apply(grad.contiguous(), ctx.group), None
 
-
 def cut_heads(xs, P):
     """Tensors (t, H, D) of one rank -> (P, t, sum of their H/P, D): part i is what rank i attends with. Fewer heads
     than ranks: each goes to P/H ranks, and backward sums their gradients."""
     xs = [x if x.shape[1] >= P else x.repeat_interleave(P // x.shape[1], dim=1) for x in xs]
     return torch.cat([x.unflatten(1, (P, -1)).transpose(0, 1) for x in xs], dim=2)
-
 
 def seq_to_heads(x, group):
     """x (T/P, H, D), this rank's tokens of all heads -> (T, H/P, D), all tokens of this rank's heads. Several tensors
@@ -130,7 +120,6 @@ def seq_to_heads(x, group):
     x = cut_heads([x], dist.get_world_size(group)) if x.ndim == 3 else x
     return _AllToAll.apply(x, group).flatten(0, 1)                                  # (P, T/P, H/P, D) -> (T, H/P, D)
 
-
 def heads_to_seq(x, group):
     """The way back: x (T, H/P, D) -> (T/P, H, D)."""
     if group is None:
@@ -138,9 +127,7 @@ def heads_to_seq(x, group):
     out = _AllToAll.apply(x.unflatten(0, (dist.get_world_size(group), -1)).contiguous(), group)  # (P, T/P, H/P, D)
     return out.transpose(0, 1).flatten(1, 2)                                        # (T/P, H, D)
 
-
 # ---------------------------------------------------------------------------------------------------------------- FSDP2
-
 def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
     """Shard fp32 parameters over grid.mesh; forward and backward see them gathered, in `dtype`. Gradients are summed,
     not averaged, in fp32: the loss was divided by the targets of the whole step already."""
@@ -156,7 +143,6 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
         module.set_force_sum_reduction_for_comms(grid.device.type == "cpu")  # nccl multiplies by 1 on the way
     model.to_empty(device="cpu" if offload_optimizer else grid.device)
 
-
 def accumulate(model, zero_stage, last):
     """Before the forward of a micro-batch. ZeRO 1 reduces gradients, and frees gathered weights, after the last
     only."""
@@ -164,12 +150,10 @@ def accumulate(model, zero_stage, last):
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
 
-
 def grad_norm(parameters):
     """-> the norm of all gradients over all ranks, a scalar on the device."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
 
 def local_rows(parameter):
     """-> this rank's rows of a parameter as a plain tensor, and the number of the first of them. FSDP2 cuts dimension 0
@@ -180,9 +164,7 @@ def local_rows(parameter):
     piece = -(-parameter.shape[0] // mesh.shape[-1])
     return parameter.to_local().detach(), min(piece * mesh.get_local_rank(mesh.ndim - 1), parameter.shape[0])
 
-
 # ------------------------------------------------------------------------------------- what a block keeps for backward
-
 class Keep:
     """Decides what autograd holds for one block, through saved_tensors_hooks that know a tensor by its storage.
 
@@ -262,16 +244,13 @@ class Keep:
         t = saved.get()
         return t.as_strided(saved.shape, saved.stride, t.storage_offset() + saved.offset)
 
-
 def _storage(t):
     return t.untyped_storage().data_ptr()
-
 
 class _Note:
     """A few fields, equal to itself alone."""
     def __init__(self, **fields):
         self.__dict__.update(fields)
-
 
 class Offload:
     """Tensors that wait in pinned host memory between forward and backward. Copies run on a stream of their own: out
@@ -322,9 +301,7 @@ class Offload:
         weakref.finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr())
         return host
 
-
 # ---------------------------------------------------------------------------------------------------------- checkpoints
-
 def save_checkpoint(root, step, model, optimizer, notes, keep):
     """Write root/step-00000100: every rank its shards, then a manifest of sizes, hashes and `notes`, then a rename.
     What carries the name is whole. A step that is published already stays as it is; the newest `keep` stay."""
@@ -356,7 +333,6 @@ def save_checkpoint(root, step, model, optimizer, notes, keep):
     dist.all_gather_object(files, together(f"saving {part}", write))
     together(f"publishing {root / name}", publish, only=0)
 
-
 def read_manifest(folder, part=0, parts=1):
     """-> the manifest, after comparing every parts-th file with it. ValueError names what is missing or differs."""
     folder = Path(folder)
@@ -369,7 +345,6 @@ def read_manifest(folder, part=0, parts=1):
     except (OSError, KeyError, json.JSONDecodeError) as e:
         raise ValueError(f"{folder} is not a whole checkpoint ({type(e).__name__}: {e}): name another one") from e
     return manifest
-
 
 def find_checkpoint(root, resume):
     """resume "never", "auto" (the newest whole one under root), or a path -> (folder, manifest) or (None, None). All
@@ -387,13 +362,11 @@ def find_checkpoint(root, resume):
             together("setting it aside", folder.rename, folder.with_suffix(".damaged"), only=0)
     return None, None
 
-
 def load_checkpoint(folder, model, *optimizer):
     """Fill model (and optimizer) from a checkpoint of any number of ranks."""
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
     dcp.load(states, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
-
 
 def _hash(path):
     with open(path, "rb") as f:

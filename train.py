@@ -83,7 +83,6 @@ CHOICES = {"INIT": ("weights", "random"), "PACKING": ("split", "whole", "none"),
            "DTYPE": ("bfloat16", "float32"), "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd")}
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}    # dense bfloat16 FLOP/s
 
-
 def override(arguments):
     """Set constants from NAME=VALUE: a Python literal or a bare string, of the default's type."""
     for argument in arguments:
@@ -103,7 +102,6 @@ def override(arguments):
                              f"{default!r}")
         globals()[name] = value
 
-
 def learning_rate(step, steps):
     """Of optimizer step `step` (from 1): warm-up, then the schedule. A function of the step alone."""
     warmup = round(WARMUP_RATIO * steps)
@@ -113,7 +111,6 @@ def learning_rate(step, steps):
     down = {"cosine": (1 - math.cos(math.pi * done)) / 2, "linear": done, "constant": 0.0,
             "wsd": max(0.0, (done - 0.8) / 0.2)}[LR_SCHEDULE]
     return LEARNING_RATE + (MIN_LEARNING_RATE - LEARNING_RATE) * down
-
 
 def plan(world):
     """Check what the constants say before any process waits for another. -> folder, Config, sp, dp."""
@@ -145,7 +142,6 @@ def plan(world):
     if config.sliding_window and config.sliding_window >= MAX_LENGTH:
         config.sliding_window = None  # no query is far enough from any key
     return folder, config, sp, dp
-
 
 def main():
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -255,7 +251,6 @@ def main():
         sample(model, folder, grid, say)
     parallel.close()
 
-
 def resume(notes, model, optimizer, say):
     """Load the checkpoint that RESUME names. -> the steps it has done."""
     home = Path(RUN_DIR) / "checkpoints"
@@ -278,7 +273,6 @@ def resume(notes, model, optimizer, say):
     say(f"resumed from {folder}")
     return done
 
-
 def open_run(notes, done):
     """RUN_DIR's config.json and env.json; metrics.jsonl without the lines of steps that are about to be done again."""
     run = Path(RUN_DIR)
@@ -291,7 +285,6 @@ def open_run(notes, done):
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     metrics.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= done))
-
 
 def log(step, steps, epoch, loss, norm, lr, tokens, targets, seconds, work, world, skip):
     """One line on the screen, one in metrics.jsonl. work: (model, hardware) FLOPs of the step over all ranks."""
@@ -310,7 +303,6 @@ def log(step, steps, epoch, loss, norm, lr, tokens, targets, seconds, work, worl
     print(f"step {step:>{len(str(steps))}}/{steps}  epoch {epoch:6.3f}  loss {loss:8.4f}  norm {norm:8.3f}  lr {lr:.2e}"
           f"  {seconds:7.2f} s  {speed:9,.0f} tok/s/rank" + (f"  mfu {mfu:5.1%}" if mfu else "")
           + (f"  {memory:6.1f} GiB" if memory else "") + ("  SKIPPED" if skip else ""), flush=True)
-
 
 @torch.no_grad()
 def sample(model, folder, grid, say, temperature=0.5):
@@ -340,7 +332,6 @@ def sample(model, folder, grid, say, temperature=0.5):
         texts = [text + token for text, token in zip(texts, chosen.tolist())]
     for text in texts:
         say("-" * 80 + "\n" + tokenizer.decode(text).split(tokenizer.eos_token or "\0")[0])
-
 
 if __name__ == "__main__":
     try:

@@ -24,7 +24,6 @@ CLASSES = [("nccl", "exchange, gather, reduce"), ("flash", "attention"), ("Flash
            ("Memset", "copies"), ("chunk_cat", "FSDP copies"), ("split_with_sizes", "FSDP copies"),
            ("CatArray", "concatenation"), ("elementwise", "plain elementwise")]
 
-
 def show_memory():
     """What is alive at the run's peak, by the lines that made it."""
     trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
@@ -45,7 +44,6 @@ def show_memory():
     print(f"{peak / 2**30:.1f} GiB at the peak")
     for where, size in sizes.most_common(24):
         print(f"{size / 2**30:9.2f} GiB  {where}")
-
 
 def main(arguments):
     options = dict(a.split("=", 1) for a in arguments if a.startswith(("SHAPE=", "NUM_LAYERS=", "MEMORY=")))
@@ -95,7 +93,6 @@ def main(arguments):
         print(f"{us / 1e3:9.1f} ms  {kind}")
         for name, part in names[kind].most_common(6):
             print(f"      {part / 1e3:9.1f} ms  {name}")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -34,7 +34,6 @@ TRAIN = ["GLOBAL_BATCH_SIZE=1", "LEARNING_RATE=1e-4", "MIN_LEARNING_RATE=1e-5", 
          "RECOMPUTE=none", "SAVE_EVERY=0", "SAMPLE_PROMPTS=[]", "RESUME=never"]
 LIMIT = 600_000             # characters of a document
 
-
 def documents():
     """-> {name: text}. A package of the standard library or of torch is a document, and so are the single modules of
     one first letter."""
@@ -49,12 +48,10 @@ def documents():
                     texts[name] += f"# {file.relative_to(root)}\n{file.read_text(errors='replace')}\n"
     return {name: text[:LIMIT] for name, text in sorted(texts.items())}
 
-
 def bands():
     """-> (first, end) positions: the last band is half of LENGTH, each one before it half of the next."""
     ends = [LENGTH >> i for i in range(4, -1, -1)]
     return list(zip([0, *ends], ends))
-
 
 @torch.no_grad()
 def measure(folder, rows, attention):
@@ -71,7 +68,6 @@ def measure(folder, rows, attention):
         loss = torch.cat([F.cross_entropy(z.float(), y, reduction="none") for z, y in chunks])
         sums = [s + loss[first:end].sum().item() for s, (first, end) in zip(sums, bands())]
     return [round(s / len(rows) / (end - first), 4) for s, (first, end) in zip(sums, bands())]
-
 
 def draw(lines):
     """One panel before training and one after, a curve a variant."""
@@ -92,7 +88,6 @@ def draw(lines):
     figure.tight_layout()
     figure.savefig(OUT / "context.png", dpi=120)
     plt.close(figure)
-
 
 def main(passed):
     from transformers import AutoTokenizer
@@ -128,7 +123,6 @@ def main(passed):
                 draw(lines)
                 shutil.rmtree(run)
                 print(f"{variant:<10} {steps:>3} steps {line['seconds']:>6} s  {line['loss']}", flush=True)
-
 
 if __name__ == "__main__":
     own = {"MODEL": str, "LENGTH": int, "STEPS": int, "ROWS": int}

@@ -17,7 +17,6 @@ from model import attention_kernel
 
 PEAK = 989e12
 
-
 def seconds(function, least=0.25):
     """Median-free and simple: warm up, then as many calls as fill `least` seconds, between two events."""
     function(), function()
@@ -34,12 +33,10 @@ def seconds(function, least=0.25):
             return took / calls
         calls *= 4
 
-
 def product(t, n, m):
     """Seconds of (t, n) @ (n, m): forward, and its two gradients."""
     x, w, y = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((t, n), (m, n), (t, m)))
     return seconds(lambda: x @ w.T), seconds(lambda: y @ w) + seconds(lambda: y.T @ x)
-
 
 def roof(row):
     shape, gpus, length = row.split()
@@ -76,7 +73,6 @@ def roof(row):
     for folder in filter(None, (HERE, os.environ.get("OUT"))):
         with open(Path(folder) / "roofs.jsonl", "a") as f:
             f.write(json.dumps(result) + "\n")
-
 
 if __name__ == "__main__":
     for row in sys.argv[1:]:

@@ -23,7 +23,6 @@ SHAPES = {  # layers, width, heads, key/value heads, inner width, vocabulary, ti
 }
 HERE = Path(__file__).resolve().parent
 
-
 def write_config(folder, shape, layers=None):
     """A Hugging Face folder of one config.json, enough for INIT=random."""
     L, C, H, G, I, V, tied = SHAPES[shape]
@@ -35,7 +34,6 @@ def write_config(folder, shape, layers=None):
         "tie_word_embeddings": tied, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072,
         "hidden_act": "silu", "dtype": "bfloat16"}))
     return folder
-
 
 def measure(row, out):
     """Run one row. -> its result, also appended to results.jsonl."""
@@ -81,7 +79,6 @@ def measure(row, out):
           f"{result['peak_host_memory_gib']:.0f} GiB  loss "
           f"{result['loss'][0]}..{result['loss'][-1]}  wall {result['wall']} s", flush=True)
     return result
-
 
 if __name__ == "__main__":
     for row in sys.argv[1:]:

@@ -17,10 +17,8 @@ from model import Config, Transformer  # noqa: E402
 TINY = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=8,
             num_key_value_heads=4, head_dim=8)
 
-
 def tiny_config(**changes):
     return Config(**{**TINY, **changes})
-
 
 def tiny_model(seed=0, execution=None, **changes):
     """A model whose norms and biases are not ones and zeros, so that losing one is noticed."""
@@ -30,7 +28,6 @@ def tiny_model(seed=0, execution=None, **changes):
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + (p.ndim == 1))
     return model
-
 
 def row(lengths, vocab_size=97, seed=0, masked=0.0):
     """A packed row of documents: input_ids, position_ids, cu_seqlens, max_seqlen, labels; some labels -100."""
@@ -44,7 +41,6 @@ def row(lengths, vocab_size=97, seed=0, masked=0.0):
     positions = torch.cat([torch.arange(n) for n in lengths])
     return ids, positions, edges.int(), max(lengths), labels
 
-
 def assert_close(actual, expected, what, atol=0.0, rtol=1e-5):
     """Names the worst element of a failure, both its values, and what they are of."""
     actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
@@ -54,7 +50,6 @@ def assert_close(actual, expected, what, atol=0.0, rtol=1e-5):
     assert not (excess > 0).any() and torch.isfinite(actual).all(), (
         f"{what}: {int((excess > 0).sum())} of {excess.numel()} elements differ, the worst at {int(worst)}: "
         f"{actual.flatten()[worst]:.9g}, expected {expected.flatten()[worst]:.9g} (atol {atol}, rtol {rtol})")
-
 
 def _rank(rank, world, store, function, args, errors):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
@@ -70,7 +65,6 @@ def _rank(rank, world, store, function, args, errors):
         errors.put(f"rank {rank} of {world}:\n{traceback.format_exc()}")
         os._exit(1)
     os._exit(0)  # without gloo's teardown, whose threads sometimes abort a process that is done
-
 
 def on_ranks(world, function, *args, tmp_path):
     """Run function(*args) on `world` gloo ranks; a failure shows every rank's own traceback. Forked, not spawned: ranks
@@ -88,7 +82,6 @@ def on_ranks(world, function, *args, tmp_path):
         seen.append(errors.get())
     assert all(p.exitcode == 0 for p in ranks), "\n".join(seen) or f"exit codes {[p.exitcode for p in ranks]}"
 
-
 @pytest.fixture
 def hf_folder(tmp_path):
     """Write a folder as transformers would, from one of its own tiny models. -> (folder, the transformers model)"""
@@ -103,7 +96,6 @@ def hf_folder(tmp_path):
         model.save_pretrained(tmp_path / name)
         return tmp_path / name, model
     return write
-
 
 @pytest.fixture
 def tokenizer_files(tmp_path):
@@ -125,7 +117,6 @@ def tokenizer_files(tmp_path):
         fast.save_pretrained(folder)
         return fast
     return write
-
 
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))

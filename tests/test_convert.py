@@ -29,16 +29,13 @@ FAMILIES = [
     ("cohere", {"use_qk_norm": True, "head_dim": 8, "tie_word_embeddings": False}),
     ("starcoder2", {}), ("starcoder2", {"tie_word_embeddings": False, "use_bias": False, "sliding_window": 5})]
 
-
 def load(folder):
     model = Transformer(convert.load_config(folder))
     convert.load_weights(model, folder)
     return model
 
-
 def tensors(folder):
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-
 
 def assert_same_tensors(actual, expected):
     actual, expected = tensors(actual), tensors(expected)
@@ -46,12 +43,10 @@ def assert_same_tensors(actual, expected):
     for name, t in expected.items():
         assert actual[name].dtype == t.dtype and torch.equal(actual[name], t), name
 
-
 def edit_config(folder, drop=(), **changes):
     c = json_of(folder)
     (folder / "config.json").write_text(json.dumps({k: v for k, v in {**c, **changes}.items() if k not in drop}))
     return folder
-
 
 @pytest.mark.parametrize("model_type,changes", FAMILIES, ids=str)
 def test_family_equals_transformers(hf_folder, tmp_path, model_type, changes):
@@ -78,7 +73,6 @@ def test_family_equals_transformers(hf_folder, tmp_path, model_type, changes):
     assert before.rope_parameters == after.rope_parameters
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     assert torch.equal(again(ids[None]).logits[0], expected)
-
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_round_trip_in_small_shards_is_bit_equal(hf_folder, tokenizer_files, tmp_path, monkeypatch, dtype):
@@ -112,9 +106,7 @@ def test_round_trip_in_small_shards_is_bit_equal(hf_folder, tokenizer_files, tmp
     convert.save_weights(load(tmp_path / "out"), tmp_path / "out", tmp_path / "out2")
     assert_same_tensors(tmp_path / "out2", folder)
 
-
 # ------------------------------------------------------------------------------ families whose code is in the folder
-
 def written_folder(folder, config, tensors):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -122,10 +114,8 @@ def written_folder(folder, config, tensors):
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     return folder
 
-
 def json_of(folder):
     return json.loads((folder / "config.json").read_text())
-
 
 def remote_folder(folder, architecture, tensors, drop=(), **changes):
     """The folder of tiny_model() as another architecture would have written it."""
@@ -134,10 +124,8 @@ def remote_folder(folder, architecture, tensors, drop=(), **changes):
              auto_map={"AutoConfig": "configuration.C"}, attn_implementation="eager", **changes)
     return written_folder(folder, c, tensors)
 
-
 def widened(**changes):
     return tiny_model(hidden_size=64, **changes)
-
 
 def internlm2_folder(folder, bias):
     """-> the folder, and the model that was fused into it."""
@@ -161,7 +149,6 @@ def internlm2_folder(folder, bias):
                   rope_scaling={"type": "dynamic", "factor": 2.0}, rope_theta=1e6)
     return edit_config(folder, hidden_size=64), llama
 
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_internlm2_fuses_by_key_value_head(tmp_path, bias):
     folder, llama = internlm2_folder(tmp_path / "hf", bias)
@@ -175,7 +162,6 @@ def test_internlm2_fuses_by_key_value_head(tmp_path, bias):
     assert c["auto_map"] and (tmp_path / "out" / "configuration.py").exists()  # or nothing could open it
     assert c["rope_scaling"] == {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
 
-
 def load_and_save_shards(folder, expected, out):
     grid = parallel.init(1, 1)
     with torch.device("meta"):
@@ -186,14 +172,12 @@ def load_and_save_shards(folder, expected, out):
         assert torch.equal(rows, expected.get_parameter(name)[first:first + len(rows)]), f"{name} on rank {grid.rank}"
     convert.save_weights(model, folder, out)
 
-
 def test_fused_tensors_are_loaded_and_saved_by_shards(tmp_path):
     """Of 3 ranks, whose shares of the rows end inside a key/value head."""
     folder, llama = internlm2_folder(tmp_path / "hf", bias=True)
     on_ranks(3, load_and_save_shards, folder, llama, tmp_path / "out", tmp_path=tmp_path)
     assert_same_tensors(tmp_path / "out", folder)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) >= 3
-
 
 @pytest.mark.parametrize("architecture", ["BaiChuanForCausalLM", "BaichuanForCausalLM"])
 def test_baichuan_fuses_q_k_v_and_its_second_normalizes_the_head(tmp_path, architecture):
@@ -220,7 +204,6 @@ def test_baichuan_fuses_q_k_v_and_its_second_normalizes_the_head(tmp_path, archi
         with pytest.raises(ValueError, match="BaichuanForCausalLM .* 13B, whose ALiBi is not built"):
             convert.load_config(edit_config(folder, drop=["max_position_embeddings"]))
 
-
 def plain_decoder(layers, x, head_dim, turn):
     """x (n, C) through `layers`, each one a dict of the steps' matrices; turn rotates (n, heads, head_dim)."""
     rms = lambda x, w: w * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -239,11 +222,9 @@ def plain_decoder(layers, x, head_dim, turn):
         x = x + (torch.nn.functional.silu(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
     return rms(x, layers[0]["last"])
 
-
 def random_tensors(**shapes):
     generator = torch.Generator().manual_seed(1)
     return {name: torch.randn(shape, generator=generator) * 0.2 + (len(shape) == 1) for name, shape in shapes.items()}
-
 
 def equals_the_plain_one(folder, tmp_path, expected, ids):
     """`folder` as this model has the logits `expected`, is written back bit for bit, and refuses a longer context."""
@@ -256,7 +237,6 @@ def equals_the_plain_one(folder, tmp_path, expected, ids):
     with pytest.raises(ValueError, match="reads no rope_scaling"):
         convert.extend_context(ours.config, 4096, None, 0, 512)
     return ours
-
 
 def test_qwen_1_against_a_plain_reference(tmp_path):
     t, V, C, I = {}, 97, 48, 40
@@ -292,7 +272,6 @@ def test_qwen_1_against_a_plain_reference(tmp_path):
     for changes in ({"no_bias": False}, {"scale_attn_weights": False}, {"rotary_pct": 0.5}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} .* changes the computation"):
             convert.load_config(written_folder(tmp_path / "hf", {**source, **changes}, t))
-
 
 @pytest.mark.parametrize("architecture", ["ChatGLMModel", "ChatGLMForConditionalGeneration"])
 def test_chatglm_3_against_a_plain_reference(tmp_path, architecture):
@@ -340,7 +319,6 @@ def test_chatglm_3_against_a_plain_reference(tmp_path, architecture):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} .* changes the computation"):
             convert.load_config(written_folder(tmp_path / "hf", {**source, **changes}, t))
 
-
 def test_internlm_and_old_yi(tmp_path):
     llama = widened(qkv_bias=True, o_bias=True)
     folder = remote_folder(tmp_path / "internlm", "InternLMForCausalLM", dict(llama.named_parameters()), bias=True)
@@ -358,15 +336,12 @@ def test_internlm_and_old_yi(tmp_path):
     convert.save_weights(ours, folder, tmp_path / "out")
     assert_same_tensors(tmp_path / "out", folder)
 
-
 def test_other_architectures_are_refused(hf_folder):
     folder, _ = hf_folder()
     with pytest.raises(ValueError, match="architecture MixtralForCausalLM is not supported: use one of Llama"):
         convert.load_config(edit_config(folder, architectures=["MixtralForCausalLM"]))
 
-
 # ------------------------------------------------------------------------------------------------- context extension
-
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 EXTENSIONS = [  # max_position_embeddings' extension, ROPE_SCALING, ROPE_THETA, the checkpoint's scaling, the factor
@@ -375,7 +350,6 @@ EXTENSIONS = [  # max_position_embeddings' extension, ROPE_SCALING, ROPE_THETA, 
     (1024, None, 0, {"rope_type": "linear", "factor": 4.0}, 8.0), (1024, None, 0, LLAMA3, 16.0),
     (2048, {"rope_type": "linear", "rope_theta": 5e4}, 0, None, 4.0),
     (2048, {"rope_type": "dynamic"}, 0, None, None), (0, None, 0, {"rope_type": "dynamic", "factor": 6.0}, None)]
-
 
 @pytest.mark.parametrize("positions,scaling,theta,had,factor", EXTENSIONS, ids=str)
 def test_extended_context_is_what_transformers_serves(hf_folder, tmp_path, positions, scaling, theta, had, factor):
@@ -405,7 +379,6 @@ def test_extended_context_is_what_transformers_serves(hf_folder, tmp_path, posit
         assert factor == math.ceil(positions / 512)
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == ours.config.rope_theta
 
-
 @pytest.mark.parametrize("length", [512, 131072, 1048576])
 def test_dynamic_is_frozen_at_the_training_length(length):
     from transformers import LlamaConfig
@@ -421,7 +394,6 @@ def test_dynamic_is_frozen_at_the_training_length(length):
     angle = torch.tensor([0, 1, 4095, 131071, 1000000]).double()[:, None] * rope_frequencies(config)[0].double()
     assert_close(cos[:, 0], angle.cos(), "cos", atol=1e-6)
 
-
 @pytest.mark.parametrize("positions,scaling,message", [
     (256, None, "256 is less than the checkpoint's 512"), (1024, {"rope_type": "su"}, "'su' is unknown"),
     (1024, {"rope_type": "yarn"}, "needs its factor"),
@@ -432,9 +404,7 @@ def test_extensions_that_cannot_be_are_refused(positions, scaling, message):
     with pytest.raises(ValueError, match=message):
         convert.extend_context(config, positions, scaling, 0, 512)
 
-
 # ------------------------------------------------------------------------------------ config.json as it is published
-
 ALWAYS = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True,
           "transformers_version": "4.40.0", "_name_or_path": "somebody/model"}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "pretraining_tp": 1,
@@ -461,17 +431,14 @@ GLM = {"architectures": ["ChatGLMModel"], "model_type": "chatglm", "add_bias_lin
        "classifier_dropout": None, "fp32_residual_connection": False, "hidden_dropout": 0.0, "post_layer_norm": True,
        "multi_query_attention": True, "original_rope": True, "tie_word_embeddings": False, "multi_query_group_num": 2}
 
-
 def sizes(C, I, L, H, G=None, **more):
     grouped = {"num_key_value_heads": G} if G else {}
     return {"hidden_size": C, "intermediate_size": I, "num_hidden_layers": L, "num_attention_heads": H, **grouped,
             **more}
 
-
 def llama3(factor):
     return {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
             "original_max_position_embeddings": 8192}
-
 
 PUBLISHED = {  # name: (config.json, what is expected of Config)
     "Llama 1 7B": ({**LLAMA, **sizes(4096, 11008, 32, 32), "max_sequence_length": 2048, "vocab_size": 32000,
@@ -579,7 +546,6 @@ PUBLISHED = {  # name: (config.json, what is expected of Config)
                  {"rope_theta": 5e6, "rms_norm_eps": 1.5625e-07}),
 }
 
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_read(tmp_path, name):
     published, expected = PUBLISHED[name]
@@ -597,11 +563,8 @@ def test_published_configs_are_read(tmp_path, name):
             assert getattr(config, key) == getattr(theirs, key), key
         assert config.rope_theta == theirs.rope_parameters["rope_theta"]
 
-
 # ------------------------------------------------------------------------------------------------------------ faults
-
 LINEAR = {"rope_type": "linear", "factor": 4.0}
-
 
 @pytest.mark.parametrize("drop,changes,theta,scaling", [
     (["rope_parameters"], {"rope_theta": 5e5}, 5e5, None),
@@ -614,7 +577,6 @@ def test_both_dialects_of_rope_are_read(hf_folder, drop, changes, theta, scaling
     folder, _ = hf_folder()
     config = convert.load_config(edit_config(folder, drop, **changes))
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
-
 
 @pytest.mark.parametrize("changes,message", [
     ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4},
@@ -640,14 +602,12 @@ def test_config_faults_are_named(hf_folder, changes, message):
         convert.load_config(edit_config(folder, **changes))
     assert "config.json" in str(e.value)
 
-
 def test_neutral_and_harmless_keys_pass(hf_folder):
     folder, _ = hf_folder()
     convert.load_config(edit_config(
         folder, residual_multiplier=1.0, attention_dropout=0.1, rope_interleaved=False, sliding_window=None,
         pretraining_tp=1, attn_implementation="flash_attention_2", layer_types=["full_attention"] * 2,
         auto_map={"AutoConfig": "c.C"}))
-
 
 @pytest.mark.parametrize("model_type,drop,changes,window", [
     ("mistral", ["sliding_window"], {}, 4096), ("mistral", [], {"sliding_window": None}, None),
@@ -657,7 +617,6 @@ def test_sliding_windows(hf_folder, model_type, drop, changes, window):
     folder, _ = hf_folder(model_type)
     assert convert.load_config(edit_config(folder, drop, **changes)).sliding_window == window
 
-
 @pytest.mark.parametrize("length,window", [(7, None), (8, 7)])
 def test_a_window_no_shorter_than_the_rows_is_none(hf_folder, monkeypatch, length, window):
     folder, _ = hf_folder("mistral", sliding_window=7)
@@ -665,19 +624,16 @@ def test_a_window_no_shorter_than_the_rows_is_none(hf_folder, monkeypatch, lengt
     monkeypatch.setattr(train, "MAX_LENGTH", length)
     assert train.plan(1)[1].sliding_window == window
 
-
 def test_windows_of_some_layers_are_refused(hf_folder):
     folder, _ = hf_folder("qwen2", head_dim=6)
     edit_config(folder, ["layer_types"], use_sliding_window=True, sliding_window=7, max_window_layers=1)
     with pytest.raises(ValueError, match="some layers only"):
         convert.load_config(folder)
 
-
 def shards_of(folder, **moved):
     held = load_file(folder / "model.safetensors")
     where = {name: moved.get("to", "model.safetensors") for name in held}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-
 
 def tensors_after(change):
     def break_it(folder):
@@ -686,10 +642,8 @@ def tensors_after(change):
         save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     return break_it
 
-
 def only_pickles(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
 
 NORM = "model.norm.weight"
 OUT = "points out of the folder"
@@ -708,7 +662,6 @@ FOLDER_FAULTS = {
     "nothing": (lambda f: (f / "model.safetensors").unlink(), "has no .safetensors"),
 }
 
-
 @pytest.mark.parametrize("fault", FOLDER_FAULTS)
 def test_folder_faults_are_named_and_nothing_is_loaded(hf_folder, fault):
     folder, _ = hf_folder()
@@ -720,13 +673,11 @@ def test_folder_faults_are_named_and_nothing_is_loaded(hf_folder, fault):
         convert.load_weights(model, folder)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
-
 def test_leftover_frequencies_and_a_stored_tied_head_are_accepted(hf_folder):
     folder, _ = hf_folder(tie_word_embeddings=True)
     tensors_after(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
                                       "lm_head.weight": t["model.embed_tokens.weight"].clone()}))(folder)
     load(folder)
-
 
 def test_check_names_the_layer_where_we_part_from_transformers(hf_folder, tokenizer_files, capsys):
     folder, _ = hf_folder(vocab_size=260, num_hidden_layers=3, **ODD)
@@ -740,7 +691,6 @@ def test_check_names_the_layer_where_we_part_from_transformers(hf_folder, tokeni
     assert convert.check(edit_config(folder, architectures=["MistralForCausalLM"], sliding_window=300))
     assert all(line.endswith(" PART") for line in capsys.readouterr().out.splitlines()[:4])
 
-
 def test_a_folder_without_a_whole_config_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         convert.load_config(tmp_path)
@@ -750,7 +700,6 @@ def test_a_folder_without_a_whole_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(ValueError, match="config.json: 'num_attention_heads' is missing"):
         convert.load_config(tmp_path)
-
 
 def test_export_into_the_source_folder_keeps_its_tokenizer(hf_folder, tokenizer_files):
     folder, _ = hf_folder()

@@ -10,10 +10,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 WIDE = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
             num_hidden_layers=3, vocab_size=1000)
 
-
 def error(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
 
 def attend(kernel, dtype, window):
     generator = torch.Generator("cuda").manual_seed(0)
@@ -24,7 +22,6 @@ def attend(kernel, dtype, window):
     out = kernel(q, k, v, cu_seqlens, 800, window)
     out.backward(weight.to(dtype))
     return [out.detach(), q.grad, k.grad, v.grad]
-
 
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("name", [k for k in KERNELS if k != "sdpa"])
@@ -38,7 +35,6 @@ def test_attention_packages_agree(name, window):
     for what, t, p, a in zip(("out", "dq", "dk", "dv"), truth, plain, attend(kernel, torch.bfloat16, window)):
         assert error(a, t) < 1.5 * error(p, t) + 1e-4, f"{what}: {error(a, t)}, plain {error(p, t)}"
 
-
 def gradients(execution, dtype=torch.bfloat16):
     model = tiny_model(execution=execution, **WIDE).to("cuda", dtype)
     with torch.no_grad():
@@ -50,12 +46,10 @@ def gradients(execution, dtype=torch.bfloat16):
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters()}
 
-
 EXECUTIONS = [Execution(recompute="all_but_attention"), Execution(recompute="all"), Execution(compile=True),
               Execution(recompute="all_but_attention", compile=True), Execution(recompute="all", compile=True),
               Execution(recompute="all_but_attention", compile=True, offload_layers=9, mlp_chunk=256, loss_chunk=300),
               Execution(recompute="all_but_attention", compile=True, keep_layers=1, attention="torch_varlen")]
-
 
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
 def test_executions_agree(execution):

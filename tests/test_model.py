@@ -15,7 +15,6 @@ FAMILIES = [("llama", {}), ("llama", {"tie_word_embeddings": True}),
             ("mistral", {"sliding_window": 5}), ("qwen2", {"tie_word_embeddings": True}), ("qwen2", {}), ("qwen3", {}),
             ("qwen3", {"tie_word_embeddings": True, "head_dim": 16, "num_key_value_heads": 2})]
 
-
 @pytest.mark.parametrize("model_type,changes", FAMILIES, ids=str)
 def test_logits_and_gradients_equal_transformers(hf_folder, model_type, changes):
     folder, theirs = hf_folder(model_type, **changes)
@@ -31,7 +30,6 @@ def test_logits_and_gradients_equal_transformers(hf_folder, model_type, changes)
         grad = ours.get_parameter(name).grad
         assert_close(grad, p.grad, f"gradient of {name}", atol=1e-4 * p.grad.abs().max().item(), rtol=1e-4)
 
-
 def test_packed_documents_are_the_documents_alone():
     model, lengths = tiny_model(), [5, 1, 17, 9]
     ids, positions, cu_seqlens, max_seqlen, labels = row(lengths)
@@ -45,7 +43,6 @@ def test_packed_documents_are_the_documents_alone():
     assert_close(packed, torch.cat(alone), "logits", atol=1e-5)
     assert_close(loss, alone_loss, "loss", rtol=1e-6)
 
-
 def test_a_changed_document_leaves_the_others_bit_equal():
     model = tiny_model()
     ids, positions, cu_seqlens, max_seqlen, _ = row([5, 8, 9])
@@ -55,7 +52,6 @@ def test_a_changed_document_leaves_the_others_bit_equal():
     assert torch.equal(before[:5], after[:5]) and torch.equal(before[13:], after[13:])
     assert not torch.equal(before[5:13], after[5:13])
 
-
 def test_without_varlen_a_token_sees_the_whole_row():
     model = tiny_model()
     ids, _, _, _, _ = row([5, 8])
@@ -64,12 +60,10 @@ def test_without_varlen_a_token_sees_the_whole_row():
     ids[0] = (ids[0] + 1) % 97
     assert not torch.equal(before[12], model(ids, torch.arange(13), whole, 13)[12])
 
-
 EXECUTIONS = [Execution(recompute="all_but_attention"), Execution(recompute="all"), Execution(loss_chunk=7),
               Execution(recompute="all_but_attention", offload_layers=9), Execution(recompute="all", offload_layers=9),
               Execution(recompute="all_but_attention", mlp_chunk=5, loss_chunk=9), Execution(mlp_chunk=6),
               Execution(recompute="all_but_attention", keep_layers=1, offload_layers=9, mlp_chunk=31)]
-
 
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
 def test_execution_changes_no_gradient(execution):
@@ -84,7 +78,6 @@ def test_execution_changes_no_gradient(execution):
         scale = p.grad.abs().max().item()
         assert_close(other.get_parameter(name).grad, p.grad, f"gradient of {name}", atol=1e-6 * scale, rtol=1e-5)
 
-
 def test_weighted_loss_is_the_plain_formula():
     model = tiny_model().double()
     ids, positions, cu_seqlens, max_seqlen, labels = row([5, 1, 17, 9], masked=0.3)
@@ -95,7 +88,6 @@ def test_weighted_loss_is_the_plain_formula():
     assert_close(loss, (each * weights).sum(), "loss", rtol=1e-6)
     nothing = torch.full_like(labels, -100)
     assert model(ids, positions, cu_seqlens, max_seqlen, nothing, weights) == 0
-
 
 @pytest.mark.parametrize("recompute,calls", [("none", 2), ("all_but_attention", 2), ("all", 4)])
 @pytest.mark.parametrize("offload", [False, True])
@@ -109,7 +101,6 @@ def test_attention_runs_forward_once_a_layer(monkeypatch, recompute, calls, offl
     ids, positions, cu_seqlens, max_seqlen, labels = row([16])
     model(ids, positions, cu_seqlens, max_seqlen, labels).backward()
     assert len(seen) == calls
-
 
 @pytest.mark.parametrize("recompute", ["none", "all_but_attention", "all"])
 def test_recomputation_lets_go_of_q_k_v(recompute):
@@ -128,7 +119,6 @@ def test_recomputation_lets_go_of_q_k_v(recompute):
     gc.collect()
     assert any(s() is not None for s in storages) == (recompute == "none") and y.requires_grad
 
-
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
 def test_backward_frees_what_was_kept(execution):
     """Without waiting for Python's cycle collector: at a million tokens what it has not found yet is 100 GiB."""
@@ -145,12 +135,10 @@ def test_backward_frees_what_was_kept(execution):
     finally:
         gc.enable()
 
-
 ROPE = [{}, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 64}]
-
 
 @pytest.mark.parametrize("scaling", ROPE, ids=lambda s: s.get("rope_type", "default"))
 def test_rope_equals_transformers(scaling):
@@ -169,7 +157,6 @@ def test_rope_equals_transformers(scaling):
     assert_close(cos[:, 0], angle.cos() * theirs.attention_scaling, "cos", atol=1e-6)
     assert_close(sin[:, 0], angle.sin() * theirs.attention_scaling, "sin", atol=1e-6)
     assert amplitude == pytest.approx(theirs.attention_scaling)
-
 
 def test_flops_by_hand():
     config = tiny_model().config

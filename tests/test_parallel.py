@@ -11,7 +11,6 @@ from model import Execution, Transformer
 LENGTHS = [3, 40, 1, 7, 120, 2, 64, 19]     # documents of very uneven lengths, cut at 64
 PARTS, GLOBAL_BATCH_SIZE = 64, 4
 
-
 class Chat:
     """Documents whose first halves are not trained, so that some shares of a row hold no target at all."""
     key, lengths = "chat", LENGTHS
@@ -28,10 +27,8 @@ class Chat:
     def read(self, document, start, end):
         return self.tokens[self.offsets[document] + start:min(self.offsets[document] + end, self.offsets[document + 1])]
 
-
 def rows_of(masked, loss_weight):
     return data.Rows(Chat(masked), "split", PARTS, seed=0, loss_weight=loss_weight)
-
 
 def truth(masked=False, loss_weight="token"):
     """One process, no sharding, no exchange: loss and gradients of the first step."""
@@ -42,7 +39,6 @@ def truth(masked=False, loss_weight="token"):
                for b in batches)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters()}
-
 
 def one_step(sp, zero_stage, replicas, masked, loss_weight, execution, expected_loss, expected):
     grid = parallel.init(replicas, sp)
@@ -66,7 +62,6 @@ def one_step(sp, zero_stage, replicas, masked, loss_weight, execution, expected_
         scale = expected[name].abs().max().item()
         assert_close(p.grad.full_tensor(), expected[name], f"gradient of {name} on rank {grid.rank}", atol=2e-6 * scale)
 
-
 GRID = [  # ranks, sp, ZERO_STAGE, REPLICAS, chat rows, LOSS_WEIGHT, execution
     (1, 1, 3, 1, False, "token", Execution()), (2, 1, 3, 1, True, "sample", Execution()),
     (2, 2, 2, 1, True, "token", Execution(recompute="all_but_attention")),
@@ -75,13 +70,11 @@ GRID = [  # ranks, sp, ZERO_STAGE, REPLICAS, chat rows, LOSS_WEIGHT, execution
     (4, 1, 1, 2, False, "square", Execution()), (8, 8, 2, 1, True, "token", Execution(recompute="all_but_attention")),
 ]
 
-
 @pytest.mark.parametrize("world,sp,zero,replicas,masked,loss_weight,execution", GRID,
                          ids=lambda v: str(v) if not isinstance(v, Execution) else v.recompute)
 def test_gradients_equal_one_process(world, sp, zero, replicas, masked, loss_weight, execution, tmp_path):
     loss, gradients = truth(masked, loss_weight)
     on_ranks(world, one_step, sp, zero, replicas, masked, loss_weight, execution, loss, gradients, tmp_path=tmp_path)
-
 
 def exchange(heads):
     group, P, r = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
@@ -99,16 +92,13 @@ def exchange(heads):
     a, b = parallel.seq_to_heads(parallel.cut_heads((mine, 2 * mine), P), group).chunk(2, dim=1)
     assert torch.equal(a, expected) and torch.equal(b, 2 * expected)
 
-
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])
 def test_exchange_is_a_transpose(heads, tmp_path):
     on_ranks(4, exchange, heads, tmp_path=tmp_path)
 
-
 def test_without_a_group_the_exchange_is_the_identity():
     x = torch.randn(3, 2, 4)
     assert parallel.seq_to_heads(x, None) is x and parallel.heads_to_seq(x, None) is x
-
 
 @pytest.mark.parametrize("world,replicas,sp,heads,kv,message", [
     (8, 1, 8, 28, 4, "SEQUENCE_PARALLEL_SIZE 8 does not divide 28 attention heads: use 1, 2, 4, 28"),
@@ -118,7 +108,6 @@ def test_without_a_group_the_exchange_is_the_identity():
 def test_sizes_that_do_not_fit_are_refused(world, replicas, sp, heads, kv, message):
     with pytest.raises(ValueError, match=message):
         parallel.check(world, replicas, sp, heads, kv)
-
 
 def fill_and_save(folder, sp, replicas):
     grid = parallel.init(replicas, sp)
@@ -134,7 +123,6 @@ def fill_and_save(folder, sp, replicas):
     convert.load_weights(model, folder / f"out-{grid.world}-{replicas}")
     for name, p in model.named_parameters():
         assert torch.equal(p.full_tensor(), back[name]), name
-
 
 @pytest.mark.parametrize("world,sp,replicas", [(1, 1, 1), (3, 1, 1), (4, 2, 2)])
 def test_weights_are_the_same_on_any_number_of_ranks(world, sp, replicas, tmp_path, hf_folder):

@@ -16,7 +16,6 @@ DEFAULTS = {name: getattr(train, name) for name in train.CONSTANTS}
 SMALL = {"INIT": "weights", "MAX_LENGTH": 64, "GLOBAL_BATCH_SIZE": 4, "MAX_STEPS": 4, "DTYPE": "float32",
          "SAVE_EVERY": 0, "SAMPLE_PROMPTS": [], "LEARNING_RATE": 1e-3, "SEQUENCE_PARALLEL_SIZE": 1}
 
-
 def run(settings, edit=None):
     """train.main() with these constants, in this process. edit: called first, to break something on purpose."""
     for name, value in {**DEFAULTS, **SMALL, **settings}.items():
@@ -25,21 +24,17 @@ def run(settings, edit=None):
         edit()
     train.main()
 
-
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
-
 def weights(folder):
     return [f.read_bytes() for f in sorted((folder / "hf").glob("*.safetensors"))]
-
 
 def assert_same_run(actual, expected, rtol):
     assert [m["step"] for m in metrics(actual)] == [m["step"] for m in metrics(expected)]
     for a, e in zip(metrics(actual), metrics(expected)):
         for key in ("loss", "grad_norm", "target_tokens", "learning_rate"):
             assert_close(a[key], e[key], f"{key} of step {a['step']} in {actual}", rtol=rtol)
-
 
 @pytest.fixture
 def setup(tmp_path, hf_folder, tokenizer_files):
@@ -58,9 +53,7 @@ def setup(tmp_path, hf_folder, tokenizer_files):
                 "CACHE_DIR": str(tmp_path / "cache"), **changes}
     return settings
 
-
 GRID = [(2, 1, 2, 1), (2, 2, 3, 1), (4, 2, 1, 1), (4, 4, 2, 1), (4, 2, 3, 2), (8, 8, 2, 1)]
-
 
 def test_text_is_trained_alike_on_any_ranks(setup, tmp_path):
     on_ranks(1, run, setup("alone"), tmp_path=tmp_path)
@@ -71,7 +64,6 @@ def test_text_is_trained_alike_on_any_ranks(setup, tmp_path):
         on_ranks(world, run, settings, tmp_path=tmp_path)
         assert_same_run(tmp_path / name, tmp_path / "alone", rtol=1e-5)
 
-
 @pytest.mark.parametrize("weight", ["token", "sample", "square"])
 def test_chat_is_trained_alike_on_any_ranks(setup, tmp_path, weight):
     settings = {"data": "chat", "PACKING": "whole", "LOSS_WEIGHT": weight, "MAX_LENGTH": 160}
@@ -79,14 +71,12 @@ def test_chat_is_trained_alike_on_any_ranks(setup, tmp_path, weight):
     on_ranks(4, run, setup("four", SEQUENCE_PARALLEL_SIZE=4, **settings), tmp_path=tmp_path)
     assert_same_run(tmp_path / "four", tmp_path / "alone", rtol=1e-5)
 
-
 @pytest.mark.parametrize("packing", ["split", "whole", "none"])
 def test_every_target_is_trained_once_an_epoch(setup, tmp_path, packing):
     settings = setup(packing, PACKING=packing, BATCH_SIZE=3, MAX_STEPS=-1, EPOCHS=1.0)
     on_ranks(2, run, {**settings, "SEQUENCE_PARALLEL_SIZE": 2}, tmp_path=tmp_path)
     lengths = [len(json.loads(line)["text"]) + 1 for line in open(settings["DATA"])]    # a byte a token, and eos
     assert sum(m["target_tokens"] for m in metrics(tmp_path / packing)) == sum(n - 1 for n in lengths)
-
 
 def test_resume_is_exact(setup, tmp_path):
     """Stop after 3 of 7 steps, in the second epoch of three: to the bit on the same ranks, to rounding on others."""
@@ -102,7 +92,6 @@ def test_resume_is_exact(setup, tmp_path):
         assert_same_run(tmp_path / name, tmp_path / "whole", rtol=0 if name == "same" else 1e-6)
     assert weights(tmp_path / "same") == weights(tmp_path / "whole")
 
-
 def damage(folder, how):
     shard = next(folder.glob("__0_*"))
     if how == "truncated":
@@ -115,7 +104,6 @@ def damage(folder, how):
         shard.unlink()
     else:
         (folder / how).unlink()
-
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "manifest.json", ".metadata"])
 def test_a_damaged_checkpoint_is_passed_over(setup, tmp_path, how, capfd):
@@ -137,7 +125,6 @@ def test_a_damaged_checkpoint_is_passed_over(setup, tmp_path, how, capfd):
     with pytest.raises(AssertionError, match="holds step-00000004, which this run from step 0 would meet again"):
         on_ranks(2, run, setup("run", RESUME="never"), tmp_path=tmp_path)
 
-
 def poison_one_rank():
     """The loss of one rank's first micro-batch of step 2 is NaN."""
     accumulate, calls = parallel.accumulate, []
@@ -149,7 +136,6 @@ def poison_one_rank():
             model.model["norm"].register_forward_hook(lambda m, i, out: out * float("nan") if len(calls) == 3 else out)
     parallel.accumulate = broken
 
-
 def test_a_step_that_is_not_finite_is_skipped_by_all(setup, tmp_path):
     on_ranks(2, run, setup("run", MAX_STEPS=3), poison_one_rank, tmp_path=tmp_path)
     assert [m["skipped"] for m in metrics(tmp_path / "run")] == [False, True, False]
@@ -157,7 +143,6 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(setup, tmp_path):
     on_ranks(2, run, setup("one", MAX_STEPS=1, **constant), tmp_path=tmp_path)
     on_ranks(2, run, setup("two", MAX_STEPS=2, **constant), poison_one_rank, tmp_path=tmp_path)
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
-
 
 def test_zero_steps_export_the_weights_untouched(setup, tmp_path):
     settings = setup("none", MAX_STEPS=0)
@@ -170,7 +155,6 @@ def test_zero_steps_export_the_weights_untouched(setup, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "none/hf" / file).read_bytes() == (Path(settings["MODEL"]) / file).read_bytes()
 
-
 def test_a_checkpoint_becomes_a_folder_that_transformers_opens(setup, tmp_path):
     from transformers import AutoModelForCausalLM
     on_ranks(2, run, setup("run", MAX_STEPS=2), tmp_path=tmp_path)
@@ -178,7 +162,6 @@ def test_a_checkpoint_becomes_a_folder_that_transformers_opens(setup, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf").state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in ours)
-
 
 def test_samples_do_not_depend_on_ranks(setup, tmp_path, capfd):
     printed = []
@@ -189,7 +172,6 @@ def test_samples_do_not_depend_on_ranks(setup, tmp_path, capfd):
         printed.append(capfd.readouterr().out.split("-" * 80)[1:])
     assert printed[0] == printed[1] and len(printed[0]) == 2
 
-
 WRONG = [({"SEQUENCE_PARALLEL_SIZE": 3}, "SEQUENCE_PARALLEL_SIZE 3 does not divide 8 attention heads: use 1, 2, 4, 8"),
          ({"SEQUENCE_PARALLEL_SIZE": 2}, "SEQUENCE_PARALLEL_SIZE 2 does not divide 1 processes"),
          ({"MODEL": "no/such"}, "MODEL 'no/such' has no config.json"), ({"DATA": "no-such.jsonl"}, "matches no file"),
@@ -197,20 +179,17 @@ WRONG = [({"SEQUENCE_PARALLEL_SIZE": 3}, "SEQUENCE_PARALLEL_SIZE 3 does not divi
          ({"GLOBAL_BATCH_SIZE": 0}, "GLOBAL_BATCH_SIZE 0 is not positive"), ({"ATTENTION": "fast"}, "ATTENTION 'fast'"),
          ({"ATTENTION": "flash_attn_2"}, "not to be had for torch.float32")]
 
-
 @pytest.mark.parametrize("change,message", WRONG, ids=lambda v: str(v)[:30])
 def test_wrong_constants_are_refused(setup, monkeypatch, change, message):
     monkeypatch.setattr(parallel, "init", lambda *_: pytest.fail("a process group was waited for"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run({**setup("run"), **change})
 
-
 def test_a_batch_that_does_not_divide_is_refused(setup, monkeypatch):
     monkeypatch.setattr(parallel, "init", lambda *_: pytest.fail("a process group was waited for"))
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="GLOBAL_BATCH_SIZE 6 is not a multiple of the 8 rows in flight .*: use 8"):
         run(setup("run", GLOBAL_BATCH_SIZE=6))
-
 
 BAD_LINES = [('{"text": 5}', "not a string"), ('{"text": null}', "not a string"), ("{", "not JSON"),
              ("[1]", "not an object"), ('{"other": 1}', "match no format"),
@@ -219,7 +198,6 @@ BAD_LINES = [('{"text": 5}', "not a string"), ('{"text": null}', "not a string")
              ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
              ('{"messages": [{"role": "robot", "content": "a"}]}', "role"), ('{"text": "a', "not JSON")]
 
-
 @pytest.mark.parametrize("line,message", BAD_LINES)
 def test_a_bad_line_is_named(setup, tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
@@ -227,18 +205,15 @@ def test_a_bad_line_is_named(setup, tmp_path, line, message):
     with pytest.raises(ValueError, match=f"bad.jsonl:3: .*{message}"):
         run(setup("run", DATA=str(path)))
 
-
 def test_nothing_to_train_is_refused(setup, tmp_path):
     with pytest.raises(ValueError, match="no token to train"):
         run(setup("run", DATA=write_jsonl(tmp_path / "empty.jsonl", [{"text": ""}])))
-
 
 def test_token_ids_beyond_the_vocabulary_are_refused(setup, hf_folder, tokenizer_files):
     folder, _ = hf_folder(name="short", vocab_size=100)
     tokenizer_files(folder)
     with pytest.raises(ValueError, match="beyond the model's vocabulary of 100"):
         run(setup("run", MODEL=str(folder)))
-
 
 def test_changed_data_is_not_resumed(setup, tmp_path):
     settings = setup("run", MAX_STEPS=1)
@@ -247,7 +222,6 @@ def test_changed_data_is_not_resumed(setup, tmp_path):
         f.write('{"text": "more"}\n')
     with pytest.raises(AssertionError, match="was trained on another data"):
         on_ranks(1, run, settings, tmp_path=tmp_path)
-
 
 def test_overrides():
     for name, value in DEFAULTS.items():
@@ -261,7 +235,6 @@ def test_overrides():
         with pytest.raises(ValueError, match=message):
             train.override([wrong])
 
-
 @pytest.mark.parametrize("schedule,rates", [("constant", [0.5, 1, 1, 1, 1]), ("linear", [0.5, 1, 0.75, 0.25, 0]),
                                             ("cosine", [0.5, 1, 0.853553, 0.146447, 0]), ("wsd", [0.5, 1, 1, 1, 0])])
 def test_schedules(schedule, rates):
@@ -270,9 +243,7 @@ def test_schedules(schedule, rates):
         setattr(train, name, value)
     assert [round(train.learning_rate(s, 10), 6) for s in (1, 2, 4, 8, 10)] == rates
 
-
 CEILINGS = {"train.py": 380, "model.py": 430, "parallel.py": 400, "data.py": 480, "convert.py": 400}
-
 
 def test_files_stay_small():
     root = Path(train.__file__).parent
