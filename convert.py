@@ -324,6 +324,29 @@ def save_weights(model, source_folder, out_folder):
             if not (out / file.name).exists() or not file.samefile(out / file.name):
                 shutil.copyfile(file, out / file.name)
 
+CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+def write_demo(folder, vocab_size=512):
+    """A small Llama, its tokenizer and a corpus, of what every Python carries: the source of its standard library."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+    folder.mkdir(parents=True, exist_ok=True)
+    files = sorted(Path(json.__file__).parents[1].glob("*.py"))
+    texts = [f.read_text("utf-8", "replace") for f in files if 0 < f.stat().st_size < 8_000]
+    (folder / "demo.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    tokenizer, (end, *more) = ByteLevelBPETokenizer(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(texts, vocab_size, show_progress=False, special_tokens=[end, *more])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=end, pad_token=end,
+                            additional_special_tokens=more, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 128,
+        "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "tie_word_embeddings": True, "dtype": "float32", "eos_token_id": 0, "bos_token_id": None}, indent=2))
+    model = Transformer(load_config(folder))
+    model.init_weights(seed=0)
+    save_weights(model, folder, folder)
+
 def main(checkpoint, out):
     """Checkpoint -> Hugging Face folder, in one process, on the host. The run's config.json says which MODEL it was."""
     manifest = parallel.read_manifest(checkpoint)

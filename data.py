@@ -9,7 +9,6 @@ import fcntl
 import glob
 import hashlib
 import json
-import sysconfig
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -337,33 +336,3 @@ class Rows:
         return (f"{(self.lengths > 0).sum():,} documents ({(self.lengths == 0).sum():,} empty), {tokens:,} tokens = "
                 f"{targets:,} targets + {tokens - targets:,} masked or first; {self.per_epoch:,} rows an epoch, "
                 f"{tokens / self.per_epoch:,.0f} tokens each")
-
-# ----------------------------------------------------------------------------------------------------------- the demo
-CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-def write_demo(folder, vocab_size=512):
-    """A corpus, a tokenizer and a config.json from what every Python carries: the source of its standard library."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = [f.read_text("utf-8", "replace") for f in files if 0 < f.stat().st_size < 8_000]
-    (folder / "demo.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-                                   additional_special_tokens=["<|im_start|>", "<|im_end|>"])
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 128,
-        "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "head_dim": 16, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048,
-        "tie_word_embeddings": True, "hidden_act": "silu", "eos_token_id": 0, "bos_token_id": None,
-        "initializer_range": 0.02, "dtype": "float32"}, indent=2))

@@ -128,10 +128,7 @@ def plan(world):
         with data.locked(Path(CACHE_DIR) / "demo.lock"):
             demo = Path(CACHE_DIR) / "demo"
             if not (demo / "model.safetensors").exists():
-                data.write_demo(demo)
-                model = Transformer(convert.load_config(demo))
-                model.init_weights(seed=0)
-                convert.save_weights(model, demo, demo)
+                convert.write_demo(demo)
     config = convert.load_config(folder)
     convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, ROPE_THETA, MAX_LENGTH)
     sp = SEQUENCE_PARALLEL_SIZE or max(world // REPLICAS, 1)

@@ -104,7 +104,7 @@ def tokenizer_files(tmp_path):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        import data
+        import convert
         specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(specials + letters)}, []))
@@ -113,7 +113,7 @@ def tokenizer_files(tmp_path):
         tokenizer.decoder = decoders.ByteLevel()
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
                                        additional_special_tokens=specials[1:])
-        fast.chat_template = template or data.CHAT_TEMPLATE
+        fast.chat_template = template or convert.CHAT_TEMPLATE
         fast.save_pretrained(folder)
         return fast
     return write
