@@ -14,9 +14,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import convert
@@ -27,7 +28,7 @@ from model import Execution, Transformer, attention_kernel, attention_pairs, flo
 # What to train, on what, where to
 MODEL = "demo"              # Hugging Face folder; "demo": a small Llama of our own, made on first use
 INIT = "weights"            # "weights": the folder's; "random": from its config.json alone
-DATA = "demo"               # .jsonl path, glob or list of them; "demo": Python's standard library; "synthetic"
+DATA = "demo"               # files, globs, folders (README); a list, or {each: epochs}; or "demo", or "synthetic"
 SYNTHETIC_DOCUMENT = 0      # tokens of each document of DATA="synthetic"; 0: MAX_LENGTH
 RUN_DIR = "runs/demo"       # checkpoints, metrics and the trained hf/ folder
 CACHE_DIR = "runs/cache"    # tokenized data and the demo, shared between runs
@@ -37,7 +38,11 @@ MAX_LENGTH = 1024           # tokens of a row, and of the longest piece of a doc
 PACKING = "split"           # "split": concatenate and cut; "whole": fill rows with uncut documents; "none"
 USE_VARLEN_ATTN = True      # a token attends to its own document only; False: to all before it in the row
 BATCH_SIZE = 1              # documents of a row, PACKING "none" only
+GROUP_BY_LENGTH = False     # PACKING "none": documents of one step are of like length
+OVERLONG = "split"          # documents longer than MAX_LENGTH: in pieces; or "truncate", "truncate_middle", "drop"
 APPEND_EOS = True           # a plain text ends with the tokenizer's eos, and it is trained
+TRAIN_ON_PROMPT = False     # chat: every token is trained, not the assistant's only
+MASK_HISTORY = False        # chat: the assistant's last turn only
 MAX_POSITION_EMBEDDINGS = 0 # positions of a model that is to be extended; 0: the checkpoint's
 ROPE_SCALING = None         # how: "linear" if None, "dynamic", "yarn", "llama3"; or {"rope_type": ..., "factor": ...}
 ROPE_THETA = 0.0            # or by another base; 0: the checkpoint's
@@ -79,9 +84,13 @@ RESUME = "auto"             # "auto": from the newest checkpoint of RUN_DIR; "ne
 
 CONSTANTS = [name for name in globals() if name.isupper()]
 CHOICES = {"INIT": ("weights", "random"), "PACKING": ("split", "whole", "none"), "ZERO_STAGE": (1, 2, 3),
-           "LOSS_WEIGHT": ("token", "sample", "square"), "RECOMPUTE": ("all_but_attention", "all", "none"),
-           "DTYPE": ("bfloat16", "float32"), "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd")}
+           "OVERLONG": ("split", "truncate", "truncate_middle", "drop"), "LOSS_WEIGHT": ("token", "sample", "square"),
+           "RECOMPUTE": ("all_but_attention", "all", "none"), "DTYPE": ("bfloat16", "float32"),
+           "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd")}
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}    # dense bfloat16 FLOP/s
+LOG = {"step": "step {:>6}", "epoch": "epoch {:6.3f}", "loss": "loss {:8.4f}",
+       "grad_norm": "norm {:8.3f}", "learning_rate": "lr {:.2e}", "seconds": "{:7.2f} s", "mfu": "mfu {:5.1%}",
+       "tokens_per_second_per_gpu": "{:9,.0f} tok/s/rank", "peak_memory_gib": "{:6.1f} GiB", "skipped": "SKIPPED"}
 
 def override(arguments):
     """Set constants from NAME=VALUE: a Python literal or a bare string, of the default's type."""
@@ -90,16 +99,14 @@ def override(arguments):
         if name not in CONSTANTS or not equals:
             near = difflib.get_close_matches(name, CONSTANTS, 1, 0) or CONSTANTS
             raise ValueError(f"{argument!r} sets no constant of train.py: NAME=VALUE, the nearest name is {near[0]}")
-        try:
+        default, value = globals()[name], text
+        with suppress(ValueError, SyntaxError):
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        default = globals()[name]
         if isinstance(default, float) and type(value) is int:
             value = float(value)
-        if type(value) is not type(default) and name not in ("DATA", "BETAS", "OFFLOAD_ACTIVATIONS", "ROPE_SCALING"):
-            raise ValueError(f"{name}={text} is a {type(value).__name__}: give a {type(default).__name__} like "
-                             f"{default!r}")
+        if type(value) is not type(default) and name not in ("DATA", "BETAS", "OFFLOAD_ACTIVATIONS",
+                                                            "ROPE_SCALING"):
+            raise ValueError(f"{name}={text} is no {type(default).__name__}: give one, like {default!r}")
         globals()[name] = value
 
 def learning_rate(step, steps):
@@ -121,14 +128,12 @@ def plan(world):
         if globals()[name] <= 0:
             raise ValueError(f"{name} {globals()[name]} is not positive: use 1 or more")
     if OFFLOAD_ACTIVATIONS and RECOMPUTE == "none":
-        raise ValueError("OFFLOAD_ACTIVATIONS moves what recomputation keeps, and RECOMPUTE is 'none': use 'all' or "
-                         "'all_but_attention'")
-    folder = Path(CACHE_DIR) / "demo" if MODEL == "demo" else Path(MODEL)
-    if "demo" in (MODEL, DATA):
-        with data.locked(Path(CACHE_DIR) / "demo.lock"):
-            demo = Path(CACHE_DIR) / "demo"
-            if not (demo / "model.safetensors").exists():
-                convert.write_demo(demo)
+        raise ValueError("OFFLOAD_ACTIVATIONS moves nothing with RECOMPUTE 'none': use 'all_but_attention' or 'all'")
+    demo = Path(CACHE_DIR) / "demo"
+    with data.locked(demo.with_suffix(".lock")):
+        if "demo" in (MODEL, DATA) and not (demo / "model.safetensors").exists():
+            convert.write_demo(demo)
+    folder = demo if MODEL == "demo" else Path(MODEL)
     config = convert.load_config(folder)
     convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, ROPE_THETA, MAX_LENGTH)
     sp = SEQUENCE_PARALLEL_SIZE or max(world // REPLICAS, 1)
@@ -140,21 +145,28 @@ def plan(world):
         config.sliding_window = None  # no query is far enough from any key
     return folder, config, sp, dp
 
+def open_data(source, folder, config):
+    """DATA -> its data.Rows, tokenized now if they never were."""
+    if source == "synthetic":
+        length = SYNTHETIC_DOCUMENT or MAX_LENGTH
+        n = -(-max(MAX_STEPS, 1) * GLOBAL_BATCH_SIZE * MAX_LENGTH // length)
+        lengths, offsets = np.full(n, length), np.arange(n + 1) * length
+        corpus = data.Corpus(config.vocab_size, offsets, lengths - 1, lengths, [(0, n, 1.0)], source)
+    else:
+        files = f"{CACHE_DIR}/demo/demo.jsonl" if source == "demo" else source
+        corpus = data.build_corpus(files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG,
+                                   MAX_LENGTH * (OVERLONG != "split"), vocab_size=config.vocab_size)
+    return data.Rows(corpus, PACKING, MAX_LENGTH, SEED, BATCH_SIZE, USE_VARLEN_ATTN, LOSS_WEIGHT,
+                     GROUP_BY_LENGTH * GLOBAL_BATCH_SIZE)
+
 def main():
     world = int(os.environ.get("WORLD_SIZE", 1))
     folder, config, sp, dp = plan(world)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if DTYPE == "bfloat16" else torch.float32
     kernel, _ = attention_kernel(ATTENTION, "cuda" if cuda else "cpu", dtype)
-    if DATA == "synthetic":
-        length = SYNTHETIC_DOCUMENT or MAX_LENGTH
-        documents = -(-max(MAX_STEPS, 1) * GLOBAL_BATCH_SIZE * MAX_LENGTH // length)
-        corpus = data.Synthetic(documents, length, config.vocab_size)
-    else:
-        files = str(folder / "demo.jsonl") if DATA == "demo" else DATA
-        corpus = data.build_corpus(files, folder, CACHE_DIR, APPEND_EOS, config.vocab_size)
-    rows = data.Rows(corpus, PACKING, MAX_LENGTH, SEED, BATCH_SIZE, USE_VARLEN_ATTN, LOSS_WEIGHT)
-    total_rows = math.ceil(EPOCHS * rows.per_epoch) if MAX_STEPS < 0 else MAX_STEPS * GLOBAL_BATCH_SIZE
+    rows = open_data(DATA, folder, config)
+    total_rows = rows.count(EPOCHS) if MAX_STEPS < 0 else MAX_STEPS * GLOBAL_BATCH_SIZE
     steps = -(-total_rows // GLOBAL_BATCH_SIZE)
 
     grid = parallel.init(REPLICAS, sp)
@@ -165,10 +177,7 @@ def main():
     with torch.device("meta"):
         model = Transformer(config, grid.sp_group, execution)
     parallel.shard(model, model.model["layers"], grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
-    if INIT == "weights":
-        convert.load_weights(model, folder)
-    else:
-        model.init_weights(SEED)
+    convert.load_weights(model, folder) if INIT == "weights" else model.init_weights(SEED)
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
@@ -178,13 +187,13 @@ def main():
         f"{world} ranks = {REPLICAS} replicas x {dp // REPLICAS} dp x {sp} sp\n"
         f"{GLOBAL_BATCH_SIZE} rows a step = {dp} in flight x accumulative_counts {GLOBAL_BATCH_SIZE // dp}; at most "
         f"{GLOBAL_BATCH_SIZE * MAX_LENGTH:,} tokens a step\n"
-        f"{rows.accounting()}; {steps:,} steps")
+        f"{rows.describe()}\n{steps:,} steps")
 
-    notes = {"model": str(folder.resolve()), "config": asdict(config), "data": corpus.key,
-             "constants": {name: globals()[name] for name in CONSTANTS}}
+    notes = json.loads(json.dumps({     # as a checkpoint's manifest will give it back
+        "model": str(folder.resolve()), "config": vars(config), "data": [rows.corpus.key, rows.corpus.sources],
+        "constants": {name: globals()[name] for name in CONSTANTS}}))
     done = resume(notes, model, optimizer, say)
-    if first:
-        open_run(notes, done)
+    parallel.together("RUN_DIR", open_run, notes, done, rows.accounting(), only=0)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("second SIGTERM") if stop else stop.append(True))
 
@@ -195,9 +204,10 @@ def main():
         sums = [(b.weights.double().sum().item(), (b.labels != data.IGNORE).sum().item(), len(b.input_ids),
                  attention_pairs(b.cu_seqlens.tolist(), config.sliding_window) / sp, 0) for b in batches]
         sums = parallel.all_sum(torch.tensor([*sums, (0, 0, 0, 0, len(stop))], dtype=torch.float64).sum(0)).tolist()
-        move = lambda t: t.pin_memory().to(grid.device, non_blocking=True) if cuda and torch.is_tensor(t) else t
-        return [data.Batch(*map(move, b)) for b in batches], sums
+        return [to_device(b, grid.device) for b in batches], sums
 
+    gpu = torch.cuda.get_device_name() if cuda and DTYPE == "bfloat16" else ""
+    peak = next((rate for name, rate in PEAK.items() if name in gpu), None)
     skipped, began = 0, time.time()
     ahead = prepare(done + 1) if done < steps else None
     for step in range(done + 1, steps + 1):
@@ -205,7 +215,7 @@ def main():
         loss = torch.zeros((), device=grid.device)
         for i, b in enumerate(batches):
             parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
-            # sum of weight x cross entropy over this rank's targets, divided by the weights of all the step's targets
+            # sum of weight x cross entropy over this rank's targets / weights of all the step's targets
             share = b.weights / max(weight, 1e-9)
             part = model(b.input_ids, b.position_ids, b.cu_seqlens, b.max_seqlen, b.labels, share)
             part.backward()
@@ -229,24 +239,32 @@ def main():
         seconds, began = now - began, now
         if first:
             work = flops(config, tokens, pairs, RECOMPUTE, KEEP_LAYERS)
-            epoch = step * GLOBAL_BATCH_SIZE / rows.per_epoch
-            log(step, steps, epoch, loss, norm, lr, int(tokens), int(targets), seconds, work, world, skip)
+            mfu, hfu = (peak and w / seconds / world / peak for w in work)
+            log({"step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss, "grad_norm": norm,
+                 "learning_rate": lr, "tokens": int(tokens), "target_tokens": int(targets), "seconds": seconds,
+                 "tokens_per_second_per_gpu": tokens / seconds / world, "mfu": mfu, "hfu": hfu,
+                 "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None, "skipped": skip,
+                 "peak_host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
         if skipped == 5:
-            raise RuntimeError(f"5 steps in a row had a loss or gradient that is not finite, up to step {step}: lower "
-                               f"LEARNING_RATE {LEARNING_RATE}, or look at the data of these steps. Nothing was saved")
+            raise RuntimeError(f"5 steps in a row had a loss or gradient that is not finite, up to step {step}: "
+                               f"lower LEARNING_RATE {LEARNING_RATE}, or look at their data. Nothing was saved")
         if SAVE_EVERY >= 0 and (step == steps or stopping or SAVE_EVERY and step % SAVE_EVERY == 0):
             parallel.save_checkpoint(Path(RUN_DIR) / "checkpoints", step, model, optimizer, notes, KEEP_CHECKPOINTS)
             began = time.time()
         if stopping:
             say(f"stopped by SIGTERM after step {step}; the same command resumes")
             return parallel.close()
-
     if SAVE_EVERY >= 0:
         parallel.together("export", convert.save_weights, model, folder, Path(RUN_DIR) / "hf")
         say(f"{RUN_DIR}/hf is a Hugging Face folder")
     if SAMPLE_PROMPTS and DATA != "synthetic":
         sample(model, folder, grid, say)
     parallel.close()
+
+def to_device(batch, device):
+    """Without waiting: from pinned memory, which the kernels of the step before hide."""
+    move = lambda t: t.pin_memory().to(device, non_blocking=True) if torch.is_tensor(t) else t
+    return data.Batch(*map(move, batch)) if device.type == "cuda" else batch
 
 def resume(notes, model, optimizer, say):
     """Load the checkpoint that RESUME names. -> the steps it has done."""
@@ -260,75 +278,52 @@ def resume(notes, model, optimizer, say):
     if folder is None:
         return 0
     for key in ("config", "data"):
-        if json.loads(json.dumps(notes[key])) != manifest[key]:
-            raise ValueError(f"{folder} was trained on another {key}: {manifest[key]}, now {notes[key]}. Set RUN_DIR "
-                             "to a new folder")
-    for name, now in json.loads(json.dumps(notes["constants"])).items():
-        if manifest["constants"].get(name) != now:
-            say(f"since {folder.name}, {name} changed from {manifest['constants'].get(name)!r} to {now!r}")
+        if notes[key] != manifest[key]:
+            raise ValueError(f"{folder} has another {key}, {manifest[key]}, not {notes[key]}: set RUN_DIR to a new one")
+    for name, now in notes["constants"].items():
+        if (then := manifest["constants"].get(name)) != now:
+            say(f"since {folder.name}, {name} changed from {then!r} to {now!r}")
     parallel.load_checkpoint(folder, model, optimizer)
     say(f"resumed from {folder}")
     return done
 
-def open_run(notes, done):
+def open_run(notes, done, accounting):
     """RUN_DIR's config.json and env.json; metrics.jsonl without the lines of steps that are about to be done again."""
     run = Path(RUN_DIR)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps(notes["constants"], indent=2))
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     (run / "env.json").write_text(json.dumps({
         "torch": torch.__version__, "python": sys.version.split()[0], "git": git.stdout.strip(), "data": notes["data"],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}, indent=2))
+        "gpu": gpu, "accounting": accounting}, indent=2, default=int))
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     metrics.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= done))
 
-def log(step, steps, epoch, loss, norm, lr, tokens, targets, seconds, work, world, skip):
-    """One line on the screen, one in metrics.jsonl. work: (model, hardware) FLOPs of the step over all ranks."""
-    cuda = torch.cuda.is_available()
-    peak = next((v for k, v in PEAK.items() if cuda and k in torch.cuda.get_device_name()), None)
-    peak = peak if DTYPE == "bfloat16" else None
-    mfu, hfu = (w / seconds / world / peak if peak else None for w in work)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    speed = tokens / seconds / world
-    line = {"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "learning_rate": lr, "tokens": tokens,
-            "target_tokens": targets, "seconds": seconds, "tokens_per_second_per_gpu": speed, "mfu": mfu, "hfu": hfu,
-            "peak_memory_gib": memory, "skipped": skip,
-            "peak_host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+def log(line):
+    """A line of metrics.jsonl, and the same on the screen."""
     with open(Path(RUN_DIR) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
-    print(f"step {step:>{len(str(steps))}}/{steps}  epoch {epoch:6.3f}  loss {loss:8.4f}  norm {norm:8.3f}  lr {lr:.2e}"
-          f"  {seconds:7.2f} s  {speed:9,.0f} tok/s/rank" + (f"  mfu {mfu:5.1%}" if mfu else "")
-          + (f"  {memory:6.1f} GiB" if memory else "") + ("  SKIPPED" if skip else ""), flush=True)
+    shown = (form.format(line[key]) for key, form in LOG.items() if line.get(key) not in (None, False))
+    print("  ".join(shown), flush=True)
 
 @torch.no_grad()
 def sample(model, folder, grid, say, temperature=0.5):
-    """Print continuations of SAMPLE_PROMPTS: all side by side in one row, a whole forward for each token."""
+    """Print continuations of SAMPLE_PROMPTS: a whole forward for each token."""
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [tokenizer(p).input_ids for p in SAMPLE_PROMPTS]
-    generator = torch.Generator().manual_seed(SEED)
-    for _ in range(SAMPLE_TOKENS):
-        fill = -sum(map(len, texts)) % (128 * grid.sp)
-        lengths = [*map(len, texts), fill] if fill else [*map(len, texts)]
-        ids = torch.tensor(sum(texts, []) + [0] * fill)
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-        t = len(ids) // grid.sp
-        share = slice(t * grid.sp_rank, t * (grid.sp_rank + 1))
-        logits = model(ids[share].to(grid.device), positions[share].to(grid.device),
-                       cu_seqlens.to(grid.device, torch.int32), max(lengths))
-        last = cu_seqlens[1:len(texts) + 1] - 1 - share.start  # of each text, seen from this rank's share
-        mine = torch.zeros(len(texts), logits.shape[1], device=grid.device)
-        for i, p in enumerate(last.tolist()):
-            if 0 <= p < t:
-                mine[i] = logits[p].float()
-        if grid.sp > 1:
-            parallel.all_sum(mine, grid.sp_group)
-        chosen = torch.multinomial(torch.softmax(mine.cpu() / temperature, dim=-1), 1, generator=generator)
-        texts = [text + token for text, token in zip(texts, chosen.tolist())]
-    for text in texts:
-        say("-" * 80 + "\n" + tokenizer.decode(text).split(tokenizer.eos_token or "\0")[0])
+    tokenizer, generator = AutoTokenizer.from_pretrained(folder), torch.Generator().manual_seed(SEED)
+    for prompt in SAMPLE_PROMPTS:
+        ids = tokenizer(prompt).input_ids
+        for _ in range(SAMPLE_TOKENS):
+            row = torch.tensor(ids + [0] * (-len(ids) % (128 * grid.sp)), device=grid.device)   # the text, and filling
+            edges = torch.tensor([0, len(row)], dtype=torch.int32, device=grid.device)
+            share = torch.arange(len(row), device=grid.device).chunk(grid.sp)[grid.sp_rank]
+            logits = model(row[share], share, edges, len(row)).float()[share == len(ids) - 1].sum(0)    # or 0
+            if grid.sp > 1:
+                parallel.all_sum(logits, grid.sp_group)
+            ids += torch.multinomial(torch.softmax(logits.cpu() / temperature, dim=-1), 1, generator=generator).tolist()
+        say("-" * 80 + "\n" + tokenizer.decode(ids).split(tokenizer.eos_token or "\0")[0])
 
 if __name__ == "__main__":
     try:

@@ -100,19 +100,19 @@ def hf_folder(tmp_path):
 @pytest.fixture
 def tokenizer_files(tmp_path):
     """Give a folder a byte-level tokenizer of 260 tokens with a ChatML template."""
-    def write(folder, template=None):
+    def write(folder, template=None, specials=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), merges=()):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
         import convert
-        specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(specials + letters)}, []))
-        tokenizer.add_special_tokens(specials)
+        tokenizer = Tokenizer(models.BPE(
+            {t: i for i, t in enumerate([*specials, *letters, *map("".join, merges)])}, [*merges]))
+        tokenizer.add_special_tokens([*specials])
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
-                                       additional_special_tokens=specials[1:])
+                                       additional_special_tokens=[*specials[1:]])
         fast.chat_template = template or convert.CHAT_TEMPLATE
         fast.save_pretrained(folder)
         return fast

@@ -13,7 +13,7 @@ PARTS, GLOBAL_BATCH_SIZE = 64, 4
 
 class Chat:
     """Documents whose first halves are not trained, so that some shares of a row hold no target at all."""
-    key, lengths = "chat", LENGTHS
+    key, lengths, sources = "chat", LENGTHS, [(0, len(LENGTHS), 1.0)]
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0).numpy()
 
     def __init__(self, masked):
