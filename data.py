@@ -411,10 +411,16 @@ class Rows:
         return Batch(ids, labels, positions, edges, int(max(lengths)), weights.float())
 
     def step(self, step, global_batch_size, dp, dp_rank, sp, sp_rank, total):
-        """The micro-batches of optimizer step `step` (from 1) for one rank; rows past the run's `total` are padding."""
-        first = (step - 1) * global_batch_size
-        return [self.batch(row if row < total else None, sp, sp_rank)
-                for row in range(first + dp_rank, first + global_batch_size, dp)]
+        """The micro-batches of optimizer step `step` (from 1) for one rank; rows past the run's `total` are padding. As
+        ranks wait for one another, the dp heaviest rows come first, the heaviest to who has the least so far."""
+        first, mine, load = (step - 1) * global_batch_size, [], np.zeros(dp)
+        work = {row: (self.find(row)[:, 2] ** 2).sum() for row in range(first, min(first + global_batch_size, total))}
+        rows = sorted(work, key=work.get, reverse=True) + [None] * (global_batch_size - len(work))
+        for i in range(0, global_batch_size, dp):
+            for rank, row in zip(np.argsort(load, kind="stable"), rows[i:i + dp]):
+                load[rank] += work.get(row, 0)
+                mine += [row] if rank == dp_rank else []
+        return [self.batch(row, sp, sp_rank) for row in mine]
 
     def accounting(self):
         """Of the first epoch. Padding is what rows lack to max_length (x batch_size); it is never computed."""
