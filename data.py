@@ -1,5 +1,7 @@
 """From files to rows: formats, chat masks, the token cache, packing, order, batches.
 
+    python data.py [NAME=VALUE ...] [SHOW=0,5] [--lengths]      what train.py, so set, will see: counts, rows, a plot
+
 A document is a run of tokens, some of them trained; a row is up to MAX_LENGTH tokens, pieces of documents side by side.
 Which rows a step sees is a function of seed and step alone. Parallelism is two integers, of rows and of shares.
 """
@@ -15,6 +17,7 @@ import math
 import multiprocessing
 import os
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -445,3 +448,33 @@ class Rows:
                 "{tokens:,} tokens = {trained:,} trained + {masked:,} masked or first + {dropped:,} dropped\n"
                 "{rows:,} rows, {fill:.2%} full, the rest {padding:,} of padding; {pieces_a_row:.1f} pieces each, "
                 "{attention:.1%} of a whole row's attention\ntokens of a document, from: {bars}").format(**a, bars=bars)
+
+def show(rows, row, sp, decode):
+    """Print a row of the run: trained tokens in green, where documents and the shares of ranks begin."""
+    shares = [rows.batch(row, sp, rank) for rank in range(sp)]
+    ids, labels, positions = (torch.cat([share[field] for share in shares]).tolist() for field in range(3))
+    pieces, trained = rows.find(row), [False, *(label != IGNORE for label in labels)]
+    marks = [(len(ids) // sp * rank, f"\n=== share of rank {rank}") for rank in range(sp) if sp > 1]
+    marks += [(i, "\033[32m" if trained[i] else "\033[0m") for i in range(1, len(ids)) if trained[i] != trained[i - 1]]
+    marks += [(at, f"\n--- document {d}, {n} tokens from {i} of {rows.lengths[d]}, positions from {positions[at]}\n")
+              for at, (d, i, n) in zip(np.cumsum([0, *pieces[:, 2]]), pieces)]
+    marks += [(n, "\n--- padding\n") for n in [pieces[:, 2].sum()] if n < len(ids)]
+    for (a, mark), (b, _) in itertools.pairwise([*sorted(marks, key=lambda mark: mark[0]), (len(ids), "")]):
+        print(mark + decode(ids[a:b]), end="")
+    print("\033[0m")
+
+def main(arguments):
+    from transformers import AutoTokenizer
+    import train
+    train.override([a for a in arguments if not a.startswith(("SHOW=", "--lengths"))])
+    folder, config, sp, _ = train.plan(max(train.SEQUENCE_PARALLEL_SIZE, 1) * train.REPLICAS)
+    rows = train.open_data(train.DATA, folder, config)
+    print(rows.describe())
+    for row in (int(n) for a in arguments if a.startswith("SHOW=") for n in a[5:].split(",")):
+        show(rows, row, sp, AutoTokenizer.from_pretrained(folder).decode)
+    if "--lengths" in arguments:
+        from matplotlib import pyplot
+        pyplot.hist(rows.corpus.full, bins=100), pyplot.xlabel("tokens of a document"), pyplot.savefig("lengths.png")
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

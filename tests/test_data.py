@@ -448,3 +448,19 @@ def test_ranks_get_even_work():
     assert np.mean(excess["even"]) < np.mean(excess["in order"]) / 3
 
 # ----------------------------------------------------------------------------------------------------------- to look at
+
+def test_rows_can_be_looked_at(tmp_path, tokenizer_files, hf_folder, capsys, monkeypatch):
+    folder, _ = hf_folder(vocab_size=260, eos_token_id=0, bos_token_id=None)
+    tokenizer_files(folder)
+    path = write_jsonl(tmp_path / "chat.jsonl", [ask("uHi", "aYes"), ask("uSo", "aNo", "uWhy", "aTherefore")])
+    monkeypatch.chdir(tmp_path)
+    for name in train.CONSTANTS:
+        monkeypatch.setattr(train, name, getattr(train, name))
+    data.main([f"MODEL={folder}", f"DATA={path}", "PACKING=whole", f"CACHE_DIR={tmp_path}/cache", "SHOW=0", "--lengths",
+               "SEQUENCE_PARALLEL_SIZE=2", "MAX_LENGTH=256"])
+    out = capsys.readouterr().out
+    assert "\033[32mTherefore<|im_end|>\033[0m" in out and "\033[32mYes<|im_end|>\033[0m" in out and "rank 1" in out
+    data.main(["SEQUENCE_PARALLEL_SIZE=8", "SHOW=0"])
+    assert "--- padding" in capsys.readouterr().out and "padding\n" not in out and "\033[32mHi" not in out
+    assert "2 documents" in out and "document 0" in out and "document 1" in out and "Hi" in out
+    assert (tmp_path / "lengths.png").stat().st_size > 5000
