@@ -76,6 +76,8 @@ MAX_STEPS = 360             # optimizer steps; -1: as EPOCHS gives; 0: load, che
 SEED = 0                    # of the order of the data and of INIT="random"
 
 # Along the way
+EVAL_DATA = ""              # like DATA; "": none
+EVAL_EVERY = 0              # steps between evaluations; the last step is evaluated too
 SAMPLE_PROMPTS = ["def __init__(self, ", "import os\nimport sys\n\ndef main(", "class Error("]    # continued at the end
 SAMPLE_TOKENS = 80          # tokens of each continuation
 SAVE_EVERY = 200            # steps between checkpoints; the last step is always saved; -1: write none, nor hf/
@@ -88,7 +90,7 @@ CHOICES = {"INIT": ("weights", "random"), "PACKING": ("split", "whole", "none"),
            "RECOMPUTE": ("all_but_attention", "all", "none"), "DTYPE": ("bfloat16", "float32"),
            "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd")}
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}    # dense bfloat16 FLOP/s
-LOG = {"step": "step {:>6}", "epoch": "epoch {:6.3f}", "loss": "loss {:8.4f}",
+LOG = {"step": "step {:>6}", "epoch": "epoch {:6.3f}", "loss": "loss {:8.4f}", "eval_loss": "eval_loss {:8.4f}",
        "grad_norm": "norm {:8.3f}", "learning_rate": "lr {:.2e}", "seconds": "{:7.2f} s", "mfu": "mfu {:5.1%}",
        "tokens_per_second_per_gpu": "{:9,.0f} tok/s/rank", "peak_memory_gib": "{:6.1f} GiB", "skipped": "SKIPPED"}
 
@@ -104,7 +106,7 @@ def override(arguments):
             value = ast.literal_eval(text)
         if isinstance(default, float) and type(value) is int:
             value = float(value)
-        if type(value) is not type(default) and name not in ("DATA", "BETAS", "OFFLOAD_ACTIVATIONS",
+        if type(value) is not type(default) and name not in ("DATA", "EVAL_DATA", "BETAS", "OFFLOAD_ACTIVATIONS",
                                                             "ROPE_SCALING"):
             raise ValueError(f"{name}={text} is no {type(default).__name__}: give one, like {default!r}")
         globals()[name] = value
@@ -131,7 +133,7 @@ def plan(world):
         raise ValueError("OFFLOAD_ACTIVATIONS moves nothing with RECOMPUTE 'none': use 'all_but_attention' or 'all'")
     demo = Path(CACHE_DIR) / "demo"
     with data.locked(demo.with_suffix(".lock")):
-        if "demo" in (MODEL, DATA) and not (demo / "model.safetensors").exists():
+        if "demo" in (MODEL, DATA, EVAL_DATA) and not (demo / "model.safetensors").exists():
             convert.write_demo(demo)
     folder = demo if MODEL == "demo" else Path(MODEL)
     config = convert.load_config(folder)
@@ -146,7 +148,7 @@ def plan(world):
     return folder, config, sp, dp
 
 def open_data(source, folder, config):
-    """DATA -> its data.Rows, tokenized now if they never were."""
+    """DATA or EVAL_DATA -> its data.Rows, tokenized now if they never were."""
     if source == "synthetic":
         length = SYNTHETIC_DOCUMENT or MAX_LENGTH
         n = -(-max(MAX_STEPS, 1) * GLOBAL_BATCH_SIZE * MAX_LENGTH // length)
@@ -166,6 +168,7 @@ def main():
     dtype = torch.bfloat16 if DTYPE == "bfloat16" else torch.float32
     kernel, _ = attention_kernel(ATTENTION, "cuda" if cuda else "cpu", dtype)
     rows = open_data(DATA, folder, config)
+    held_out = open_data(EVAL_DATA, folder, config) if EVAL_DATA else None
     total_rows = rows.count(EPOCHS) if MAX_STEPS < 0 else MAX_STEPS * GLOBAL_BATCH_SIZE
     steps = -(-total_rows // GLOBAL_BATCH_SIZE)
 
@@ -248,6 +251,9 @@ def main():
         if skipped == 5:
             raise RuntimeError(f"5 steps in a row had a loss or gradient that is not finite, up to step {step}: "
                                f"lower LEARNING_RATE {LEARNING_RATE}, or look at their data. Nothing was saved")
+        if held_out and (step == steps or stopping or EVAL_EVERY and step % EVAL_EVERY == 0):
+            evaluate(model, held_out, grid, step)
+            began = time.time()
         if SAVE_EVERY >= 0 and (step == steps or stopping or SAVE_EVERY and step % SAVE_EVERY == 0):
             parallel.save_checkpoint(Path(RUN_DIR) / "checkpoints", step, model, optimizer, notes, KEEP_CHECKPOINTS)
             began = time.time()
@@ -265,6 +271,19 @@ def to_device(batch, device):
     """Without waiting: from pinned memory, which the kernels of the step before hide."""
     move = lambda t: t.pin_memory().to(device, non_blocking=True) if torch.is_tensor(t) else t
     return data.Batch(*map(move, batch)) if device.type == "cuda" else batch
+
+@torch.no_grad()
+def evaluate(model, rows, grid, step):
+    """sum of weight x cross entropy / sum of weights, over all rows of EVAL_DATA."""
+    sums = torch.zeros(2, dtype=torch.float64, device=grid.device)
+    for i in range(-(-rows.per_epoch // grid.dp)):
+        b, = rows.step(i + 1, grid.dp, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, rows.per_epoch)
+        b = to_device(b, grid.device)
+        loss = model(b.input_ids, b.position_ids, b.cu_seqlens, b.max_seqlen, b.labels, b.weights)
+        sums += torch.stack([loss, b.weights.sum()])
+    loss, weight = parallel.all_sum(sums).tolist()
+    if grid.rank == 0:
+        log({"step": step, "eval_loss": loss / weight})
 
 def resume(notes, model, optimizer, say):
     """Load the checkpoint that RESUME names. -> the steps it has done."""

@@ -235,6 +235,25 @@ def test_changed_data_is_not_resumed(setup, tmp_path):
     with pytest.raises(AssertionError, match="has another data"):
         again(settings["DATA"])
 
+def test_evaluation_does_not_depend_on_ranks(setup, tmp_path):
+    """The loss of EVAL_DATA: of the untrained model that of all its targets, by hand; on a grid that of one rank."""
+    settings = dict(EVAL_EVERY=2, MAX_STEPS=3, LEARNING_RATE=0.0, MIN_LEARNING_RATE=0.0)
+    chat = setup("", data="chat")["DATA"]
+    on_ranks(1, run, setup("alone", EVAL_DATA=chat, **settings), tmp_path=tmp_path)
+    on_ranks(4, run, setup("spread", EVAL_DATA=chat, SEQUENCE_PARALLEL_SIZE=2, **settings), tmp_path=tmp_path)
+    alone, spread = ([(m["step"], m["eval_loss"]) for m in metrics(tmp_path / name) if "eval_loss" in m]
+                     for name in ("alone", "spread"))
+    assert [step for step, _ in alone] == [2, 3]
+    folder = Path(setup("")["MODEL"])
+    model = Transformer(convert.load_config(folder))
+    convert.load_weights(model, folder)
+    rows = train.open_data(chat, folder, model.config)
+    batches = [rows.batch(row, 1, 0) for row in range(rows.per_epoch)]
+    loss = sum(model(b.input_ids, b.position_ids, b.cu_seqlens, b.max_seqlen, b.labels).item() for b in batches)
+    loss /= sum((b.labels != -100).sum().item() for b in batches)
+    for step, value in alone + spread:
+        assert_close(value, loss, f"eval_loss of step {step}", rtol=1e-5)
+
 def test_overrides():
     for name, value in DEFAULTS.items():
         setattr(train, name, value)
