@@ -260,6 +260,8 @@ def main():
         if stopping:
             say(f"stopped by SIGTERM after step {step}; the same command resumes")
             return parallel.close()
+    if first and steps > done:
+        plot()
     if SAVE_EVERY >= 0:
         parallel.together("export", convert.save_weights, model, folder, Path(RUN_DIR) / "hf")
         say(f"{RUN_DIR}/hf is a Hugging Face folder")
@@ -284,6 +286,16 @@ def evaluate(model, rows, grid, step):
     loss, weight = parallel.all_sum(sums).tolist()
     if grid.rank == 0:
         log({"step": step, "eval_loss": loss / weight})
+
+def plot():
+    """RUN_DIR/loss.png, from metrics.jsonl."""
+    from matplotlib import pyplot
+    lines = [json.loads(line) for line in (Path(RUN_DIR) / "metrics.jsonl").read_text().splitlines()]
+    for key in ("loss", "eval_loss"):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        pyplot.plot(*zip(*points), label=key) if points else None
+    pyplot.xlabel("step"), pyplot.ylabel("loss a target"), pyplot.grid(alpha=0.3), pyplot.legend()
+    pyplot.savefig(Path(RUN_DIR) / "loss.png", dpi=120), pyplot.close()
 
 def resume(notes, model, optimizer, say):
     """Load the checkpoint that RESUME names. -> the steps it has done."""

@@ -254,6 +254,12 @@ def test_evaluation_does_not_depend_on_ranks(setup, tmp_path):
     for step, value in alone + spread:
         assert_close(value, loss, f"eval_loss of step {step}", rtol=1e-5)
 
+def test_a_run_leaves_its_accounting_and_a_plot(setup, tmp_path):
+    run(setup("run", MAX_STEPS=2))
+    accounting = json.loads((tmp_path / "run/env.json").read_text())["accounting"]
+    assert accounting["tokens"] == accounting["trained"] + accounting["masked"] + accounting["dropped"] > 0
+    assert (tmp_path / "run/loss.png").read_bytes()[:4] == b"\x89PNG"
+
 def test_overrides():
     for name, value in DEFAULTS.items():
         setattr(train, name, value)
