@@ -63,7 +63,6 @@ class Execution:
 
 # ---------------------------------------------------------------------------------------------- attention kernels
 # One signature: q (T, H, D), k and v (T, G, D), cu_seqlens (n+1,) int32 on the device, max_seqlen, window -> (T, H, D).
-
 def _flash(module, left, q, k, v, cu_seqlens, max_seqlen, window):
     """FlashAttention 2, 3 or 4. `left` is the package's word for an unbounded left side of the window."""
     out = module.flash_attn_varlen_func(
@@ -72,27 +71,21 @@ def _flash(module, left, q, k, v, cu_seqlens, max_seqlen, window):
     return out[0] if isinstance(out, tuple) else out
 
 def _torch_varlen(module, left, q, k, v, cu_seqlens, max_seqlen, window):
-    """torch's own kernel, whose arguments grew: a causal mask was is_causal before it was a window, and grouped heads
-    were k and v repeated before they were enable_gqa."""
-    takes = module.varlen_attn.__annotations__
-    extra = {"window_size": (window - 1 if window else -1, 0)} if "window_size" in takes else {"is_causal": True}
-    if "enable_gqa" in takes:
-        extra["enable_gqa"] = True
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return module.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
+    """torch's own kernel, with a key and value head for every query head, as torch 2.11 wants it."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return module.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                              window_size=(window - 1 if window else left, 0))
 
 def _sdpa(module, left, q, k, v, cu_seqlens, max_seqlen, window):
     """scaled_dot_product_attention, document by document: the CPU's path and the plainest statement of the others."""
-    group, out, edges = q.shape[1] // k.shape[1], [], cu_seqlens.tolist()
+    out, edges = [], cu_seqlens.tolist()
     for start, end in zip(edges, edges[1:]):
         qi, ki, vi = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))        # (1, H or G, n, D)
-        ki, vi = (x.repeat_interleave(group, dim=1) for x in (ki, vi))              # (1, H, n, D)
         mask, n = None, end - start
         if window and n > window:
             ago = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
             mask = (ago >= 0) & (ago < window)
-        o = module.scaled_dot_product_attention(qi, ki, vi, attn_mask=mask, is_causal=mask is None)
+        o = module.scaled_dot_product_attention(qi, ki, vi, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         out.append(o[0].transpose(0, 1))                                            # (n, H, D)
     return torch.cat(out)
 
@@ -109,9 +102,7 @@ def attention_kernel(choice, device_type, dtype):
     """-> (name, function): the first of KERNELS that this machine has, or `choice` itself. ValueError if it cannot."""
     half = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     generation = torch.cuda.get_device_capability()[0] if half else 0
-    if choice not in ("auto", *KERNELS):
-        raise ValueError(f"ATTENTION {choice!r} is unknown: use auto, {', '.join(KERNELS)}")
-    for name in KERNELS if choice == "auto" else [choice]:
+    for name in [name for name in KERNELS if choice in ("auto", name)]:
         module, least, adapter, left = KERNELS[name]
         try:
             found = importlib.import_module(module) if generation >= least else None
@@ -121,7 +112,7 @@ def attention_kernel(choice, device_type, dtype):
         if found and (adapter is not _flash or hasattr(found, "flash_attn_varlen_func")):
             return name, functools.partial(adapter, found, left)
     raise ValueError(f"ATTENTION {choice!r} is not to be had for {dtype} on {device_type} here: install it, use a GPU "
-                     "and bfloat16, or choose auto")
+                     f"and bfloat16, or choose auto, or another of {', '.join(KERNELS)}")
 
 # --------------------------------------------------------------------------------------------------- RoPE and norm
 def rope_frequencies(config):
@@ -153,8 +144,7 @@ def rope_frequencies(config):
     raise ValueError(f"rope_type {kind!r} is unknown: use default, linear, dynamic, yarn or llama3")
 
 def rope_cos_sin(config, position_ids):
-    """position_ids (t,) -> cos, sin (t, 1, D/2) float32: 512 MiB together at t = 1M and D = 128, once for all
-    layers."""
+    """position_ids (t,) -> cos, sin (t, 1, D/2) float32, for all layers: 512 MiB together at t = 1M and D = 128."""
     frequency, amplitude = rope_frequencies(config)
     angle = position_ids.double()[:, None, None] * frequency.to(position_ids.device).double()
     return (angle.cos() * amplitude).float(), (angle.sin() * amplitude).float()
@@ -213,8 +203,7 @@ class Attention(nn.Module):
         return (q, k, v) if row.numel() < 2**31 else (q.contiguous(), k.contiguous(), v.contiguous())
 
     def forward(self, qkv, cu_seqlens, max_seqlen, keep):
-        """qkv of this rank's tokens -> (t, H*D). Each rank attends for H/P heads over the whole row. `keep` decides
-        what the kernel's backward holds on to (parallel.Keep)."""
+        """qkv of this rank's tokens -> (t, H*D); attends for H/P heads over the whole row. keep: a parallel.Keep."""
         q, k, v = self.exchange(qkv)                                                # (T, H/P, D), (T, G/P, D)
         _, kernel = attention_kernel(self.choice, q.device.type, q.dtype)
         with keep.inputs_of_attention(q, k, v):
@@ -257,7 +246,7 @@ class Block(nn.Module):
         return y + self.mlp(self.post_attention_layernorm(y))
 
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, offload=None):
-        if self.recompute == "none":
+        if self.recompute == "none" or not torch.is_grad_enabled():
             return self.run(x, cos, sin, cu_seqlens, max_seqlen, parallel.Keep())
         if self.recompute == "all":
             with parallel.Keep(offload).hooks(x):
@@ -294,22 +283,19 @@ class Transformer(nn.Module):
 
     def __init__(self, config, sp_group=None, execution=Execution()):
         super().__init__()
-        self.config, self.execution = config, execution
-        L, keep = config.num_hidden_layers, execution.keep_layers
+        self.config, self.execution, keep = config, execution, execution.keep_layers
+        L, C, V = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": nn.Embedding(V, C),
             "layers": nn.ModuleList(
                 Block(config, sp_group, execution, execution.recompute if i < L - keep else "none") for i in range(L)),
-            "norm": Norm(config.hidden_size, config)})
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            "norm": Norm(C, config)})
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(C, V, bias=False)
         self.offload = parallel.Offload()
 
     def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, labels=None, weights=None):
         """input_ids, position_ids, labels, weights (t,): this rank's share; cu_seqlens (n+1,) int32: the whole row's.
-        With labels: the sum over this rank's targets of weight x cross entropy, a float32 scalar (weights None: 1 each;
-        label -100: no target). Without: logits (t, V)."""
+        With labels (-100: no target): the sum of weight (None: 1) x cross entropy, float32. Without: logits (t, V)."""
         cos, sin = rope_cos_sin(self.config, position_ids)
         x = self.model["embed_tokens"](input_ids)                                   # (t, C)
         if self.config.scale_embedding:  # by a number of x's dtype, as in training
@@ -382,13 +368,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 # ----------------------------------------------------------------------------------------------------- arithmetic
 def attention_pairs(cu_seqlens, window=None):
-    """cu_seqlens (n+1,) on the host -> pairs of a query and a key it sees: n^2/2 a document, less beyond a window."""
-    pairs = 0.0
-    for start, end in zip(cu_seqlens, cu_seqlens[1:]):
-        n = float(end - start)
-        w = min(n, window or n)
-        pairs += w * n - w * w / 2
-    return pairs
+    """cu_seqlens (n+1,) on the host -> pairs of a query and a key it sees: n^2/2 a document, less the far ones."""
+    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
+    return sum(n ** 2 - max(n - (window or n), 0) ** 2 for n in lengths) / 2
 
 def flops(config, tokens, pairs, recompute="none", keep_layers=0):
     """-> model FLOPs and hardware FLOPs of forward and backward over `tokens` tokens with `pairs` attention pairs.

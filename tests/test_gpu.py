@@ -1,9 +1,15 @@
 """What only a GPU can run: attention packages, compiled halves, offloading on a side stream. bfloat16 throughout, so
 the yardstick is the plain way's own error against float32: a faster way may err at most half as much again."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import row, tiny_model
 
+import train
 from model import KERNELS, Execution, attention_kernel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -60,3 +66,23 @@ def test_executions_agree(execution):
     for name in truth:
         e, allowed = error(found[name], truth[name]), error(plain[name], truth[name])
         assert e < 1.5 * allowed + 1e-3, f"gradient of {name}: {e}, plain {allowed}"
+
+def losses(folder, name, *settings):
+    """Of four steps of the demo, by train.py."""
+    command = [sys.executable, str(Path(train.__file__)), f"RUN_DIR={folder}/{name}", f"CACHE_DIR={folder}/cache", "SAVE_EVERY=-1",
+               "MAX_STEPS=4", "MAX_LENGTH=512", "SAMPLE_PROMPTS=[]", "WARMUP_RATIO=0.0", "LEARNING_RATE=1e-3", *settings]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([[line["loss"], line["grad_norm"]] for line in lines])
+
+SETTINGS = [("OFFLOAD_OPTIMIZER=True",), ("RECOMPUTE=all", "ZERO_STAGE=3", "OFFLOAD_ACTIVATIONS=True"), ("RECOMPUTE=none", "ZERO_STAGE=1"),
+            ("OFFLOAD_ACTIVATIONS=1", "MLP_CHUNK=100", "LOSS_CHUNK=100", "KEEP_LAYERS=1"), ("COMPILE=False", "ATTENTION=torch_varlen")]
+
+def test_training_agrees(tmp_path):
+    """Through FSDP2, the optimizer and the data, whatever is recomputed, moved or cut: what bfloat16 errs, and no more."""
+    truth, plain = losses(tmp_path, "float32", "DTYPE=float32"), losses(tmp_path, "plain")
+    allowed = 2 * (plain - truth).abs().max(0).values + 2e-3 * truth.abs().max(0).values
+    for i, settings in enumerate(SETTINGS):
+        found = losses(tmp_path, f"run{i}", *settings)
+        assert ((found - truth).abs() <= allowed).all(), f"{settings}: {found.tolist()}, float32 {truth.tolist()}"

@@ -1,6 +1,8 @@
 """The model against transformers, and a row of documents against the same documents alone."""
 import gc
+import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +166,6 @@ def test_flops_by_hand():
     forward = 2 * 100 * (2 * block + 48 * 97) + 2 * 4 * 8 * 8 * 1250
     assert flops(config, 100, attention_pairs([0, 50])) == (3 * forward, 3 * forward)
     assert flops(config, 100, 1250, "all")[1] == 3 * forward + 2 * (2 * 100 * (block - 48 * 80) + 4 * 64 * 1250)
-    assert attention_pairs([0, 10], window=4) == 4 * 10 - 8
+    assert attention_pairs([0, 10, 13], window=4) == 4 * 10 - 8 + 4.5
     without_gate = flops(tiny_config(mlp_gate=False), 100, 1250)[0]
     assert without_gate == 3 * (forward - 2 * 100 * 2 * 48 * 80)
