@@ -349,7 +349,7 @@ def write_demo(folder, vocab_size=512):
 
 def main(checkpoint, out):
     """Checkpoint -> Hugging Face folder, in one process, on the host. The run's config.json says which MODEL it was."""
-    manifest = parallel.read_manifest(checkpoint)
+    manifest = parallel.read_manifest(Path(checkpoint))
     model = Transformer(Config(**manifest["config"]))
     parallel.load_checkpoint(checkpoint, model)
     save_weights(model, manifest["model"], out)

@@ -1,5 +1,4 @@
-"""Everything that crosses ranks: the grid, the exchange of sequence parallelism, FSDP2, what backward keeps,
-checkpoints.
+"""What crosses ranks: the grid, the exchange of sequence parallelism, FSDP2, what backward keeps, checkpoints.
 
 Eight GPUs, REPLICAS 1, SEQUENCE_PARALLEL_SIZE 4 (so dp 2):        one row of tokens, cut into shares
     rank      0  1  2  3 | 4  5  6  7                              [ share 0 | share 1 | share 2 | share 3 ]
@@ -41,22 +40,21 @@ def check(world, replicas, sp, heads, kv_heads):
     """-> dp, rows in flight at a time. ValueError where the sizes do not fit; needs no process group."""
     if world % replicas:
         raise ValueError(f"REPLICAS {replicas} does not divide {world} processes: use a divisor of {world}")
-    works = [p for p in range(1, heads + 1) if heads % p == 0 and (kv_heads % p == 0 or p % kv_heads == 0)]
-    if sp not in works:
-        rule = f"does not divide {heads} attention heads" if heads % sp else f"does not fit {kv_heads} key/value heads"
-        raise ValueError(f"SEQUENCE_PARALLEL_SIZE {sp} {rule}: use {', '.join(map(str, works))}")
-    if world % sp:
-        fit = ", ".join(str(p) for p in works if world % p == 0)
-        raise ValueError(f"SEQUENCE_PARALLEL_SIZE {sp} does not divide {world} processes: use {fit}")
+    rules = {f"divide {heads} attention heads": lambda p: heads % p == 0,
+             f"fit {kv_heads} key/value heads": lambda p: kv_heads % p == 0 or p % kv_heads == 0,
+             f"divide {world} processes": lambda p: world % p == 0}
+    for rule, holds in rules.items():
+        if not holds(sp):
+            works = [str(p) for p in range(1, world + 1) if all(holds(p) for holds in rules.values())]
+            raise ValueError(f"SEQUENCE_PARALLEL_SIZE {sp} does not {rule}: use {', '.join(works)}")
     return world // sp
 
 def init(replicas, sp):
     """Join the process group that torchrun (or srun) describes; alone, one of our own. -> Grid."""
-    cuda = torch.cuda.is_available()
+    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if cuda and here > torch.cuda.device_count():
-        raise ValueError(f"{here} processes on a host of {torch.cuda.device_count()} GPUs: start one a GPU, "
-                         f"torchrun --nproc_per_node {torch.cuda.device_count()}")
+    if cuda and here > gpus:
+        raise ValueError(f"{here} processes on a host of {gpus} GPUs: start it with torchrun --nproc_per_node {gpus}")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -79,19 +77,18 @@ def all_sum(values, group=None):
     return values
 
 def together(what, function, *args, only=None):
-    """function(*args) on every rank, or on rank `only`. If it fails on any, RuntimeError on all: none waits for one
-    that has stopped."""
-    result = error = None
+    """function(*args) on every rank, or on rank `only` -> what each of them returned, known to all. If it fails on any,
+    RuntimeError on all: none waits for one that has stopped."""
+    result, error, rank, outcomes = None, None, dist.get_rank(), [None] * dist.get_world_size()
     try:
-        if only in (None, dist.get_rank()):
-            result = function(*args)
+        result = function(*args) if only in (None, rank) else None
     except (Exception, dcp.api.CheckpointException) as e:
         error = e
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error and f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
-    if any(errors):
-        raise RuntimeError(f"{what}: {next(filter(None, errors))}") from error
-    return result
+    dist.all_gather_object(outcomes, (result, error and f"rank {rank}: {type(error).__name__}: {error}"))
+    for _, failure in outcomes:
+        if failure:
+            raise RuntimeError(f"{what}: {failure}") from error
+    return [result for result, _ in outcomes]
 
 # ------------------------------------------------------------------------------ Ulysses: the sequence-parallel exchange
 class _AllToAll(torch.autograd.Function):
@@ -113,8 +110,7 @@ def cut_heads(xs, P):
     return torch.cat([x.unflatten(1, (P, -1)).transpose(0, 1) for x in xs], dim=2)
 
 def seq_to_heads(x, group):
-    """x (T/P, H, D), this rank's tokens of all heads -> (T, H/P, D), all tokens of this rank's heads. Several tensors
-    travel as one message where x is cut_heads' of them."""
+    """x (T/P, H, D), tokens of this rank, all heads, or cut_heads' of several -> (T, H/P, D), heads of this rank."""
     if group is None:
         return x
     x = cut_heads([x], dist.get_world_size(group)) if x.ndim == 3 else x
@@ -144,11 +140,9 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
     model.to_empty(device="cpu" if offload_optimizer else grid.device)
 
 def accumulate(model, zero_stage, last):
-    """Before the forward of a micro-batch. ZeRO 1 reduces gradients, and frees gathered weights, after the last
-    only."""
-    if zero_stage == 1:
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last)
+    """Before a micro-batch's forward. ZeRO 1 reduces gradients, and frees gathered weights, after the last one only."""
+    model.set_requires_gradient_sync(last or zero_stage > 1)
+    model.set_reshard_after_backward(last or zero_stage > 1)
 
 def grad_norm(parameters):
     """-> the norm of all gradients over all ranks, a scalar on the device."""
@@ -169,21 +163,16 @@ class Keep:
     """Decides what autograd holds for one block, through saved_tensors_hooks that know a tensor by its storage.
 
     Kept: the block's input x (t, C), attention's output a (t, H, D), and the log-sum-exp. Computed when attention's
-    backward asks, and let go after it: q, k, v from x by `again`, and under sequence parallelism the kernel's own
-    output from a. So the kernel's forward runs once. With `offload` x and a wait in host memory. Keep() leaves autograd
-    alone."""
+    backward asks, and let go after it: q, k, v from x by `again`, the kernel's own output from a. So the kernel's
+    forward runs once. With `offload` x and a wait in host memory. Keep() leaves autograd alone."""
 
     def __init__(self, offload=None, again=None, group=None):
-        self.active = torch.is_grad_enabled() and not (offload is None and again is None)
         self.offload, self.again, self.group = offload, again, group
         self.places, self.kernel_saved, self.qkv = {}, None, None       # places: storage -> how to get it, its offset
 
     @contextlib.contextmanager
     def hooks(self, x):
         """The context of the block's forward on x (t, C)."""
-        if not self.active:
-            yield
-            return
         self.x = self._keep(x)
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
@@ -192,24 +181,22 @@ class Keep:
     @contextlib.contextmanager
     def inputs_of_attention(self, q, k, v):
         """The context of the kernel's forward."""
-        qkv = (q, k, v) if self.active else ()
-        for i, t in enumerate(qkv):
-            self.places[_storage(t)] = lambda i=i: self._qkv()[i], t.storage_offset()
-        if self.active:
+        self.kernel_saved, kept = [], self.places
+        if self.again:
             q.register_hook(self._let_go)
-            self.kernel_saved = []
+            self.places = kept | {_storage(t): (lambda i=i: self._qkv()[i], t.storage_offset())
+                                  for i, t in enumerate((q, k, v))}
         yield
-        for t in qkv:  # about to be freed, and their addresses to be somebody else's
-            self.places.pop(_storage(t), None)
+        self.places = kept  # q, k, v are about to be freed, and their addresses to be somebody else's
 
     def output_of_attention(self, out, a):
         """out (T, H/P, D) of the kernel, a (t, H, D) the same by token. -> a"""
-        if self.active:
+        if self.again:
             self.a = self._keep(a)
-            for saved in self.kernel_saved:
-                if _storage(saved.get()) == _storage(out):
-                    saved.get = self.a if self.group is None else lambda: seq_to_heads(self.a(), self.group)
-            self.kernel_saved = None
+        for saved in self.kernel_saved:
+            if _storage(saved.get()) == _storage(out):
+                saved.get = lambda: seq_to_heads(self.a(), self.group)
+        self.kernel_saved = None
         return a
 
     def _keep(self, t):
@@ -218,23 +205,22 @@ class Keep:
         self.places[_storage(t)] = get, t.storage_offset()
         return get
 
+    @torch.no_grad()
     def _qkv(self):
-        if self.qkv is None:
-            with torch.no_grad():
-                self.qkv = self.again(self.x())
+        self.qkv = self.qkv or self.again(self.x())
         return self.qkv
 
     def _let_go(self, _):  # attention's backward is done; the hook, and so this object, lives as long as the graph
         self.qkv = self.x = self.a = self.again = None
 
     def _pack(self, t):
-        get, base = self.places.get(_storage(t), (None, 0))
-        if get is None and (self.kernel_saved is None or not t.is_floating_point()):
+        place = self.places.get(_storage(t))
+        if place is None and (self.kernel_saved is None or not t.is_floating_point()):
             return t
+        held = t.detach()
+        get, base = place or (lambda: held, t.storage_offset())
         saved = _Note(get=get, shape=t.shape, stride=t.stride(), offset=t.storage_offset() - base)
-        if get is None:
-            held = t.detach()
-            saved.get, saved.offset = lambda: held, 0
+        if place is None:
             self.kernel_saved.append(saved)
         return saved
 
@@ -294,24 +280,24 @@ class Offload:
     def _pinned(self, t):
         """Registered by hand: torch's pinned allocator rounds up to a power of two, up to twice the memory."""
         host = torch.empty(t.shape, dtype=t.dtype)
-        error = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
-        if int(error):
-            raise RuntimeError(f"{host.nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {int(error)}"
-                               "): raise `ulimit -l`, or lower OFFLOAD_ACTIVATIONS")
+        error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+        if error:
+            raise RuntimeError(f"{host.nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {error}): "
+                               "raise `ulimit -l`, or lower OFFLOAD_ACTIVATIONS")
         weakref.finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr())
         return host
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
+STEP = "step-" + 8 * "[0-9]"    # the names of published ones; nothing else is touched
+
 def save_checkpoint(root, step, model, optimizer, notes, keep):
     """Write root/step-00000100: every rank its shards, then a manifest of sizes, hashes and `notes`, then a rename.
     What carries the name is whole. A step that is published already stays as it is; the newest `keep` stay."""
-    root, name, rank = Path(root), f"step-{step:08d}", dist.get_rank()
-    part = root / f"{name}.part"
-    if (root / name).exists():
-        return
+    folder = Path(root) / f"step-{step:08d}"
+    part, rank = folder.with_suffix(".part"), dist.get_rank()
 
     def prepare():
-        for leftover in root.glob("step-*.part"):
+        for leftover in folder.parent.glob(f"{STEP}.part"):
             shutil.rmtree(leftover)
         part.mkdir(parents=True)
 
@@ -320,22 +306,20 @@ def save_checkpoint(root, step, model, optimizer, notes, keep):
         mine = [*part.glob(f"__{rank}_*"), *part.glob(".metadata" if rank == 0 else "nothing")]
         return {f.name: [f.stat().st_size, _hash(f)] for f in mine}
 
-    def publish():
+    def publish(files):
         manifest = {**notes, "step": step, "files": {k: v for f in files for k, v in f.items()}}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
         os.sync()  # the bytes before the name that vouches for them
-        part.rename(root / name)
-        for old in sorted(root.glob("step-????????"))[:-keep]:
+        part.rename(folder)
+        for old in sorted(folder.parent.glob(STEP))[:-keep]:
             shutil.rmtree(old)
 
-    together(f"preparing {part}", prepare, only=0)
-    files = [None] * dist.get_world_size()
-    dist.all_gather_object(files, together(f"saving {part}", write))
-    together(f"publishing {root / name}", publish, only=0)
+    if not together(f"looking for {folder}", folder.exists, only=0)[0]:
+        together(f"preparing {part}", prepare, only=0)
+        together(f"publishing {folder}", publish, together(f"saving {part}", write), only=0)
 
 def read_manifest(folder, part=0, parts=1):
     """-> the manifest, after comparing every parts-th file with it. ValueError names what is missing or differs."""
-    folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, (size, digest) in sorted(manifest["files"].items())[part::parts]:
@@ -349,15 +333,15 @@ def read_manifest(folder, part=0, parts=1):
 def find_checkpoint(root, resume):
     """resume "never", "auto" (the newest whole one under root), or a path -> (folder, manifest) or (None, None). All
     ranks verify the files together; RuntimeError on all of them where a named one is damaged; others are set aside."""
-    named = resume not in ("auto", "never")
-    found = sorted(Path(root).glob("step-????????"), reverse=True) if resume == "auto" else [Path(resume)] * named
-    for folder in found:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = together(f"looking into {root}", lambda: sorted(Path(root).glob(STEP), reverse=True), only=0)[0]
+    for folder in {"auto": found, "never": []}.get(resume, [Path(resume)]):
         try:
-            return folder, together(f"RESUME {resume}", read_manifest, folder, dist.get_rank(), dist.get_world_size())
+            return folder, together(f"RESUME {resume}", read_manifest, folder, rank, world)[0]
         except RuntimeError as e:
-            if named:
+            if resume != "auto":
                 raise
-            if dist.get_rank() == 0:
+            if rank == 0:
                 print(f"WARNING: {e}. It is now {folder.name}.damaged; trying the one before it.", flush=True)
             together("setting it aside", folder.rename, folder.with_suffix(".damaged"), only=0)
     return None, None

@@ -302,7 +302,7 @@ def resume(notes, model, optimizer, say):
     home = Path(RUN_DIR) / "checkpoints"
     folder, manifest = parallel.find_checkpoint(home, RESUME)
     done = manifest["step"] if manifest else 0
-    newer = sorted(f.name for f in home.glob("step-????????") if int(f.name[5:]) > done)
+    newer = sorted(f.name for f in home.glob(parallel.STEP) if int(f.name[5:]) > done)
     if newer:
         raise ValueError(f"{RUN_DIR} holds {newer[-1]}, which this run from step {done} would meet again: set RUN_DIR "
                          "to a new folder, or RESUME=auto to go on from there")

@@ -1,4 +1,6 @@
 """Every way of spreading a step over ranks, against one process: the loss and the gradient of every parameter."""
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -101,20 +103,16 @@ def test_without_a_group_the_exchange_is_the_identity():
     assert parallel.seq_to_heads(x, None) is x and parallel.heads_to_seq(x, None) is x
 
 @pytest.mark.parametrize("world,replicas,sp,heads,kv,message", [
-    (8, 1, 8, 28, 4, "SEQUENCE_PARALLEL_SIZE 8 does not divide 28 attention heads: use 1, 2, 4, 28"),
-    (2, 1, 2, 9, 3, "does not divide 9 attention heads: use 1, 3, 9"),
-    (8, 1, 4, 12, 6, "does not fit 6 key/value heads"),
+    (8, 1, 8, 28, 4, "SEQUENCE_PARALLEL_SIZE 8 does not divide 28 attention heads: use 1, 2, 4"),
+    (2, 1, 2, 9, 3, "does not divide 9 attention heads: use 1"),
+    (8, 1, 4, 12, 6, "does not fit 6 key/value heads: use 1, 2"),
     (6, 1, 4, 8, 8, "does not divide 6 processes"), (4, 3, 1, 8, 8, "REPLICAS 3 does not divide 4 processes")])
 def test_sizes_that_do_not_fit_are_refused(world, replicas, sp, heads, kv, message):
     with pytest.raises(ValueError, match=message):
         parallel.check(world, replicas, sp, heads, kv)
 
 def fill_and_save(folder, sp, replicas):
-    grid = parallel.init(replicas, sp)
-    with torch.device("meta"):
-        model = Transformer(tiny_config(), grid.sp_group)
-    parallel.shard(model, model.model["layers"], grid, torch.float32, 3, False)
-    model.init_weights(5)
+    grid, model = sharded(sp, replicas)
     import convert
     convert.save_weights(model, folder / "source", folder / f"out-{grid.world}-{replicas}")
     dist.barrier()
@@ -135,3 +133,49 @@ def test_weights_are_the_same_on_any_number_of_ranks(world, sp, replicas, tmp_pa
     convert.load_weights(loaded, tmp_path / f"out-{world}-{replicas}")
     for name, p in alone.named_parameters():
         assert torch.equal(p, loaded.get_parameter(name)), name
+
+def fail_on(rank):
+    if dist.get_rank() == rank:
+        raise OSError("no space")
+    return dist.get_rank()
+
+def work_together():
+    assert parallel.together("work", fail_on, 7) == [0, 1, 2]
+    assert parallel.together("work", fail_on, 7, only=1) == [None, 1, None]
+    for only in (1, None):
+        with pytest.raises(RuntimeError, match="work: rank 1: OSError: no space"):
+            parallel.together("work", fail_on, 1, only=only)
+
+def test_a_failure_of_one_rank_is_everybodys(tmp_path):
+    on_ranks(3, work_together, tmp_path=tmp_path)
+
+def sharded(sp, replicas):
+    grid = parallel.init(replicas, sp)
+    with torch.device("meta"):
+        model = Transformer(tiny_config(), grid.sp_group)
+    parallel.shard(model, model.model["layers"], grid, torch.float32, 3, False)
+    model.init_weights(5)
+    return grid, model
+
+def save_and_find(root):
+    grid, model = sharded(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, note in ((1, "first"), (2, "second")):
+        parallel.save_checkpoint(root, step, model, optimizer, {"note": note}, keep=1)
+    if grid.rank == 1:  # a shared folder that this host has not seen change
+        Path.glob, Path.exists = lambda *_: iter(()), lambda _: False
+    parallel.save_checkpoint(root, 2, model, optimizer, {"note": "again"}, keep=1)
+    if grid.rank == 1:
+        Path.exists = lambda path: True
+    folder, manifest = parallel.find_checkpoint(root, "auto")
+    assert (folder, manifest["note"]) == (root / "step-00000002", "second")
+    assert parallel.find_checkpoint(root, "never") == (None, None)
+
+def test_published_checkpoints_and_foreign_folders_stay(tmp_path):
+    """One rank decides what there is: another that saw something else would wait for ever."""
+    root = tmp_path / "checkpoints"
+    for name in ("step-original", "step-original.part", "step-00000001.kept"):
+        (root / name).mkdir(parents=True)
+    on_ranks(2, save_and_find, root, tmp_path=tmp_path)
+    assert {f.name for f in root.iterdir()} == {"step-00000002", "step-original", "step-original.part",
+                                                "step-00000001.kept"}
