@@ -2,12 +2,9 @@
 
     python convert.py runs/demo/checkpoints/step-00000300 OUT_FOLDER    a training checkpoint as a Hugging Face folder
     python convert.py check FOLDER    how far our layers, logits and loss are from transformers'
-
-A family is a row of FAMILIES. Its names map ours to theirs; the inverse, for export, is computed from it.
 """
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -20,12 +17,12 @@ from safetensors.torch import save_file
 
 from model import Config, Transformer, parallel, rope_frequencies
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES, INDEX = 5 * 10**9, "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
                    "generation_config.json", "*.tiktoken", "*.py")
 
 class Family(NamedTuple):
-    """How one architecture's folder differs from Llama's."""
+    """How one architecture's folder differs from Llama's, for loading and for export."""
     switches: object = lambda get: {}   # config.json, as a function get(key, default) -> fields of Config
     keys: dict = {}         # field of Config -> its key of config.json, where not as in KEYS
     names: dict = {}        # pattern in the names of our parameters -> theirs, in order; several may become one
@@ -77,8 +74,6 @@ FAMILIES = {
         "sliding_window": get("sliding_window", None), "tie_word_embeddings": get("tie_word_embeddings", True)},
         dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), "use_bias"), {"gate_proj": "c_fc", "down_proj": "c_proj"}),
     "BaiChuanForCausalLM": Family(names={"[qkv]_proj": "W_pack"}, remote=True, own_rope=True),
-    "BaichuanForCausalLM": Family(
-        lambda get: {"normalize_head": True}, names={"[qkv]_proj": "W_pack"}, remote=True, own_rope=True),
     "ChatGLMModel": Family(
         lambda get: {"rope_theta": 1e4 * get("rope_ratio", 1), "rope_interleaved": True,
                      "rope_scaling": {"factor": 1.0, "partial_rotary_factor": 0.5}},
@@ -90,6 +85,7 @@ FAMILIES = {
          "self_attention", "[qkv]_proj": "query_key_value", "o_proj": "dense", "(gate|up)_proj": "dense_h_to_4h",
          "down_proj": "dense_4h_to_h"}, remote=True, own_rope=True),
 }
+FAMILIES["BaichuanForCausalLM"] = FAMILIES["BaiChuanForCausalLM"]._replace(switches=lambda _: {"normalize_head": True})
 FAMILIES["ChatGLMForConditionalGeneration"] = FAMILIES["ChatGLMModel"]
 MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
 KEYS = {**{key: key for key in (
@@ -120,18 +116,16 @@ def _config(c):
     architecture = (c.get("architectures") or [MODEL_TYPES.get(c.get("model_type"))])[0]
     if architecture not in FAMILIES:
         raise ValueError(f"architecture {architecture} is not supported: use one of {', '.join(FAMILIES)}")
-    if c.get("quantization_config"):
-        raise ValueError(f"the weights are quantized ({c['quantization_config'].get('quant_method')}): train from the "
-                         "unquantized folder")
+    if quantized := c.get("quantization_config"):
+        raise ValueError(f"the weights are quantized ({quantized.get('quant_method')}): train the original")
     family, asked = FAMILIES[architecture], {"rope_theta", "rope_scaling", "rope_parameters"}
 
     def get(key, *default):  # null is the default, but of a window, where it says that there is none
         asked.add(key)
         return default[0] if default and c.get(key) is None and (key, key in c) != ("sliding_window", True) else c[key]
 
-    fields = {"architecture": architecture, **dict(zip(("rope_theta", "rope_scaling"), _rope(c)))}
     found = {field: get(key, None) for field, key in {**KEYS, **family.keys}.items()}
-    fields |= {field: value for field, value in found.items() if value is not None} | family.switches(get)
+    fields = _rope(c) | {field: value for field, value in found.items() if value is not None} | family.switches(get)
     if architecture == "BaichuanForCausalLM" and "max_position_embeddings" not in fields:
         raise ValueError(f"{architecture} without max_position_embeddings is 13B, whose ALiBi is not built: use 7B")
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
@@ -142,7 +136,7 @@ def _config(c):
         if not (value is True if key in TRUE else fine):
             raise ValueError(f"{key} {value!r} changes the computation, by its name, and is not built for "
                              f"{architecture}: use another folder, or remove the key if it changes nothing")
-    config = Config(**fields)
+    config = Config(architecture=architecture, **fields)
     if config.activation not in ("silu", "gelu_pytorch_tanh"):
         raise ValueError(f"hidden_act {config.activation!r} is not built: use silu or gelu_pytorch_tanh")
     rope_frequencies(config)
@@ -156,16 +150,14 @@ def _scaling(given):
     return given
 
 def _rope(c):
-    """-> rope_theta, rope_scaling, from the old keys (rope_theta, rope_scaling), the new (rope_parameters), or both."""
-    new, old = _scaling(c.get("rope_parameters")), _scaling(c.get("rope_scaling"))
-    theta = new.get("rope_theta", c.get("rope_theta", old.get("rope_theta", 10000.0)))
-    if c.get("rope_theta", theta) != theta:
-        raise ValueError(f"rope_theta {c['rope_theta']} and rope_parameters' {theta} differ: remove the wrong one")
-    new, old = ({k: v for k, v in d.items() if k != "rope_theta" and v is not None} for d in (new, old))
-    if new and old and {"rope_type": "default", **new} != {"rope_type": "default", **old}:
-        raise ValueError(f"rope_scaling {old} and rope_parameters {new} differ: remove the wrong one")
-    scaling = new or old
-    return float(theta), None if scaling.get("rope_type", "default") == "default" else scaling
+    """-> rope_theta and rope_scaling, from the keys of this name, the new one (rope_parameters), or both."""
+    found = {}
+    for given in ({"rope_theta": c.get("rope_theta")}, c.get("rope_scaling"), c.get("rope_parameters")):
+        for key, value in _scaling(given).items():
+            if value is not None and found.setdefault(key, value) != value:
+                raise ValueError(f"{key} {found[key]} and rope_parameters' {value} differ: remove the wrong one")
+    theta = float(found.pop("rope_theta", 10000.0))
+    return {"rope_theta": theta, "rope_scaling": found if found.get("rope_type", "default") != "default" else None}
 
 def extend_context(config, positions, scaling, theta, length):
     """Change `config` for `positions` positions by a base `theta` (0: the checkpoint's) or `scaling`: a rope_type or
@@ -234,23 +226,24 @@ def _part(tensor, groups, first, n):
 def _open_weights(folder):
     """-> {tensor name: its open file}. ValueError or FileNotFoundError for what is not a whole set of safetensors."""
     folder, where = Path(folder), {}
-    index, names = folder / "model.safetensors.index.json", {f.name for f in folder.glob("*.safetensors")}
+    index, names = folder / INDEX, {f.name for f in folder.glob("*.safetensors")}
     if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        for name in names:
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise ValueError(f"{index}: {name!r} points out of the folder: only plain file names are read")
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{index} is damaged ({type(e).__name__}: {e}): download it again") from e
     if not names:
         others = sorted(f.name for f in folder.glob("*.bin"))
         raise FileNotFoundError(f"{folder} has no .safetensors{f' ({others[0]} is a pickle)' if others else ''}: save "
                                 "the model with safe_serialization=True, or set INIT=random")
-    for path in sorted(folder / name for name in names):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing, and {index.name} names it: download it")
+    for name in sorted(names):
+        path = folder / name
+        if path.name != name or path.suffix != ".safetensors":
+            raise ValueError(f"{index}: {name!r} points out of the folder: only plain file names are read")
         try:
             file = safe_open(path, "pt")
-        except SafetensorError as e:
-            what = "a git-lfs pointer" if path.read_bytes()[:12] == b"version http" else "damaged"
+        except (OSError, SafetensorError) as e:
+            what = "damaged, or a git-lfs pointer" if path.exists() else "missing"
             raise ValueError(f"{path} is {what} ({e}): download it again") from e
         where.update(dict.fromkeys(file.keys(), file))
     return where
@@ -278,49 +271,46 @@ def save_weights(model, source_folder, out_folder):
     """Write a Hugging Face folder: safetensors in shards of at most 5 GB, config.json, tokenizer files byte for byte.
     All ranks call it; tensors are gathered one at a time, and each rank holds and writes the shards that fall to it."""
     source, out, config = Path(source_folder), Path(out_folder), model.config
-    out.mkdir(parents=True, exist_ok=True)
-    parameters = dict(model.named_parameters())
+    parameters, (ours, theirs) = dict(model.named_parameters()), layout(model)
     mesh = getattr(next(iter(parameters.values())), "device_mesh", None)
     rank, world = (mesh.get_rank(), mesh.size()) if mesh is not None else (0, 1)
     source_config = json.loads((source / "config.json").read_text())
     named = source_config.get("dtype") or source_config.get("torch_dtype") or "float32"
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(named, torch.bfloat16)
-    ours, theirs = layout(model)
-    total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
-    limit, shards, filled = min(SHARD_BYTES, -(-total // world)), [[]], 0
-    for name, shape in theirs.items():
-        size = math.prod(shape) * dtype.itemsize
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in theirs.items()}
+    limit, shard_of, n, filled = min(SHARD_BYTES, -(-sum(sizes.values()) // world)), {}, 1, 0
+    for name, size in sizes.items():
         if filled and filled + size > limit:
-            shards, filled = shards + [[]], 0
-        shards[-1].append(name)
-        filled += size
-    n = len(shards)
-    names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
+            n, filled = n + 1, 0
+        shard_of[name], filled = n - 1, filled + size
+    files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
     error = None
-    for start in range(0, len(shards), world):
+    for start in range(0, n, world):
         mine = {}
-        for owner, shard in enumerate(shards[start:start + world]):
-            for name, (fused, *place) in ours.items():
-                if fused in shard:
-                    p = parameters[name]
-                    full = p.full_tensor() if hasattr(p, "full_tensor") else p
-                    if owner == rank:
-                        part = _part(mine.setdefault(fused, torch.empty(theirs[fused], dtype=dtype)), *place)
-                        part.copy_(full.unflatten(0, part.shape[:2]))
+        for name, (fused, *place) in ours.items():
+            if start <= shard_of[fused] < start + world:
+                p = parameters[name]
+                full = p.full_tensor() if hasattr(p, "full_tensor") else p
+                if shard_of[fused] == start + rank:
+                    part = _part(mine.setdefault(fused, torch.empty(theirs[fused], dtype=dtype)), *place)
+                    part.copy_(full.unflatten(0, part.shape[:2]))
         try:  # the other ranks go on to the next gather: fail after the last
+            out.mkdir(parents=True, exist_ok=True)
             if mine:
-                save_file(mine, out / names[start + rank], metadata={"format": "pt"})
+                save_file(mine, out / files[start + rank], metadata={"format": "pt"})
         except (OSError, SafetensorError) as e:
             error = error or e
     if error:
         raise OSError(f"{out}: {error}") from error
     if rank == 0:
-        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+        for old in [*out.glob("model.safetensors*"), *out.glob("model-?????-of-?????.safetensors")]:
+            if old.name not in files:  # of an export by another number of ranks: somebody would read it
+                old.unlink()
         if n > 1:
-            (out / "model.safetensors.index.json").write_text(json.dumps(
-                {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+            (out / INDEX).write_text(json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": {
+                name: files[i] for name, i in shard_of.items()}}, indent=2))
         (out / "config.json").write_text(json.dumps(export_config(source_config, config, dtype), indent=2))
-        for file in (f for pattern in TOKENIZER_FILES for f in source.glob(pattern)):
+        for file in (f for pattern in TOKENIZER_FILES for f in source.glob(pattern) if f.is_file()):
             if not (out / file.name).exists() or not file.samefile(out / file.name):
                 shutil.copyfile(file, out / file.name)
 
@@ -357,9 +347,9 @@ def main(checkpoint, out):
 
 @torch.no_grad()
 def check(folder):
-    """Print how far float32 layers, logits and loss are from transformers' on this file's text. -> are the logits?"""
+    """Print how far float32 layers, logits and loss are from transformers' on this file's text. -> is any apart?"""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    model, found = Transformer(load_config(folder)), []
+    model, found, parted = Transformer(load_config(folder)), [], False
     load_weights(model, folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(Path(__file__).read_text()[:600]).input_ids)
@@ -369,12 +359,13 @@ def check(folder):
     output = theirs(ids[None], labels=ids[None], output_hidden_states=True)
     for i, (a, b) in enumerate(zip(found, (*output.hidden_states[1:], output.logits))):
         apart = ((a - b[0]).norm(dim=-1) / b[0].norm(dim=-1)).max().item()  # by token, as the first one may be huge
-        print(f"{f'layer {i}' if b is not output.logits else 'logits':<10} {apart:.1e}{' PART' * (apart > 1e-4)}")
+        parted |= (part := not apart < 1e-4)  # nan is apart, too
+        print(f"{f'layer {i}' if b is not output.logits else 'logits':<10} {apart:.1e}{' PART' * part}")
     loss = torch.nn.functional.cross_entropy(found[-1][:-1], ids[1:])
     print(f"loss of {len(ids)} tokens {loss:.6f}, transformers' {output.loss:.6f}")
-    return apart > 1e-4
+    return parted
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not os.path.isdir(sys.argv[2 if sys.argv[1] == "check" else 1]):
+    if len(sys.argv) != 3 or not Path(sys.argv[2 if sys.argv[1] == "check" else 1]).is_dir():
         sys.exit(__doc__)
     sys.exit(check(sys.argv[2]) if sys.argv[1] == "check" else main(*sys.argv[1:]))

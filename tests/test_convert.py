@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +109,7 @@ def test_round_trip_in_small_shards_is_bit_equal(hf_folder, tokenizer_files, tmp
     assert_same_tensors(tmp_path / "out2", folder)
 
 # ------------------------------------------------------------------------------ families whose code is in the folder
+
 def written_folder(folder, config, tensors):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -162,12 +165,16 @@ def test_internlm2_fuses_by_key_value_head(tmp_path, bias):
     assert c["auto_map"] and (tmp_path / "out" / "configuration.py").exists()  # or nothing could open it
     assert c["rope_scaling"] == {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
 
-def load_and_save_shards(folder, expected, out):
+def load_sharded(folder):
     grid = parallel.init(1, 1)
     with torch.device("meta"):
         model = Transformer(convert.load_config(folder), grid.sp_group)
     parallel.shard(model, model.model["layers"], grid, torch.float32, 3, False)
     convert.load_weights(model, folder)
+    return grid, model
+
+def load_and_save_shards(folder, expected, out):
+    grid, model = load_sharded(folder)
     for name, rows, first in model.local_parameters():
         assert torch.equal(rows, expected.get_parameter(name)[first:first + len(rows)]), f"{name} on rank {grid.rank}"
     convert.save_weights(model, folder, out)
@@ -342,6 +349,7 @@ def test_other_architectures_are_refused(hf_folder):
         convert.load_config(edit_config(folder, architectures=["MixtralForCausalLM"]))
 
 # ------------------------------------------------------------------------------------------------- context extension
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 EXTENSIONS = [  # max_position_embeddings' extension, ROPE_SCALING, ROPE_THETA, the checkpoint's scaling, the factor
@@ -405,6 +413,7 @@ def test_extensions_that_cannot_be_are_refused(positions, scaling, message):
         convert.extend_context(config, positions, scaling, 0, 512)
 
 # ------------------------------------------------------------------------------------ config.json as it is published
+
 ALWAYS = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True,
           "transformers_version": "4.40.0", "_name_or_path": "somebody/model"}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "pretraining_tp": 1,
@@ -564,6 +573,7 @@ def test_published_configs_are_read(tmp_path, name):
         assert config.rope_theta == theirs.rope_parameters["rope_theta"]
 
 # ------------------------------------------------------------------------------------------------------------ faults
+
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 @pytest.mark.parametrize("drop,changes,theta,scaling", [
@@ -582,7 +592,7 @@ def test_both_dialects_of_rope_are_read(hf_folder, drop, changes, theta, scaling
     ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4},
      "rope_theta 10000.0 and rope_parameters' 500000.0 differ"),
     ({"rope_parameters": {"rope_theta": 1e4, **LINEAR}, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
-     "differ: remove"),
+     "rope_type dynamic and rope_parameters' linear differ: remove"),
     ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "su", "factor": 2.0}}, "'su' is unknown"),
     ({"rope_parameters": {"rope_type": "linear"}}, "'factor' is missing"),
     ({"rope_parameters": {k: v for k, v in LLAMA3.items() if k[0] != "o"}},
@@ -654,6 +664,8 @@ FOLDER_FAULTS = {
     "a missing shard": (lambda f: shards_of(f, to="model-00001-of-00002.safetensors"), "00002.safetensors is missing"),
     "a missing tensor": (tensors_after(lambda t: t.pop(NORM)), rf"1 tensors differ: {NORM} is missing, not \(48,\)"),
     "an extra tensor": (tensors_after(lambda t: t.update(x=torch.ones(1))), r"x is \(1,\), not expected"),
+    "an index cut short": (lambda f: (f / convert.INDEX).write_text('{"weight_map": {'), "index.json is damaged"),
+    "an index of nothing": (lambda f: (f / convert.INDEX).write_text("{}"), "index.json is damaged .KeyError"),
     "a misshapen tensor": (tensors_after(lambda t: t.update({NORM: torch.ones(7)})), rf"{NORM} is \(7,\), not \(48,\)"),
     "a git-lfs pointer": (lambda f: (f / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "git-lfs pointer"),
@@ -679,7 +691,20 @@ def test_leftover_frequencies_and_a_stored_tied_head_are_accepted(hf_folder):
                                       "lm_head.weight": t["model.embed_tokens.weight"].clone()}))(folder)
     load(folder)
 
-def test_check_names_the_layer_where_we_part_from_transformers(hf_folder, tokenizer_files, capsys):
+@pytest.mark.parametrize("tied", [False, True])
+def test_check_exits_by_what_it_found(hf_folder, tokenizer_files, tied):
+    folder, _ = hf_folder(vocab_size=260, tie_word_embeddings=tied, **ODD)
+    tokenizer_files(folder)
+
+    def status():
+        return subprocess.run([sys.executable, convert.__file__, "check", str(folder)], capture_output=True, text=True)
+    equal = status()
+    assert equal.returncode == 0 and "PART" not in equal.stdout, equal.stdout + equal.stderr
+    edit_config(folder, rms_norm_eps=float("nan"))  # both are nan, everywhere: that is not equal
+    apart = status()
+    assert apart.returncode == 1 and apart.stdout.startswith("layer 0    nan PART\n"), apart.stdout + apart.stderr
+
+def test_check_names_the_layer_where_we_part_from_transformers(hf_folder, tokenizer_files, capsys, monkeypatch):
     folder, _ = hf_folder(vocab_size=260, num_hidden_layers=3, **ODD)
     tokenizer_files(folder)
     assert not convert.check(folder)
@@ -687,6 +712,16 @@ def test_check_names_the_layer_where_we_part_from_transformers(hf_folder, tokeni
     assert [line.split()[:-1] for line in lines[:4]] == [["layer", "0"], ["layer", "1"], ["layer", "2"], ["logits"]]
     losses = re.fullmatch(r"loss of 600 tokens (\S+), transformers' (\S+)", lines[4]).groups()
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
+    real = convert.load_weights
+
+    def shifted(model, folder):
+        real(model, folder)
+        model.model["layers"][1].mlp.down_proj.weight.data *= 1.01
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "load_weights", shifted)
+        assert convert.check(folder)
+        parted = [line.endswith(" PART") for line in capsys.readouterr().out.splitlines()[:4]]
+        assert parted == [False, True, True, True]
     # we go by architectures, transformers by model_type, which knows no window
     assert convert.check(edit_config(folder, architectures=["MistralForCausalLM"], sliding_window=300))
     assert all(line.endswith(" PART") for line in capsys.readouterr().out.splitlines()[:4])
@@ -709,3 +744,33 @@ def test_export_into_the_source_folder_keeps_its_tokenizer(hf_folder, tokenizer_
     convert.save_weights(load(folder), folder, folder)
     assert (folder / "tokenizer.json").read_bytes() == before
     assert_same_tensors(folder, folder)
+
+def test_export_replaces_one_of_other_shards(hf_folder, tmp_path, monkeypatch):
+    """Or the files of before, which an index or a simpler name still points at, would be what is opened."""
+    folder, theirs = hf_folder()
+    (folder / "tokenizer").mkdir()  # some folders have it; only files are copied
+    model = load(folder)
+    whole = convert.SHARD_BYTES
+    for shard_bytes in (20_000, whole, 30_000):
+        monkeypatch.setattr(convert, "SHARD_BYTES", shard_bytes)
+        with torch.no_grad():
+            model.model["norm"].weight += 1
+        convert.save_weights(model, folder, tmp_path / "out")
+        (tmp_path / "out" / "model-mine.safetensors.txt").touch()
+        assert torch.equal(load(tmp_path / "out").model["norm"].weight, model.model["norm"].weight)
+        reopened = type(theirs).from_pretrained(tmp_path / "out")
+        assert torch.equal(reopened.model.norm.weight, model.model["norm"].weight)
+        shards = [f.name for f in (tmp_path / "out").glob("*.safetensors")]
+        assert ("model.safetensors" in shards) == (shard_bytes == whole) == (len(shards) == 1)
+        assert (tmp_path / "out" / "model-mine.safetensors.txt").exists()
+
+def export_where_one_cannot_write(folder, out):
+    grid, model = load_sharded(folder)
+    if grid.rank == 1:
+        out = folder / "config.json" / "out"  # below a file
+    with pytest.raises(RuntimeError, match="export: rank 1: OSError: .*Not a directory"):
+        parallel.together("export", convert.save_weights, model, folder, out)
+
+def test_a_rank_that_cannot_write_leaves_no_other_waiting(hf_folder, tmp_path):
+    folder, _ = hf_folder()
+    on_ranks(2, export_where_one_cannot_write, folder, tmp_path / "out", tmp_path=tmp_path)
