@@ -159,13 +159,12 @@ def _rope(c):
     theta = float(found.pop("rope_theta", 10000.0))
     return {"rope_theta": theta, "rope_scaling": found if found.get("rope_type", "default") != "default" else None}
 
-def extend_context(config, positions, scaling, theta, length):
-    """Change `config` for `positions` positions by a base `theta` (0: the checkpoint's) or `scaling`: a rope_type or
-    dict, its factor ceil(new / old) unless given; None: the checkpoint's type or linear. Dynamic becomes its base at
-    `length`."""
+def extend_context(config, positions, scaling, length):
+    """Change `config` for `positions` positions by `scaling`: a rope_type or dict, its factor ceil(new / old) unless
+    given, or a rope_theta alone; None: the checkpoint's type or linear. Dynamic becomes its base at `length`."""
     old, had = config.max_position_embeddings, config.rope_scaling or {}
     scaling = {"rope_type": scaling} if isinstance(scaling, str) else _scaling(scaling)
-    theta = scaling.pop("rope_theta", theta)
+    theta = scaling.pop("rope_theta", 0)
     if 0 < positions < old:
         raise ValueError(f"MAX_POSITION_EMBEDDINGS {positions} is less than the checkpoint's {old}: 0 keeps these")
     if (positions > old or scaling or theta) and FAMILIES[config.architecture].own_rope:

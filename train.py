@@ -44,8 +44,7 @@ APPEND_EOS = True           # a plain text ends with the tokenizer's eos, and it
 TRAIN_ON_PROMPT = False     # chat: every token is trained, not the assistant's only
 MASK_HISTORY = False        # chat: the assistant's last turn only
 MAX_POSITION_EMBEDDINGS = 0 # positions of a model that is to be extended; 0: the checkpoint's
-ROPE_SCALING = None         # how: "linear" if None, "dynamic", "yarn", "llama3"; or {"rope_type": ..., "factor": ...}
-ROPE_THETA = 0.0            # or by another base; 0: the checkpoint's
+ROPE_SCALING = None         # how: "linear" (None), "dynamic", "yarn", "llama3", {"factor": ...}, {"rope_theta": ...}
 LOSS_WEIGHT = "token"       # of a target: "token" 1, "sample" 1/n, "square" 1/sqrt(n), n the targets of its document
 
 # Spreading the work: world = replicas x dp x sp
@@ -137,7 +136,7 @@ def plan(world):
             convert.write_demo(demo)
     folder = demo if MODEL == "demo" else Path(MODEL)
     config = convert.load_config(folder)
-    convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, ROPE_THETA, MAX_LENGTH)
+    convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, MAX_LENGTH)
     sp = SEQUENCE_PARALLEL_SIZE or max(world // REPLICAS, 1)
     dp = parallel.check(world, REPLICAS, sp, config.num_attention_heads, config.num_key_value_heads)
     if GLOBAL_BATCH_SIZE % dp:

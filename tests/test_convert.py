@@ -206,7 +206,7 @@ def test_baichuan_fuses_q_k_v_and_its_second_normalizes_the_head(tmp_path, archi
     convert.save_weights(ours, folder, tmp_path / "out")
     assert_same_tensors(tmp_path / "out", folder)
     with pytest.raises(ValueError, match="reads no rope_scaling"):
-        convert.extend_context(ours.config, 4096, None, 0, 512)
+        convert.extend_context(ours.config, 4096, None, 512)
     if second:
         with pytest.raises(ValueError, match="BaichuanForCausalLM .* 13B, whose ALiBi is not built"):
             convert.load_config(edit_config(folder, drop=["max_position_embeddings"]))
@@ -242,7 +242,7 @@ def equals_the_plain_one(folder, tmp_path, expected, ids):
     assert_same_tensors(tmp_path / "out", folder)
     assert json_of(tmp_path / "out") == {**json_of(folder), "dtype": "float32"}
     with pytest.raises(ValueError, match="reads no rope_scaling"):
-        convert.extend_context(ours.config, 4096, None, 0, 512)
+        convert.extend_context(ours.config, 4096, None, 512)
     return ours
 
 def test_qwen_1_against_a_plain_reference(tmp_path):
@@ -331,7 +331,7 @@ def test_internlm_and_old_yi(tmp_path):
     folder = remote_folder(tmp_path / "internlm", "InternLMForCausalLM", dict(llama.named_parameters()), bias=True)
     config = load(edit_config(folder, hidden_size=64)).config
     assert config.qkv_bias and config.o_bias and not config.mlp_bias
-    convert.extend_context(config, 0, None, 0, 2048)  # its dynamic base, of factor 1, at the length of the rows
+    convert.extend_context(config, 0, None, 2048)  # its dynamic base, of factor 1, at the length of the rows
     assert config.rope_theta == pytest.approx(10000 * 4 ** (8 / 6)) and config.rope_scaling is None
     llama = widened()
     names = {n.replace("input_layernorm", "ln1").replace("post_attention_layernorm", "ln2"): p
@@ -352,19 +352,19 @@ def test_other_architectures_are_refused(hf_folder):
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
-EXTENSIONS = [  # max_position_embeddings' extension, ROPE_SCALING, ROPE_THETA, the checkpoint's scaling, the factor
-    (1500, None, 0, None, 3.0), (2048, "yarn", 0, None, 4.0), (2048, {"type": "llama3"}, 0, None, 4.0),
-    (0, {"rope_type": "linear", "factor": 2.5}, 0, None, 2.5), (2048, None, 5e5, None, None),
-    (1024, None, 0, {"rope_type": "linear", "factor": 4.0}, 8.0), (1024, None, 0, LLAMA3, 16.0),
-    (2048, {"rope_type": "linear", "rope_theta": 5e4}, 0, None, 4.0),
-    (2048, {"rope_type": "dynamic"}, 0, None, None), (0, None, 0, {"rope_type": "dynamic", "factor": 6.0}, None)]
+EXTENSIONS = [  # MAX_POSITION_EMBEDDINGS, ROPE_SCALING, the checkpoint's scaling, the factor
+    (1500, None, None, 3.0), (2048, "yarn", None, 4.0), (2048, {"type": "llama3"}, None, 4.0),
+    (0, {"rope_type": "linear", "factor": 2.5}, None, 2.5), (2048, {"rope_theta": 5e5}, None, None),
+    (1024, None, {"rope_type": "linear", "factor": 4.0}, 8.0), (1024, None, LLAMA3, 16.0),
+    (2048, {"rope_type": "linear", "rope_theta": 5e4}, None, 4.0),
+    (2048, {"rope_type": "dynamic"}, None, None), (0, None, {"rope_type": "dynamic", "factor": 6.0}, None)]
 
-@pytest.mark.parametrize("positions,scaling,theta,had,factor", EXTENSIONS, ids=str)
-def test_extended_context_is_what_transformers_serves(hf_folder, tmp_path, positions, scaling, theta, had, factor):
+@pytest.mark.parametrize("positions,scaling,had,factor", EXTENSIONS, ids=str)
+def test_extended_context_is_what_transformers_serves(hf_folder, tmp_path, positions, scaling, had, factor):
     changes = {"rope_parameters": {"rope_theta": 10000.0, **had}} if had else {}
     folder, _ = hf_folder("llama", head_dim=16, **changes)
     ours, length = load(folder), 2048
-    convert.extend_context(ours.config, positions, scaling, theta, length)
+    convert.extend_context(ours.config, positions, scaling, length)
     assert (ours.config.rope_scaling or {}).get("factor") == factor
     convert.save_weights(ours, folder, tmp_path / "out")
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -381,7 +381,7 @@ def test_extended_context_is_what_transformers_serves(hf_folder, tmp_path, posit
     again = convert.load_config(tmp_path / "out")
     assert torch.equal(rope_frequencies(again)[0], rope_frequencies(ours.config)[0])
     before = (again.rope_theta, again.rope_scaling)
-    convert.extend_context(again, positions, scaling if factor else None, theta, length)  # the same once more: nothing
+    convert.extend_context(again, positions, scaling if factor else None, length)  # the same once more: nothing
     assert (again.rope_theta, again.rope_scaling) == before
     if had is None and factor and positions:
         assert factor == math.ceil(positions / 512)
@@ -396,7 +396,7 @@ def test_dynamic_is_frozen_at_the_training_length(length):
     theirs = LlamaConfig(hidden_size=512, num_attention_heads=8, max_position_embeddings=512,
                          rope_parameters={**scaling, "rope_theta": 50000.0})
     expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, seq_len=length)
-    convert.extend_context(config, 0, None, 0, length)
+    convert.extend_context(config, 0, None, length)
     assert_close(rope_frequencies(config)[0], expected, "frequencies", rtol=1e-6)
     cos, _ = rope_cos_sin(config, torch.tensor([0, 1, 4095, 131071, 1000000]))
     angle = torch.tensor([0, 1, 4095, 131071, 1000000]).double()[:, None] * rope_frequencies(config)[0].double()
@@ -410,7 +410,7 @@ def test_extensions_that_cannot_be_are_refused(positions, scaling, message):
     config = Config(1, 512, 1, 1, 8, 8, 64, max_position_embeddings=512)
     config.rope_scaling = {"rope_type": "linear", "factor": 2.0} if "needs" in message else None
     with pytest.raises(ValueError, match=message):
-        convert.extend_context(config, positions, scaling, 0, 512)
+        convert.extend_context(config, positions, scaling, 512)
 
 # ------------------------------------------------------------------------------------ config.json as it is published
 
