@@ -6,6 +6,7 @@ Edit the constants, or set any of them on the command line. main() reads downwar
 """
 import ast
 import difflib
+import fcntl
 import json
 import math
 import os
@@ -318,9 +319,15 @@ def resume(notes, model, optimizer, say):
     return done
 
 def open_run(notes, done, accounting):
-    """RUN_DIR's config.json and env.json; metrics.jsonl without the lines of steps that are about to be done again."""
+    """RUN_DIR is this process's until it ends: config.json, env.json, metrics.jsonl of the steps up to `done`."""
     run = Path(RUN_DIR)
     run.mkdir(parents=True, exist_ok=True)
+    lock = open_run.lock = open(run / "lock", "a+")     # and lets go of the one before
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{run} is in use by {(run / 'lock').read_text()}: stop it, or set another RUN_DIR") from None
+    (run / "lock").write_text(f"process {os.getpid()} of {os.uname().nodename}")
     (run / "config.json").write_text(json.dumps(notes["constants"], indent=2))
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -235,6 +235,15 @@ def test_changed_data_is_not_resumed(setup, tmp_path):
     with pytest.raises(AssertionError, match="has another data"):
         again(settings["DATA"])
 
+def test_a_second_run_of_a_folder_is_refused(setup, tmp_path):
+    """By the lock, not by its file: the one that a killed run left behind refuses nobody."""
+    run(setup("run", MAX_STEPS=1))
+    with pytest.raises(AssertionError, match=f"RUN_DIR: rank 0: ValueError: .*run is in use by process {os.getpid()} of"):
+        on_ranks(2, run, setup("run", MAX_STEPS=2), tmp_path=tmp_path)
+    train.open_run.lock.close()
+    on_ranks(2, run, setup("run", MAX_STEPS=2), tmp_path=tmp_path)
+    assert [m["step"] for m in metrics(tmp_path / "run")] == [1, 2]
+
 def test_evaluation_does_not_depend_on_ranks(setup, tmp_path):
     """The loss of EVAL_DATA: of the untrained model that of all its targets, by hand; on a grid that of one rank."""
     settings = dict(EVAL_EVERY=2, MAX_STEPS=3, LEARNING_RATE=0.0, MIN_LEARNING_RATE=0.0)
