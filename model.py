@@ -6,6 +6,7 @@ float32: the norms' statistics, the rotation, the softmax, the loss, master weig
 RoPE's angles are float64, since position x frequency at a million tokens leaves float32 no digit of the turn.
 Everything else runs in the dtype of the weights, bfloat16 in training.
 """
+import contextlib
 import functools
 import importlib
 import math
@@ -383,3 +384,33 @@ def flops(config, tokens, pairs, recompute="none", keep_layers=0):
     forward = 2 * tokens * (L * block + C * config.vocab_size) + L * attention
     again = 0 if recompute == "none" else 2 * tokens * (block - C * I) + (attention if recompute == "all" else 0)
     return 3 * forward, 3 * forward + (L - keep_layers) * again
+
+def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1):
+    """-> {part: GiB} of a GPU at a step's peak: `tokens` of the row here, states over `ranks`, `accumulate` batches a
+    step. Within 12 % of what was measured with FlashAttention 4 (bench/results.jsonl), but less where all layers
+    are offloaded: 70 GiB for the 92 of a 3B model's 512 thousand tokens on one GPU."""
+    C, L, D, I = config.hidden_size, config.num_hidden_layers, config.head_dim, config.intermediate_size
+    heads, qkv = config.num_attention_heads * D, (config.num_attention_heads + 2 * config.num_key_value_heads) * D
+    block, ends = C * (heads + qkv) + 3 * C * I, C * config.vocab_size * (2 - config.tie_word_embeddings)
+    N = L * block + ends
+    whole = L if execution.recompute == "none" else min(execution.keep_layers, L)     # layers that keep everything
+    waiting = min(execution.offload_layers, L - whole)                                # in host memory
+    width = C if execution.recompute == "all" else C + heads
+    chunk = min(execution.mlp_chunk or tokens, tokens)
+    parts = {
+        "optimizer states": 12 * N / ranks, "gathered weights": 2 * (N if zero_stage < 3 else ends + 2 * block),
+        "gradients of earlier micro-batches": 4 * N / (ranks if zero_stage > 1 else 1) * (accumulate > 1),
+        "kept for backward": 2 * tokens * (whole * (4 * C + qkv + heads + 3 * I) + (L - whole - waiting) * width),
+        "a layer at work, or the loss": max(2 * tokens * (6 * C + 2 * qkv) + 10 * chunk * I,
+                                            4 * config.vocab_size * (min(execution.loss_chunk, tokens) + C))}
+    return {part: size / 2**30 for part, size in parts.items()}
+
+@contextlib.contextmanager
+def explaining(needs):
+    """Out of memory on a GPU: the arithmetic, and what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise RuntimeError(f"{e}\nExpected was {needs}. In this order set RECOMPUTE=all_but_attention, KEEP_LAYERS=0, "
+                           "ZERO_STAGE=3, MLP_CHUNK=32768, OFFLOAD_ACTIVATIONS=True, RECOMPUTE=all, OFFLOAD_OPTIMIZER="
+                           "True, a lower MAX_LENGTH or more ranks a row. The last checkpoint is whole") from e

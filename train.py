@@ -24,7 +24,7 @@ import torch
 import convert
 import data
 import parallel
-from model import Execution, Transformer, attention_kernel, attention_pairs, flops
+from model import Execution, Transformer, attention_kernel, attention_pairs, explaining, flops, memory
 
 # What to train, on what, where to
 MODEL = "demo"              # Hugging Face folder; "demo": a small Llama of our own, made on first use
@@ -184,13 +184,16 @@ def main():
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
+    parts = memory(config, -(-MAX_LENGTH // sp), world // REPLICAS, execution, ZERO_STAGE, GLOBAL_BATCH_SIZE // dp)
+    parts["optimizer states"] *= not OFFLOAD_OPTIMIZER
+    needs = f"{sum(parts.values()):.1f} GiB = " + " + ".join(f"{size:.1f} {part}" for part, size in parts.items())
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{config.architecture} of {parameters / 1e6:,.1f}M parameters, {kernel}, {DTYPE}, {grid.device.type}\n"
         f"{config.max_position_embeddings:,} positions, theta {config.rope_theta:,.0f}, scaling {config.rope_scaling}\n"
         f"{world} ranks = {REPLICAS} replicas x {dp // REPLICAS} dp x {sp} sp\n"
         f"{GLOBAL_BATCH_SIZE} rows a step = {dp} in flight x accumulative_counts {GLOBAL_BATCH_SIZE // dp}; at most "
         f"{GLOBAL_BATCH_SIZE * MAX_LENGTH:,} tokens a step\n"
-        f"{rows.describe()}\n{steps:,} steps")
+        f"{rows.describe()}\n{steps:,} steps\nmemory at the peak, on a GPU: {needs}")
 
     notes = json.loads(json.dumps({     # as a checkpoint's manifest will give it back
         "model": str(folder.resolve()), "config": vars(config), "data": [rows.corpus.key, rows.corpus.sources],
@@ -213,53 +216,54 @@ def main():
     peak = next((rate for name, rate in PEAK.items() if name in gpu), None)
     skipped, began = 0, time.time()
     ahead = prepare(done + 1) if done < steps else None
-    for step in range(done + 1, steps + 1):
-        batches, (weight, targets, tokens, pairs, stopping) = ahead
-        loss = torch.zeros((), device=grid.device)
-        for i, b in enumerate(batches):
-            parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
-            # sum of weight x cross entropy over this rank's targets / weights of all the step's targets
-            share = b.weights / max(weight, 1e-9)
-            part = model(b.input_ids, b.position_ids, b.cu_seqlens, b.max_seqlen, b.labels, share)
-            part.backward()
-            loss += part.detach()
-            del part  # and with it the graph
-        parallel.all_sum(loss)
-        norm = parallel.grad_norm(model.parameters())
-        ahead = prepare(step + 1) if step < steps else None
-        lr = learning_rate(step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, norm = loss.item(), norm.item()   # the step's only wait for the device
-        skip = not (targets and math.isfinite(loss) and math.isfinite(norm))
-        if not skip:
-            if 0 < MAX_GRAD_NORM < norm:
-                torch._foreach_mul_([p.grad for p in model.parameters()], MAX_GRAD_NORM / norm)
-            optimizer.step()
-        optimizer.zero_grad()
-        skipped = skipped + 1 if skip and targets else 0
-        now = time.time()
-        seconds, began = now - began, now
-        if first:
-            work = flops(config, tokens, pairs, RECOMPUTE, KEEP_LAYERS)
-            mfu, hfu = (peak and w / seconds / world / peak for w in work)
-            log({"step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss, "grad_norm": norm,
-                 "learning_rate": lr, "tokens": int(tokens), "target_tokens": int(targets), "seconds": seconds,
-                 "tokens_per_second_per_gpu": tokens / seconds / world, "mfu": mfu, "hfu": hfu,
-                 "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None, "skipped": skip,
-                 "peak_host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
-        if skipped == 5:
-            raise RuntimeError(f"5 steps in a row had a loss or gradient that is not finite, up to step {step}: "
-                               f"lower LEARNING_RATE {LEARNING_RATE}, or look at their data. Nothing was saved")
-        if held_out and (step == steps or stopping or EVAL_EVERY and step % EVAL_EVERY == 0):
-            evaluate(model, held_out, grid, step)
-            began = time.time()
-        if SAVE_EVERY >= 0 and (step == steps or stopping or SAVE_EVERY and step % SAVE_EVERY == 0):
-            parallel.save_checkpoint(Path(RUN_DIR) / "checkpoints", step, model, optimizer, notes, KEEP_CHECKPOINTS)
-            began = time.time()
-        if stopping:
-            say(f"stopped by SIGTERM after step {step}; the same command resumes")
-            return parallel.close()
+    with explaining(needs):
+        for step in range(done + 1, steps + 1):
+            batches, (weight, targets, tokens, pairs, stopping) = ahead
+            loss = torch.zeros((), device=grid.device)
+            for i, b in enumerate(batches):
+                parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
+                # sum of weight x cross entropy over this rank's targets / weights of all the step's targets
+                share = b.weights / max(weight, 1e-9)
+                part = model(b.input_ids, b.position_ids, b.cu_seqlens, b.max_seqlen, b.labels, share)
+                part.backward()
+                loss += part.detach()
+                del part  # and with it the graph
+            parallel.all_sum(loss)
+            norm = parallel.grad_norm(model.parameters())
+            ahead = prepare(step + 1) if step < steps else None
+            lr = learning_rate(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, norm = loss.item(), norm.item()   # the step's only wait for the device
+            skip = not (targets and math.isfinite(loss) and math.isfinite(norm))
+            if not skip:
+                if 0 < MAX_GRAD_NORM < norm:
+                    torch._foreach_mul_([p.grad for p in model.parameters()], MAX_GRAD_NORM / norm)
+                optimizer.step()
+            optimizer.zero_grad()
+            skipped = skipped + 1 if skip and targets else 0
+            now = time.time()
+            seconds, began = now - began, now
+            if first:
+                work = flops(config, tokens, pairs, RECOMPUTE, KEEP_LAYERS)
+                mfu, hfu = (peak and w / seconds / world / peak for w in work)
+                log({"step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss, "grad_norm": norm,
+                     "learning_rate": lr, "tokens": int(tokens), "target_tokens": int(targets), "seconds": seconds,
+                     "tokens_per_second_per_gpu": tokens / seconds / world, "mfu": mfu, "hfu": hfu,
+                     "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None, "skipped": skip,
+                     "peak_host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
+            if skipped == 5:
+                raise RuntimeError(f"5 steps in a row had a loss or gradient that is not finite, up to step {step}: "
+                                   f"lower LEARNING_RATE {LEARNING_RATE}, or look at their data. Nothing was saved")
+            if held_out and (step == steps or stopping or EVAL_EVERY and step % EVAL_EVERY == 0):
+                evaluate(model, held_out, grid, step)
+                began = time.time()
+            if SAVE_EVERY >= 0 and (step == steps or stopping or SAVE_EVERY and step % SAVE_EVERY == 0):
+                parallel.save_checkpoint(Path(RUN_DIR) / "checkpoints", step, model, optimizer, notes, KEEP_CHECKPOINTS)
+                began = time.time()
+            if stopping:
+                say(f"stopped by SIGTERM after step {step}; the same command resumes")
+                return parallel.close()
     if first and steps > done:
         plot()
     if SAVE_EVERY >= 0:

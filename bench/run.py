@@ -27,12 +27,14 @@ def write_config(folder, shape, layers=None):
     """A Hugging Face folder of one config.json, enough for INIT=random."""
     L, C, H, G, I, V, tied = SHAPES[shape]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "config.json").write_text(json.dumps({
+    part = Path(folder) / f"config.{os.getpid()}"      # whole or not at all: several ranks may write it
+    part.write_text(json.dumps({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers or L,
         "hidden_size": C, "num_attention_heads": H, "num_key_value_heads": G, "head_dim": 128,
         "intermediate_size": I, "vocab_size": V,
         "tie_word_embeddings": tied, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072,
         "hidden_act": "silu", "dtype": "bfloat16"}))
+    part.rename(Path(folder) / "config.json")
     return folder
 
 def measure(row, out):

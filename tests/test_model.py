@@ -9,7 +9,8 @@ import torch
 from conftest import assert_close, row, tiny_config, tiny_model
 
 import convert
-from model import Config, Execution, Transformer, attention_pairs, flops, rope_cos_sin, rope_frequencies
+from bench.run import SHAPES
+from model import Config, Execution, Transformer, attention_pairs, flops, memory, rope_cos_sin, rope_frequencies
 
 FAMILIES = [("llama", {}), ("llama", {"tie_word_embeddings": True}),
             ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -169,3 +170,24 @@ def test_flops_by_hand():
     assert attention_pairs([0, 10, 13], window=4) == 4 * 10 - 8 + 4.5
     without_gate = flops(tiny_config(mlp_gate=False), 100, 1250)[0]
     assert without_gate == 3 * (forward - 2 * 100 * 2 * 48 * 80)
+
+def test_memory_is_what_was_measured():
+    """By the rows that say which code they ran, on FlashAttention 4; without the one that memory() excludes."""
+    lines = (Path(__file__).parents[1] / "bench/results.jsonl").read_text().splitlines()
+    measured = {r["row"]: r for r in map(json.loads, lines) if "env" in r and "ATTENTION" not in r["row"]}
+    seen = 0
+    for name, result in measured.items():
+        shape, gpus, length, *constants = name.split()
+        if (gpus, length) == ("1", "524288"):
+            continue
+        L, (_, C, H, G, I, V, tied) = result["layers"], SHAPES[shape]
+        given = dict(c.split("=") for c in constants)
+        number = lambda name, default=0: L if given.get(name) == "True" else int(given.get(name, default))
+        config = Config(V, C, I, L, H, G, 128, tie_word_embeddings=tied)
+        execution = Execution("auto", given.get("RECOMPUTE", "all_but_attention"), number("KEEP_LAYERS"),
+                              number("OFFLOAD_ACTIVATIONS"), number("MLP_CHUNK"), number("LOSS_CHUNK", 8192))
+        sizes = int(length) // int(gpus), int(gpus)
+        parts = memory(config, *sizes, execution, number("ZERO_STAGE", 2), number("GLOBAL_BATCH_SIZE", 1))
+        assert_close(sum(parts.values()), result["peak_memory_gib"], f"{name}: {parts}", rtol=0.12)
+        seen += 1
+    assert seen >= 6

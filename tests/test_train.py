@@ -269,6 +269,13 @@ def test_a_run_leaves_its_accounting_and_a_plot(setup, tmp_path):
     assert accounting["tokens"] == accounting["trained"] + accounting["masked"] + accounting["dropped"] > 0
     assert (tmp_path / "run/loss.png").read_bytes()[:4] == b"\x89PNG"
 
+def test_out_of_memory_is_explained(setup, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(Transformer, "forward", full)
+    with pytest.raises(RuntimeError, match=r"(?s)CUDA out of memory.*Expected was [\d.]+ GiB = .*ZERO_STAGE=3.*MAX_LENGTH"):
+        run(setup("run"))
+
 def test_overrides():
     for name, value in DEFAULTS.items():
         setattr(train, name, value)
