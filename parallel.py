@@ -140,9 +140,9 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
     model.to_empty(device="cpu" if offload_optimizer else grid.device)
 
 def accumulate(model, zero_stage, last):
-    """Before a micro-batch's forward. ZeRO 1 reduces gradients, and frees gathered weights, after the last one only."""
+    """Before a micro-batch's forward: until the last, ZeRO 1 reduces no gradient, and 1 and 2 keep weights gathered."""
     model.set_requires_gradient_sync(last or zero_stage > 1)
-    model.set_reshard_after_backward(last or zero_stage > 1)
+    model.set_reshard_after_backward(last or zero_stage > 2)
 
 def grad_norm(parameters):
     """-> the norm of all gradients over all ranks, a scalar on the device."""
