@@ -57,12 +57,12 @@ def main(arguments):
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
     plain_log, rank, memory = train.log, int(os.environ.get("RANK", 0)), "MEMORY" in options
 
-    def log(step, steps, *rest):
-        plain_log(step, steps, *rest)
-        if step == steps - 2:
+    def log(line):
+        plain_log(line)
+        if line["step"] == train.MAX_STEPS - 2:
             torch.cuda.synchronize()
             memory or profiler.__enter__()
-        if step == steps - 1:
+        if line["step"] == train.MAX_STEPS - 1:
             torch.cuda.synchronize()
             show_memory() if memory else profiler.__exit__(None, None, None)
 
