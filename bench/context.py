@@ -96,7 +96,8 @@ def main(passed):
     tokens = {name: tokenizer(text).input_ids for name, text in texts.items()}
     long = [name for name, ids in tokens.items() if len(ids) > LENGTH]
     held_out = long[::max(len(long) // ROWS, 1)][:ROWS]
-    variants = {"as it is": ["ROPE_SCALING=default"], "base x 10": [f"ROPE_SCALING={dict(rope_theta=10 * config.rope_theta)}"],
+    variants = {"as it is": ["ROPE_SCALING=default"],
+                "base x 10": [f"ROPE_SCALING={dict(rope_theta=10 * config.rope_theta)}"],
                 **{kind: [f"ROPE_SCALING={kind}"] for kind in ("linear", "dynamic", "yarn")}}
     rows = [torch.tensor(tokens[name][:LENGTH + 1]) for name in held_out]
     attention = next((p.split("=")[1] for p in passed if p.startswith("ATTENTION=")), "auto")

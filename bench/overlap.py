@@ -1,6 +1,7 @@
 """Does it pay to hide Ulysses' exchange behind attention? Heads in two halves, one on its way while the other attends.
 
-    torchrun --nproc_per_node 4 bench/overlap.py SHAPE=llama2-7b SEQUENCE_PARALLEL_SIZE=4 MAX_LENGTH=32768 RECOMPUTE=none
+    torchrun --nproc_per_node 4 bench/overlap.py SHAPE=llama2-7b SEQUENCE_PARALLEL_SIZE=4 MAX_LENGTH=32768 \\
+        RECOMPUTE=none MAX_STEPS=12
     torchrun --nproc_per_node 4 bench/breakdown.py ...      the same without, to compare
 
 Loss and gradients are those of the plain exchange. What it measured stands in LOG.md."""

@@ -3,8 +3,8 @@
     python bench/report.py          writes bench/results.md and bench/mfu.png
 
 The roof is a step of nothing but its matrix products and attention kernels, at the rates that bench/roof.py measured
-for the shape at the nearest length (roofs.jsonl); what a setting recomputes is in it. Peers: published, or measured on the
-same machines with FlashAttention 4 where they take it."""
+for the shape at the nearest length (roofs.jsonl); what a setting recomputes is in it. Peers: published, or measured on
+the same machines with FlashAttention 4 where they take it."""
 import json
 import re
 import sys
