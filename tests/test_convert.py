@@ -23,7 +23,8 @@ ODD = dict(num_attention_heads=6, num_key_value_heads=3, head_dim=10)
 BIASED = {"attention_bias": True}
 FAMILIES = [
     ("llama", {}), ("llama", {**BIASED, "mlp_bias": True, "tie_word_embeddings": True}),
-    ("mistral", {"sliding_window": 5}),
+    ("llama", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
+    ("mistral", {"sliding_window": 5}), ("mistral", {"sliding_window": None}),
     ("qwen2", {"head_dim": 8}), ("qwen2", {"tie_word_embeddings": True, "head_dim": 8}), ("qwen3", {}),
     ("qwen3", {**BIASED, "tie_word_embeddings": True}), ("internlm3", {}), ("internlm3", {**BIASED, "mlp_bias": True}),
     ("gemma", {"tie_word_embeddings": True}), ("gemma", {**BIASED, "tie_word_embeddings": False}),
