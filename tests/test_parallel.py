@@ -179,3 +179,18 @@ def test_published_checkpoints_and_foreign_folders_stay(tmp_path):
     on_ranks(2, save_and_find, root, tmp_path=tmp_path)
     assert {f.name for f in root.iterdir()} == {"step-00000002", "step-original", "step-original.part",
                                                 "step-00000001.kept"}
+
+def norm_of_large_gradients(expected):
+    grid = parallel.init(1, 1)
+    large = torch.nn.Linear(1024, 8192, bias=False)
+    parallel.shard(large, [], grid, torch.float32, 3, False)
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(8192, 1024, generator=generator)
+    (large(torch.eye(1024)) * full.T).sum().backward()      # its gradient is `full` on every rank, summed
+    assert_close(parallel.grad_norm(large.parameters()), expected * grid.world, f"norm on rank {grid.rank}", rtol=1e-6)
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_norm_of_a_large_gradient(world, tmp_path):
+    """torch's own float32 norm of these 8 million elements is 2e-4 too small on a CPU."""
+    full = torch.randn(8192, 1024, generator=torch.Generator().manual_seed(0))
+    on_ranks(world, norm_of_large_gradients, full.double().norm().item(), tmp_path=tmp_path)
