@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import Config, Transformer, parallel, rope_frequencies
+import parallel
+from model import Config, Transformer, rope_frequencies
 
 SHARD_BYTES, INDEX = 5 * 10**9, "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",

@@ -1,10 +1,15 @@
-"""The model: Llama's shape with the switches of its relatives, on one flat row of packed documents.
+"""The model: a Llama-style transformer on one flat row of packed documents.
 
-Letters, for one rank: T tokens of the row, t = T/P of them here, P ranks of the sequence, H query heads, G key/value
-heads, D head size, C width, I inner width, V vocabulary.
-float32: the norms' statistics, the rotation, the softmax, the loss, master weights and their reduction (parallel.py);
-RoPE's angles are float64, since position x frequency at a million tokens leaves float32 no digit of the turn.
-Everything else runs in the dtype of the weights, bfloat16 in training.
+Letters in shapes, for one rank:
+    T tokens of the row             H query heads                C hidden size
+    t = T/P tokens of this rank     G key/value heads            I intermediate size of the MLP
+    P ranks that share the row      D head size                  V vocabulary size
+
+Precision: matrix products, attention and the residual stream run in the dtype of the weights,
+bfloat16 in training. The statistics of the norms, the rotation of q and k, the softmax and the loss
+are float32, because their sums and exponentials lose too much in bfloat16. RoPE angles are computed
+in float64: near position one million a float32 angle is up to 0.03 radians off. FSDP2 keeps the
+master weights in float32 (parallel.py).
 """
 import contextlib
 import functools
@@ -16,14 +21,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import parallel
-from parallel import cut_heads, heads_to_seq, seq_to_heads
+from parallel import heads_to_seq, seq_to_heads, split_heads_by_rank
+
 
 @dataclass
 class Config:
-    """What the weights are. Field names are those of a Hugging Face config.json."""
+    """The architecture. Fields have the names of a Hugging Face config.json where it has them."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -39,371 +46,792 @@ class Config:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False               # norm of every head of q and k, before RoPE
-    sliding_window: int | None = None   # tokens a query sees, itself included; None: all before it
+    qk_norm: bool = False               # normalize every head of q and k before RoPE
+    sliding_window: int | None = None   # a token attends to this many, itself included; None: all
     architecture: str = "LlamaForCausalLM"
-    norm: str = "rms"                   # "rms_plus_one": times 1 + weight; "layer": LayerNorm; "layer_bias": with bias
+    norm: str = "rms"                   # or "rms_plus_one", "layer", "layer_bias": see Norm
     activation: str = "silu"            # or "gelu_pytorch_tanh"
-    mlp_gate: bool = True               # activation(gate) * up; False: the activation alone
-    parallel_residual: bool = False     # attention and MLP read one norm of x, and both are added to x
-    rope_interleaved: bool = False      # dimensions 2i and 2i + 1 turn together; False: i and i + D/2
-    scale_embedding: bool = False       # embeddings times sqrt(C)
+    mlp_gate: bool = True               # activation(gate) * up; False: activation(gate) alone
+    parallel_residual: bool = False     # attention and MLP both read the same norm of x
+    rope_interleaved: bool = False      # rotate dimensions 2i and 2i+1 together, not i and i+D/2
+    scale_embedding: bool = False       # multiply embeddings by sqrt(hidden_size)
     logit_scale: float = 1.0
-    normalize_head: bool = False        # rows of lm_head are brought to length 1
+    normalize_head: bool = False        # scale every row of lm_head to length 1
+
 
 @dataclass
 class Execution:
-    """How the work is done. Nothing here changes a result by more than rounding."""
-    attention: str = "auto"             # or the name of one of KERNELS
-    recompute: str = "none"             # "all_but_attention", "all": what backward computes again
+    """How the work is carried out. These settings change results by rounding only."""
+    attention: str = "auto"             # or a name in KERNELS
+    recompute: str = "none"             # or "all_but_attention" or "all": recomputed in backward
     keep_layers: int = 0                # last blocks that recompute nothing all the same
-    offload_layers: int = 0             # first blocks whose kept tensors wait in host memory
-    mlp_chunk: int = 0                  # tokens; 0: the row's share at once
+    offload_layers: int = 0             # first blocks that offload what they keep to CPU memory
+    mlp_chunk: int = 0                  # tokens that pass the MLP at a time; 0: all t
     loss_chunk: int = 8192              # tokens whose logits exist at a time
-    compile: bool = False               # torch.compile the two halves of a block and the loss
+    compile: bool = False               # torch.compile the two halves of a block, and the loss
 
-# ---------------------------------------------------------------------------------------------- attention kernels
-# One signature: q (T, H, D), k and v (T, G, D), cu_seqlens (n+1,) int32 on the device, max_seqlen, window -> (T, H, D).
-def _flash(module, left, q, k, v, cu_seqlens, max_seqlen, window):
-    """FlashAttention 2, 3 or 4. `left` is the package's word for an unbounded left side of the window."""
-    out = module.flash_attn_varlen_func(
+
+# ------------------------------------------------------------------------------ attention kernels
+# All kernels share one signature: q (T, H, D), k and v (T, G, D), cu_seqlens (n+1,) int32 on the
+# device, max_seqlen int, window int or None -> out (T, H, D), causal within each segment.
+
+def flash_attention(package, unbounded, q, k, v, cu_seqlens, max_seqlen, window):
+    """FlashAttention 2, 3 or 4, whose first arguments have different positions: keywords only."""
+    if window is None:
+        window_size = (unbounded, unbounded)
+    else:
+        window_size = (window - 1, 0)
+    out = package.flash_attn_varlen_func(
         q=q, k=k, v=v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen, causal=True, window_size=(window - 1, 0) if window else (left, left))
-    return out[0] if isinstance(out, tuple) else out
+        max_seqlen_k=max_seqlen, causal=True, window_size=window_size)
+    if isinstance(out, tuple):  # version 4 also returns the log-sum-exp
+        out = out[0]
+    return out
 
-def _torch_varlen(module, left, q, k, v, cu_seqlens, max_seqlen, window):
-    """torch's own kernel, with a key and value head for every query head, as torch 2.11 wants it."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return module.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-                              window_size=(window - 1 if window else left, 0))
 
-def _sdpa(module, left, q, k, v, cu_seqlens, max_seqlen, window):
-    """scaled_dot_product_attention, document by document: the CPU's path and the plainest statement of the others."""
-    out, edges = [], cu_seqlens.tolist()
+def torch_varlen_attention(package, unbounded, q, k, v, cu_seqlens, max_seqlen, window):
+    """torch's varlen_attn, which in version 2.11 needs as many key/value heads as query heads."""
+    group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group, dim=1)                                       # (T, H, D)
+    v = v.repeat_interleave(group, dim=1)                                       # (T, H, D)
+    left = unbounded if window is None else window - 1
+    return package.varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(left, 0))
+
+
+def sdpa_attention(package, unbounded, q, k, v, cu_seqlens, max_seqlen, window):
+    """scaled_dot_product_attention, a document at a time: for CPUs, and the reference in tests."""
+    outputs = []
+    edges = cu_seqlens.tolist()
     for start, end in zip(edges, edges[1:]):
-        qi, ki, vi = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))        # (1, H or G, n, D)
-        mask, n = None, end - start
-        if window and n > window:
-            ago = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
-            mask = (ago >= 0) & (ago < window)
-        o = module.scaled_dot_product_attention(qi, ki, vi, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        out.append(o[0].transpose(0, 1))                                            # (n, H, D)
-    return torch.cat(out)
+        n = end - start
+        qi = q[start:end].transpose(0, 1)[None]                                 # (1, H, n, D)
+        ki = k[start:end].transpose(0, 1)[None]                                 # (1, G, n, D)
+        vi = v[start:end].transpose(0, 1)[None]                                 # (1, G, n, D)
+        mask = None
+        if window is not None and n > window:
+            position = torch.arange(n, device=q.device)
+            distance = position[:, None] - position                             # (n, n)
+            mask = (distance >= 0) & (distance < window)
+        out = package.scaled_dot_product_attention(
+            qi, ki, vi, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))                                  # (n, H, D)
+    return torch.cat(outputs)                                                   # (T, H, D)
 
-KERNELS = {  # name: (module, its least GPU generation, adapter, its word for "no bound"), best first
-    "flash_attn_4": ("flash_attn.cute", 9, _flash, None),
-    "flash_attn_3": ("flash_attn_interface", 9, _flash, -1),
-    "flash_attn_2": ("flash_attn", 8, _flash, -1),
-    "torch_varlen": ("torch.nn.attention.varlen", 8, _torch_varlen, -1),
-    "sdpa": ("torch.nn.functional", 0, _sdpa, -1),
+
+KERNELS = {
+    # name: (module, minimum compute capability, function, how the package writes "no window"),
+    # the fastest first
+    "flash_attn_4": ("flash_attn.cute", 9, flash_attention, None),
+    "flash_attn_3": ("flash_attn_interface", 9, flash_attention, -1),
+    "flash_attn_2": ("flash_attn", 8, flash_attention, -1),
+    "torch_varlen": ("torch.nn.attention.varlen", 8, torch_varlen_attention, -1),
+    "sdpa": ("torch.nn.functional", 0, sdpa_attention, -1),
 }
+
 
 @functools.cache
 def attention_kernel(choice, device_type, dtype):
-    """-> (name, function): the first of KERNELS that this machine has, or `choice` itself. ValueError if it cannot."""
-    half = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    generation = torch.cuda.get_device_capability()[0] if half else 0
-    for name in [name for name in KERNELS if choice in ("auto", name)]:
-        module, least, adapter, left = KERNELS[name]
+    """-> (name, function): the first of KERNELS that works here, or `choice` itself.
+
+    ValueError if `choice` is unknown, or does not work with this device and dtype."""
+    if choice != "auto" and choice not in KERNELS:
+        raise ValueError(f"ATTENTION {choice!r} is not known: use auto, {', '.join(KERNELS)}")
+
+    capability = 0  # flash kernels need a GPU and a 16-bit dtype
+    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        capability, _ = torch.cuda.get_device_capability()
+    candidates = KERNELS if choice == "auto" else [choice]
+    for name in candidates:
+        module, minimum_capability, function, unbounded = KERNELS[name]
+        if capability < minimum_capability:
+            continue
         try:
-            found = importlib.import_module(module) if generation >= least else None
+            package = importlib.import_module(module)
         except ImportError:
             continue
-        # version 4 alone leaves an empty `flash_attn` behind, which is not version 2
-        if found and (adapter is not _flash or hasattr(found, "flash_attn_varlen_func")):
-            return name, functools.partial(adapter, found, left)
-    raise ValueError(f"ATTENTION {choice!r} is not to be had for {dtype} on {device_type} here: install it, use a GPU "
-                     f"and bfloat16, or choose auto, or another of {', '.join(KERNELS)}")
+        # Version 4 installs an empty package `flash_attn`, which would pass for version 2.
+        if function is flash_attention and not hasattr(package, "flash_attn_varlen_func"):
+            continue
+        return name, functools.partial(function, package, unbounded)
+    raise ValueError(
+        f"ATTENTION {choice!r} is not available for {dtype} on {device_type}: install its package, "
+        f"use a GPU and bfloat16, or set ATTENTION to auto or another of {', '.join(KERNELS)}")
 
-# --------------------------------------------------------------------------------------------------- RoPE and norm
+
+class KernelGraph:
+    """The autograd graph of one call of an attention kernel, without q, k, v and the output.
+
+    A kernel saves these four for backward, 4 x (H + G) x D bytes a token in bfloat16. This graph
+    keeps only which part of them was saved, so that their memory is freed; `backward` is given
+    them again. What else the kernel saves, such as the log-sum-exp, stays saved."""
+
+    def __init__(self):
+        self.given = []     # q, k, v and the output while backward runs
+        self.inputs = None
+        self.out_edge = None
+
+    def forward(self, kernel, q, k, v):
+        """-> kernel(q, k, v)."""
+        saved_tensors = []
+        given = self.given  # the hooks must not refer to self: that would be a reference cycle
+
+        def pack(tensor):
+            saved = SavedTensor(tensor)
+            saved_tensors.append(saved)
+            return saved
+
+        def unpack(saved):
+            return saved.restore(given)
+
+        with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
+            self.inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = kernel(*self.inputs)
+        self.out_edge = get_gradient_edge(out)
+
+        for saved in saved_tensors:
+            saved.replace_by_view((q, k, v, out))
+        for x in self.inputs:  # the graph needs its leaves, but not their values
+            x.data = x.new_empty(0)
+        return out.detach()
+
+    def backward(self, q, k, v, out, grad_out):
+        """-> the gradients of q, k and v. The four tensors must equal those of forward."""
+        self.given.extend((q, k, v, out))
+        gradients = torch.autograd.grad(self.out_edge, self.inputs, grad_out)
+        self.given.clear()
+        return gradients
+
+
+class SavedTensor:
+    """What autograd saved: a tensor, or later only which view it was of one of several tensors."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.detach()
+        self.base_index = None
+        self.view = None
+
+    def replace_by_view(self, bases):
+        """Let go of the tensor if it is a view of one of `bases`."""
+        for i, base in enumerate(bases):
+            if parallel.share_storage(self.tensor, base):
+                self.base_index = i
+                self.view = parallel.View.of(self.tensor, base)
+                self.tensor = None
+                return
+
+    def restore(self, bases):
+        if self.tensor is not None:
+            return self.tensor
+        return self.view.take(bases[self.base_index])
+
+
+class AttendWithRecompute(torch.autograd.Function):
+    """kernel(q, k, v) that keeps the log-sum-exp for backward, but not q, k, v and the output.
+
+    `recompute()` returns the four of them in backward. So the kernel's forward runs only once."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, kernel, recompute):
+        ctx.graph = KernelGraph()
+        ctx.recompute = recompute
+        return ctx.graph.forward(kernel, q, k, v)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, out = ctx.recompute()
+        grad_q, grad_k, grad_v = ctx.graph.backward(q, k, v, out, grad_out.contiguous())
+        # This node lives as long as the loss. Let go of what was kept for its backward now.
+        ctx.graph = None
+        ctx.recompute = None
+        return grad_q, grad_k, grad_v, None, None
+
+
+# ---------------------------------------------------------------------------------- RoPE and norm
+
 def rope_frequencies(config):
-    """-> (D/2,) float32 inverse frequencies, and the factor of cos and sin. Formulas as in transformers, whose
-    float32 frequencies are the ones the checkpoints were trained with."""
-    D, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
-    kind, factor = scaling.get("rope_type", "default"), scaling["factor"] if scaling else 1.0
-    original = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
+    """-> inverse frequencies (D/2,) float32, and the factor that cos and sin are multiplied by.
+
+    The formulas are those of transformers, including the rounding to float32, because the
+    checkpoints were trained with these numbers. ValueError for an unknown rope_type."""
+    D = config.head_dim
+    scaling = config.rope_scaling or {}
+    rope_type = scaling.get("rope_type", "default")
+    factor = scaling["factor"] if scaling else 1.0
+
     exponent = torch.arange(0, D, 2).float() / (D * scaling.get("partial_rotary_factor", 1.0))
-    frequency = 1.0 / base ** exponent * (exponent < 1)  # the other dimensions never turn
-    if kind in ("default", "dynamic"):  # convert.extend_context has made what dynamic changes a larger base
+    base_powers = config.rope_theta ** exponent                                 # (D/2,)
+    rotated = exponent < 1  # a partial rotary factor leaves the last dimensions as they are
+    frequency = 1.0 / base_powers * rotated
+
+    # For "dynamic", convert.extend_context has already put a larger base into rope_theta.
+    if rope_type in ("default", "dynamic"):
         return frequency, 1.0
-    if kind == "linear":
+    if rope_type == "linear":
         return frequency / factor, 1.0
-    if kind == "llama3":  # long waves are stretched, short ones kept, smoothly between
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        wave = 2 * math.pi / frequency
-        smooth = ((scaling["original_max_position_embeddings"] / wave - low) / (high - low)).clamp(0, 1)
-        return (1 - smooth) * frequency / factor + smooth * frequency, 1.0
-    if kind == "yarn":  # the same by the number of turns within the original length, as a ramp over dimensions
-        turns = [scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1]
-        low, high = (D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
-        if scaling.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, D - 1)
-        keep = 1 - ((torch.arange(D // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
-        amplitude = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-        return 1.0 / (factor * base ** exponent) * (1 - keep) + frequency * keep, amplitude
-    raise ValueError(f"rope_type {kind!r} is unknown: use default, linear, dynamic, yarn or llama3")
+    if rope_type == "llama3":
+        return llama3_frequencies(frequency, factor, scaling), 1.0
+    if rope_type == "yarn":
+        stretched = 1.0 / (factor * base_powers)
+        ramp = yarn_ramp(config, scaling)
+        return stretched * (1 - ramp) + frequency * ramp, yarn_attention_factor(factor, scaling)
+    raise ValueError(
+        f"rope_type {rope_type!r} is unknown: use default, linear, dynamic, yarn or llama3")
+
+
+def llama3_frequencies(frequency, factor, scaling):
+    """Divide low frequencies by `factor`, keep high ones, and interpolate in between.
+
+    Which is which depends on how often a wave turns within the original context length."""
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / frequency
+    turns = scaling["original_max_position_embeddings"] / wavelength
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def yarn_ramp(config, scaling):
+    """-> (D/2,): 1 for the dimensions that keep their frequency, 0 for those that are stretched.
+
+    YaRN (arXiv 2309.00071, section 3.2): the ramp is linear between the dimensions that turn
+    beta_fast and beta_slow times within the original context length."""
+    D = config.head_dim
+    original = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
+
+    def dimension_of(turns):
+        return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first = dimension_of(scaling.get("beta_fast") or 32)
+    last = dimension_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, D - 1)
+    dimension = torch.arange(D // 2).float()
+    return 1 - ((dimension - first) / max(last - first, 0.001)).clamp(0, 1)
+
+
+def yarn_attention_factor(factor, scaling):
+    """YaRN's temperature: cos and sin are multiplied by it (arXiv 2309.00071, section 3.4)."""
+    if scaling.get("attention_factor"):
+        return scaling["attention_factor"]
+    if factor <= 1:
+        return 1.0
+    return 0.1 * math.log(factor) + 1.0
+
 
 def rope_cos_sin(config, position_ids):
-    """position_ids (t,) -> cos, sin (t, 1, D/2) float32, for all layers: 512 MiB together at t = 1M and D = 128."""
-    frequency, amplitude = rope_frequencies(config)
-    angle = position_ids.double()[:, None, None] * frequency.to(position_ids.device).double()
-    return (angle.cos() * amplitude).float(), (angle.sin() * amplitude).float()
+    """position_ids (t,) -> cos and sin (t, 1, D/2) float32, computed once for all layers.
 
-def rotate(x, cos, sin, interleaved=False):
-    """x (t, H, D), its two halves of D being the real and the imaginary parts; interleaved, these alternate."""
-    sizes, dim = ((-1, 2), -1) if interleaved else ((2, -1), -2)
-    a, b = x.float().unflatten(-1, sizes).unbind(dim)                               # (t, H, D/2)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim).flatten(-2).to(x.dtype)
+    Together they take 512 MiB at t = 1M and D = 128."""
+    frequency, attention_factor = rope_frequencies(config)
+    frequency = frequency.to(position_ids.device).double()
+    angle = position_ids.double()[:, None, None] * frequency                    # (t, 1, D/2)
+    cos = angle.cos() * attention_factor
+    sin = angle.sin() * attention_factor
+    return cos.float(), sin.float()
+
+
+def rotate(x, cos, sin, interleaved):
+    """Rotate x (t, H, D) by its positions: dimensions i and i+D/2, or 2i and 2i+1, are a pair."""
+    if interleaved:
+        pairs = x.float().unflatten(-1, (-1, 2))                                # (t, H, D/2, 2)
+        dim = -1
+    else:
+        pairs = x.float().unflatten(-1, (2, -1))                                # (t, H, 2, D/2)
+        dim = -2
+    a, b = pairs.unbind(dim)                                                    # (t, H, D/2)
+    rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim)
+    return rotated.flatten(-2).to(x.dtype)                                      # (t, H, D)
+
 
 class Norm(nn.Module):
-    """Of the last dimension, as config.norm says."""
+    """RMSNorm or LayerNorm of the last dimension, as config.norm says.
+
+    "rms": RMSNorm. "rms_plus_one": RMSNorm that scales by 1 + weight. "layer": LayerNorm without
+    bias. "layer_bias": LayerNorm with bias."""
+
     def __init__(self, size, config):
         super().__init__()
-        self.weight, self.eps, self.kind = nn.Parameter(torch.ones(size)), config.rms_norm_eps, config.norm
-        self.bias = nn.Parameter(torch.zeros(size)) if config.norm == "layer_bias" else 0.0
+        self.kind = config.norm
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(size))
+        if self.kind == "layer_bias":
+            self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, x):
         y = x.float()
         if self.kind in ("layer", "layer_bias"):
             y = y - y.mean(-1, keepdim=True)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+
+        # Where the product with the weight is rounded differs between the families.
         if self.kind == "rms":
             return self.weight * y.to(x.dtype)
-        return (y * (self.weight.float() + (self.kind == "rms_plus_one")) + self.bias).to(x.dtype)
+        weight = self.weight.float()
+        if self.kind == "rms_plus_one":
+            weight = weight + 1
+        y = y * weight
+        if self.kind == "layer_bias":
+            y = y + self.bias
+        return y.to(x.dtype)
 
-# ---------------------------------------------------------------------------------------------------- transformer
+
+# ------------------------------------------------------------------------------------ transformer
+
 class Attention(nn.Module):
+    """Self-attention of a row whose tokens are spread over P ranks (Ulysses, arXiv 2309.14509)."""
+
     def __init__(self, config, sp_group, execution):
         super().__init__()
-        H, G, D, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        self.head_dim, self.window, self.sp_group, self.choice = D, config.sliding_window, sp_group, execution.attention
-        self.P, self.interleaved = sp_group.size() if sp_group is not None else 1, config.rope_interleaved
-        self.heads = [max(heads // self.P, 1) for heads in (H, G, G)]               # of q, k, v on this rank
+        C = config.hidden_size
+        D = config.head_dim
+        H = config.num_attention_heads
+        G = config.num_key_value_heads
+        self.head_dim = D
+        self.window = config.sliding_window
+        self.interleaved = config.rope_interleaved
+        self.kernel_choice = execution.attention
+        self.sp_group = sp_group
+        self.P = 1 if sp_group is None else sp_group.size()
+        self.q_heads = H // self.P              # heads of this rank during attention
+        self.kv_heads = max(G // self.P, 1)     # fewer heads than ranks: some ranks hold the same
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(C, G * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, G * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
-        if config.qk_norm:  # Qwen3's heads share a weight, Cohere's have their own
-            self.q_norm, self.k_norm = (Norm(D if config.norm == "rms" else (heads, D), config) for heads in (H, G))
+        self.q_norm = None
+        self.k_norm = None
+        if config.qk_norm and config.norm == "rms":  # Qwen3: the heads share one weight
+            self.q_norm = Norm(D, config)
+            self.k_norm = Norm(D, config)
+        elif config.qk_norm:  # Cohere: every head has its own
+            self.q_norm = Norm((H, D), config)
+            self.k_norm = Norm((G, D), config)
 
     def project(self, x, cos, sin):
-        """x (t, C) -> q (t, H, D), k and v (t, G, D), rotated; for P ranks cut and joined: (P, t, H/P + 2 G/P, D)."""
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate(y, cos, sin, self.interleaved) for y in (q, k))
-        return cut_heads((q, k, v), self.P) if self.P > 1 else (q, k, v)
+        """x (t, C) -> q (t, H, D), k and v (t, G, D) of this rank's tokens, rotated.
+
+        With P > 1 they are one tensor (P, t, H/P + 2 G/P, D), ordered by the rank that needs it:
+        torch.compile fuses this copy with the rotation."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = rotate(q, cos, sin, self.interleaved)
+        k = rotate(k, cos, sin, self.interleaved)
+        if self.P == 1:
+            return q, k, v
+        return split_heads_by_rank((q, k, v), self.P)
 
     def exchange(self, qkv):
-        """What project returned -> q (T, H/P, D), k and v (T, G/P, D): the whole row, in one message."""
+        """What `project` returned -> q (T, H/P, D), k and v (T, G/P, D): all tokens, some heads."""
         if self.P == 1:
             return qkv
-        q, k, v = (row := seq_to_heads(qkv, self.sp_group)).split(self.heads, dim=1)
-        # views of one row serve every kernel as they are, until offsets in it pass what kernels hold in 32 bits
-        return (q, k, v) if row.numel() < 2**31 else (q.contiguous(), k.contiguous(), v.contiguous())
+        row = seq_to_heads(qkv, self.sp_group)                  # (T, H/P + 2 G/P, D), one message
+        q, k, v = row.split((self.q_heads, self.kv_heads, self.kv_heads), dim=1)
+        if row.numel() >= 2**31:  # some kernels compute offsets into a view in 32 bits
+            return q.contiguous(), k.contiguous(), v.contiguous()
+        return q, k, v
 
-    def forward(self, qkv, cu_seqlens, max_seqlen, keep):
-        """qkv of this rank's tokens -> (t, H*D); attends for H/P heads over the whole row. keep: a parallel.Keep."""
-        q, k, v = self.exchange(qkv)                                                # (T, H/P, D), (T, G/P, D)
-        _, kernel = attention_kernel(self.choice, q.device.type, q.dtype)
-        with keep.inputs_of_attention(q, k, v):
-            out = kernel(q, k, v, cu_seqlens, max_seqlen, self.window)              # (T, H/P, D)
-        return keep.output_of_attention(out, heads_to_seq(out, self.sp_group)).flatten(1)  # (t, H*D)
+    def forward(self, qkv, cu_seqlens, max_seqlen, recompute=None):
+        """What `project` returned -> attention's output for this rank's tokens (t, H*D).
+
+        recompute: for AttendWithRecompute; None: the kernel keeps q, k, v and its output."""
+        q, k, v = self.exchange(qkv)            # (T, H/P, D), (T, G/P, D), (T, G/P, D)
+        _, kernel = attention_kernel(self.kernel_choice, q.device.type, q.dtype)
+        kernel = functools.partial(
+            kernel, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window)
+        if recompute is None:
+            out = kernel(q, k, v)                                               # (T, H/P, D)
+        else:
+            out = AttendWithRecompute.apply(q, k, v, kernel, recompute)         # (T, H/P, D)
+        return heads_to_seq(out, self.sp_group).flatten(1)                      # (t, H*D)
+
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, I, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj, self.up_proj = nn.Linear(C, I, bias), nn.Linear(C, I, bias) if config.mlp_gate else None
-        self.down_proj = nn.Linear(I, C, bias)
-        self.activation = F.silu if config.activation == "silu" else functools.partial(F.gelu, approximate="tanh")
+        C = config.hidden_size
+        I = config.intermediate_size
+        self.gate_proj = nn.Linear(C, I, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, I, bias=config.mlp_bias) if config.mlp_gate else None
+        self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
+        self.gelu = config.activation == "gelu_pytorch_tanh"
 
     def forward(self, x):
-        y = self.activation(self.gate_proj(x))
-        return self.down_proj(y if self.up_proj is None else y * self.up_proj(x))
+        gate = self.gate_proj(x)                                                # (t, I)
+        y = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        if self.up_proj is not None:
+            y = y * self.up_proj(x)
+        return self.down_proj(y)                                                # (t, C)
+
+
+def run(function, recompute, *args):
+    """function(*args); with `recompute`, only args are kept for its backward."""
+    if not recompute:
+        return function(*args)
+    return checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+
+
+# Compiled together with its checkpoint, backward recomputes only what gradients need, so the last
+# product of a half is not computed again. All blocks share one compiled function: their weights
+# are its inputs. It is specialized on the half, recompute, gradients on or off, and the shape.
+compiled_run = torch.compile(run)
+torch._dynamo.config.recompile_limit = 64
+
 
 class Block(nn.Module):
-    """x -> x + Attention(norm(x)) -> x + MLP(norm(x)), cut where tokens meet: before and after attention every token
-    goes its own way, so these halves are what is compiled, recomputed and taken in slices."""
+    """A transformer block: x + Attention(norm(x)), then x + MLP(norm(x)).
+
+    Outside the attention kernel every token is computed by itself. So a block has two halves,
+    before and after the kernel, that are compiled, recomputed and cut into chunks of tokens.
+
+    With recompute "all_but_attention", one block in forward and backward:
+
+    forward                                     kept for backward
+        x                                       x (t, C), or offloaded
+        q, k, v = pre_attention(x)
+        q, k, v to all tokens, some heads
+        out = kernel(q, k, v)                   the log-sum-exp (H/P, T)
+        a = out to its tokens, all heads        a (t, H*D), or offloaded
+        y = post_attention(x, a)
+
+    backward
+        post_attention(x, a) again          ->  gradients of a, x and of its weights
+        gradient of a to all tokens, some heads
+        q, k, v = pre_attention(x) again, to all tokens, some heads
+        out = a to all tokens, some heads
+        backward of the kernel              ->  gradients of q, k, v; then q, k, v, out, a are freed
+        gradients of q, k, v to their tokens, all heads
+        norm(x) again                       ->  gradients of x and of the weights; then x is freed
+    """
 
     def __init__(self, config, sp_group, execution, recompute):
         super().__init__()
         self.input_layernorm = Norm(config.hidden_size, config)
         self.self_attn = Attention(config, sp_group, execution)
-        self.post_attention_layernorm = None if config.parallel_residual else Norm(config.hidden_size, config)
+        self.post_attention_layernorm = None
+        if not config.parallel_residual:
+            self.post_attention_layernorm = Norm(config.hidden_size, config)
         self.mlp = MLP(config)
-        self.recompute, self.compile, self.chunk = recompute, execution.compile, execution.mlp_chunk
+        self.recompute = recompute
+        self.mlp_chunk = execution.mlp_chunk
+        self.run_half = compiled_run if execution.compile else run
 
-    def before(self, x, cos, sin):
-        """x (t, C) -> q, k, v as Attention.forward takes them."""
+    def pre_attention(self, x, cos, sin):
+        """x (t, C) -> q, k and v as Attention.project returns them."""
         return self.self_attn.project(self.input_layernorm(x), cos, sin)
 
-    def after(self, x, a):
-        """x (t, C), attention's output a (t, H*D) -> (t, C)."""
+    def post_attention(self, x, a):
+        """x (t, C), attention's output a (t, H*D) -> the block's output (t, C)."""
         y = x + self.self_attn.o_proj(a)
-        if self.post_attention_layernorm is None:
+        if self.post_attention_layernorm is None:  # parallel residual
             return y + self.mlp(self.input_layernorm(x))
         return y + self.mlp(self.post_attention_layernorm(y))
 
+    def post_attention_in_chunks(self, x, a, recompute):
+        """post_attention, mlp_chunk tokens at a time: a (t, I) of t = 1M, I = 14336 is 28 GiB."""
+        chunk = self.mlp_chunk or len(x)
+        if chunk >= len(x):
+            return self.run_half(self.post_attention, recompute, x, a)
+        # Chunks are always recomputed: kept, they would take as much memory together as one.
+        outputs = [self.run_half(self.post_attention, True, xi, ai)
+                   for xi, ai in zip(x.split(chunk), a.split(chunk))]
+        return torch.cat(outputs)                                               # (t, C)
+
     def forward(self, x, cos, sin, cu_seqlens, max_seqlen, offload=None):
+        """x (t, C) -> (t, C). offload: where what is kept for backward goes, None: it stays."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.run(x, cos, sin, cu_seqlens, max_seqlen, parallel.Keep())
-        if self.recompute == "all":
-            with parallel.Keep(offload).hooks(x):
-                return checkpoint(self.run, x, cos, sin, cu_seqlens, max_seqlen, parallel.Keep(), **_CHECKPOINT)
-        again = lambda x: self.self_attn.exchange(half(self.compile, False, self.before, x, cos, sin))
-        keep = parallel.Keep(offload, again, self.self_attn.sp_group)
-        with keep.hooks(x):
-            return self.run(x, cos, sin, cu_seqlens, max_seqlen, keep)
+            return self.compute(x, cos, sin, cu_seqlens, max_seqlen)
 
-    def run(self, x, cos, sin, cu_seqlens, max_seqlen, keep):
-        recompute = self.recompute == "all_but_attention"
-        qkv = half(self.compile, recompute, self.before, x, cos, sin)
-        a = self.self_attn(qkv, cu_seqlens, max_seqlen, keep)                       # (t, H*D)
-        chunk = self.chunk or len(x)
-        slices = zip(x.split(chunk), a.split(chunk))  # at t = 1M and I = 14336 one (t, I) alone is 28 GiB
-        y = [half(self.compile, recompute or chunk < len(x), self.after, xi, ai) for xi, ai in slices]
-        return y[0] if len(y) == 1 else torch.cat(y)
+        kept = parallel.Kept(offload)
+        with kept.saved_by_reference():
+            kept.add("x", x)
+            if self.recompute == "all":
+                return run(self.compute, True, x, cos, sin, cu_seqlens, max_seqlen)
+            return self.compute_and_keep_attention(x, cos, sin, cu_seqlens, max_seqlen, kept)
 
-_CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+    def compute(self, x, cos, sin, cu_seqlens, max_seqlen):
+        """Forward in which autograd keeps what it needs."""
+        qkv = self.run_half(self.pre_attention, False, x, cos, sin)
+        a = self.self_attn(qkv, cu_seqlens, max_seqlen)                         # (t, H*D)
+        return self.post_attention_in_chunks(x, a, recompute=False)
 
-def _half(recompute, function, *args):
-    return checkpoint(function, *args, **_CHECKPOINT) if recompute else function(*args)
+    def compute_and_keep_attention(self, x, cos, sin, cu_seqlens, max_seqlen, kept):
+        """Forward in which only `kept` and the log-sum-exp are kept, as the picture above shows."""
+        attention = self.self_attn
 
-_compiled_half = torch.compile(_half)           # one cache for all blocks: their weights are its inputs
-torch._dynamo.config.recompile_limit = 64       # halves x recomputed or not x with gradient or not x shapes
+        @torch.no_grad()
+        def recompute():  # called in backward: -> q, k, v, out
+            qkv = self.run_half(self.pre_attention, False, kept.get("x"), cos, sin)
+            q, k, v = attention.exchange(qkv)
+            a = kept.get("a").unflatten(1, (-1, attention.head_dim))            # (t, H, D)
+            return q, k, v, seq_to_heads(a, attention.sp_group)                 # out (T, H/P, D)
 
-def half(compile, recompute, function, *args):
-    """function(*args), keeping for backward only the arguments if `recompute`. Compiled, backward recomputes just what
-    it reads: the last product of a half is never computed again."""
-    return (_compiled_half if compile else _half)(recompute, function, *args)
+        qkv = self.run_half(self.pre_attention, True, x, cos, sin)
+        a = attention(qkv, cu_seqlens, max_seqlen, recompute)                   # (t, H*D)
+        kept.add("a", a)
+        return self.post_attention_in_chunks(x, a, recompute=True)
+
 
 class Transformer(nn.Module):
-    """Parameters carry the names of a Llama checkpoint. Tied embeddings: there is no lm_head."""
+    """Parameters have the names of a Llama checkpoint. With tied embeddings there is no lm_head."""
 
     def __init__(self, config, sp_group=None, execution=Execution()):
         super().__init__()
-        self.config, self.execution, keep = config, execution, execution.keep_layers
-        L, C, V = config.num_hidden_layers, config.hidden_size, config.vocab_size
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(V, C),
-            "layers": nn.ModuleList(
-                Block(config, sp_group, execution, execution.recompute if i < L - keep else "none") for i in range(L)),
-            "norm": Norm(C, config)})
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(C, V, bias=False)
+        self.config = config
+        self.execution = execution
         self.offload = parallel.Offload()
 
+        layers = nn.ModuleList()
+        for i in range(config.num_hidden_layers):
+            keeps_everything = i >= config.num_hidden_layers - execution.keep_layers
+            recompute = "none" if keeps_everything else execution.recompute
+            layers.append(Block(config, sp_group, execution, recompute))
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": layers,
+            "norm": Norm(config.hidden_size, config),
+        })
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
     def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, labels=None, weights=None):
-        """input_ids, position_ids, labels, weights (t,): this rank's share; cu_seqlens (n+1,) int32: the whole row's.
-        With labels (-100: no target): the sum of weight (None: 1) x cross entropy, float32. Without: logits (t, V)."""
+        """input_ids, position_ids, labels, weights (t,): this rank's shard of the row.
+        cu_seqlens (n+1,) int32 and max_seqlen: the segments of the whole row.
+
+        With labels (-100: no target) -> sum of weight x cross entropy, float32; without weights
+        every target counts 1. Without labels -> logits (t, V)."""
         cos, sin = rope_cos_sin(self.config, position_ids)
-        x = self.model["embed_tokens"](input_ids)                                   # (t, C)
-        if self.config.scale_embedding:  # by a number of x's dtype, as in training
-            x = x * torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype, device="cpu").item()
+        x = self.embed(input_ids)                                               # (t, C)
         for i, block in enumerate(self.model["layers"]):
             offload = self.offload if i < self.execution.offload_layers else None
             x = block(x, cos, sin, cu_seqlens, max_seqlen, offload)
         x = self.model["norm"](x)
-        head = self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight    # (V, C)
-        head = F.normalize(head) if self.config.normalize_head else head
-        x = x if self.config.logit_scale == 1 else x * self.config.logit_scale
+        head = self.head_weight()                                               # (V, C)
+        if self.config.logit_scale != 1:
+            x = x * self.config.logit_scale
         if labels is None:
-            return x @ head.T                                                       # (t, V)
-        weights = (labels != -100).float() if weights is None else weights * (labels != -100)
-        return ChunkedCrossEntropy.apply(x, head, labels.clamp(min=0), weights, self.execution, torch.is_grad_enabled())
+            return x @ head.T                                                   # (t, V)
+
+        is_target = labels != -100
+        if weights is None:
+            weights = is_target.float()
+        else:
+            weights = weights * is_target
+        return ChunkedCrossEntropy.apply(
+            x, head, labels.clamp(min=0), weights, self.execution, torch.is_grad_enabled())
+
+    def embed(self, input_ids):
+        """input_ids (t,) -> (t, C)."""
+        x = self.model["embed_tokens"](input_ids)
+        if self.config.scale_embedding:
+            # Gemma was trained with this factor rounded to the dtype of the embeddings.
+            scale = torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype, device="cpu")
+            x = x * scale.item()
+        return x
+
+    def head_weight(self):
+        """-> (V, C)."""
+        head = self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
+        if self.config.normalize_head:
+            head = F.normalize(head)
+        return head
 
     def local_parameters(self):
-        """Yields name, this rank's rows of the parameter (a plain tensor), and the number of the first of them."""
+        """Yields (name, this rank's rows of the parameter, index of the first of them)."""
         for name, parameter in self.named_parameters():
-            yield name, *parallel.local_rows(parameter)
+            rows, first = parallel.local_rows(parameter)
+            yield name, rows, first
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Matrices normal with deviation 1/sqrt(C), a tenth of it where a block writes its result, norms times one,
-        biases zero; the same whatever the number of ranks."""
+        """Random weights that do not depend on the number of ranks.
+
+        Matrices are normal with standard deviation 1/sqrt(C), or a tenth of it where a block
+        adds to the residual stream. Norms scale by one, biases are zero."""
+        neutral_norm = 0.0 if self.config.norm == "rms_plus_one" else 1.0
         for name, rows, first in self.local_parameters():
-            if rows.ndim == 2 and "norm" not in name:
-                shape, std = self.get_parameter(name).shape, self.config.hidden_size ** -0.5
-                std *= 0.1 if "o_proj" in name or "down_proj" in name else 1.0
-                generator = torch.Generator(rows.device).manual_seed(seed + zlib.crc32(name.encode()))
-                full = torch.empty(shape, device=rows.device).normal_(0, std, generator=generator)
-                rows.copy_(full[first:first + len(rows)])
+            if name.endswith("bias"):
+                rows.fill_(0.0)
+            elif rows.ndim == 1 or "norm" in name:
+                rows.fill_(neutral_norm)
             else:
-                rows.fill_(0.0 if name.endswith("bias") or self.config.norm == "rms_plus_one" else 1.0)
+                std = self.config.hidden_size ** -0.5
+                if "o_proj" in name or "down_proj" in name:
+                    std *= 0.1
+                # Every rank draws the whole matrix and takes its rows.
+                generator = torch.Generator(rows.device)
+                generator.manual_seed(seed + zlib.crc32(name.encode()))
+                full = torch.empty(self.get_parameter(name).shape, device=rows.device)
+                full.normal_(0, std, generator=generator)
+                rows.copy_(full[first:first + len(rows)])
 
-def _softmax_and_gradient(logits, labels, weights):
-    """logits (c, V) -> sum of weight x cross entropy in float32, and its gradient (c, V) in the logits' dtype."""
-    z = logits.float()
-    lse = z.logsumexp(dim=-1, keepdim=True)
-    target = labels[:, None] == torch.arange(z.shape[1], device=z.device)
-    loss = (weights * (lse[:, 0] - (z * target).sum(-1))).sum()
-    return loss, (weights[:, None] * ((z - lse).exp() - target.float())).to(logits.dtype)
 
-_compiled_softmax_and_gradient = torch.compile(_softmax_and_gradient)
+def loss_and_gradient(logits, labels, weights):
+    """logits (c, V) -> the sum of weight x cross entropy, float32, and its gradient (c, V)."""
+    logits32 = logits.float()
+    log_sum_exp = logits32.logsumexp(dim=-1, keepdim=True)                      # (c, 1)
+    vocabulary = torch.arange(logits.shape[1], device=logits.device)
+    is_label = labels[:, None] == vocabulary                                    # (c, V)
+    label_logits = (logits32 * is_label).sum(-1)                                # (c,)
+    loss = (weights * (log_sum_exp[:, 0] - label_logits)).sum()
+    probabilities = (logits32 - log_sum_exp).exp()                              # (c, V)
+    gradient = weights[:, None] * (probabilities - is_label.float())
+    return loss, gradient.to(logits.dtype)
+
+
+compiled_loss_and_gradient = torch.compile(loss_and_gradient)
+
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one pass over chunks of tokens, so that (t, V) logits, 256 GiB at t = 1M and V = 128k,
-    never exist and no product is computed twice. The head's gradient is summed over chunks in float32."""
+    """The loss and its gradients in one pass over chunks of tokens.
+
+    All logits (t, V) would be 256 GiB at t = 1M and V = 128k. Forward computes the gradients too,
+    so no product with the head is computed twice. The head's gradient is summed in float32."""
 
     @staticmethod
     def forward(ctx, x, head, labels, weights, execution, needs_gradient):
-        loss, dx, dhead = torch.zeros((), device=x.device), None, None
-        softmax = _compiled_softmax_and_gradient if execution.compile else _softmax_and_gradient
+        """x (t, C), head (V, C), labels and weights (t,) -> scalar float32."""
+        compute = compiled_loss_and_gradient if execution.compile else loss_and_gradient
+        loss = torch.zeros((), device=x.device)
+        grad_x = None
+        grad_head = None
         if needs_gradient:
-            dx, dhead = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+            grad_x = torch.empty_like(x)
+            grad_head = torch.zeros_like(head, dtype=torch.float32)
         for start in range(0, len(x), execution.loss_chunk):
-            part = slice(start, start + execution.loss_chunk)
-            chunk_loss, dlogits = softmax(x[part] @ head.T, labels[part], weights[part])
+            chunk = slice(start, start + execution.loss_chunk)
+            logits = x[chunk] @ head.T                                          # (c, V)
+            chunk_loss, grad_logits = compute(logits, labels[chunk], weights[chunk])
             loss += chunk_loss
             if needs_gradient:
-                dx[part] = dlogits @ head                                           # (c, C)
-                dhead += dlogits.T @ x[part]                                        # (V, C)
-        ctx.save_for_backward(dx, dhead)
+                grad_x[chunk] = grad_logits @ head                              # (c, C)
+                grad_head += grad_logits.T @ x[chunk]                           # (V, C)
+        ctx.save_for_backward(grad_x, grad_head)
         return loss
 
     @staticmethod
-    def backward(ctx, scale):
-        dx, dhead = ctx.saved_tensors
-        return dx.mul_(scale), dhead.mul_(scale), None, None, None, None
+    def backward(ctx, grad_loss):
+        grad_x, grad_head = ctx.saved_tensors
+        return grad_x.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
 
-# ----------------------------------------------------------------------------------------------------- arithmetic
+
+# ------------------------------------------------------------------------------------- arithmetic
+
 def attention_pairs(cu_seqlens, window=None):
-    """cu_seqlens (n+1,) on the host -> pairs of a query and a key it sees: n^2/2 a document, less the far ones."""
-    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
-    return sum(n ** 2 - max(n - (window or n), 0) ** 2 for n in lengths) / 2
+    """cu_seqlens (n+1,) on the CPU -> number of (query, key) pairs that causal attention computes.
+
+    n^2 / 2 for a document of n tokens, less those further away than the window."""
+    pairs = 0
+    for start, end in zip(cu_seqlens, cu_seqlens[1:]):
+        n = end - start
+        beyond_window = max(n - window, 0) if window else 0
+        pairs += n ** 2 - beyond_window ** 2
+    return pairs / 2
+
+
+def block_parameters(config):
+    """-> parameters of one block's matrix products: attention's four, the MLP's two or three."""
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    attention = config.hidden_size * config.head_dim * heads
+    mlp_matrices = 3 if config.mlp_gate else 2
+    return attention + mlp_matrices * config.hidden_size * config.intermediate_size
+
 
 def flops(config, tokens, pairs, recompute="none", keep_layers=0):
-    """-> model FLOPs and hardware FLOPs of forward and backward over `tokens` tokens with `pairs` attention pairs.
-    Model: 3 x forward, where a weight of a matrix product counts 2 a token and a pair 4 x heads x head_dim. Hardware
-    adds what backward computes again; the last product of a recomputed block never is."""
-    C, L, D = config.hidden_size, config.num_hidden_layers, config.head_dim
-    H, G, I = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    block = C * D * (2 * H + 2 * G) + (2 + config.mlp_gate) * C * I
-    attention = 4 * H * D * pairs
-    forward = 2 * tokens * (L * block + C * config.vocab_size) + L * attention
-    again = 0 if recompute == "none" else 2 * tokens * (block - C * I) + (attention if recompute == "all" else 0)
-    return 3 * forward, 3 * forward + (L - keep_layers) * again
+    """-> model FLOPs and hardware FLOPs of forward and backward over `tokens` tokens.
+
+    Model FLOPs are 3 x forward. In forward a parameter of a matrix product takes 2 per token, and
+    each of the `pairs` of attention 4 x H x D. Hardware FLOPs add what backward recomputes, which
+    is all of a block but its last product, and the attention kernel only with "all"."""
+    L = config.num_hidden_layers
+    block = block_parameters(config)
+    lm_head = config.hidden_size * config.vocab_size
+    attention = 4 * config.num_attention_heads * config.head_dim * pairs
+    forward = 2 * tokens * (L * block + lm_head) + L * attention
+
+    down_proj = config.hidden_size * config.intermediate_size
+    recomputed_block = 0
+    if recompute != "none":
+        recomputed_block = 2 * tokens * (block - down_proj)
+    if recompute == "all":
+        recomputed_block += attention
+    return 3 * forward, 3 * forward + (L - keep_layers) * recomputed_block
+
 
 def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1):
-    """-> {part: GiB} of a GPU at a step's peak: `tokens` of the row here, states over `ranks`, `accumulate` batches a
-    step. Within 12 % of what was measured with FlashAttention 4 (bench/results.jsonl), but less where all layers
-    are offloaded: 70 GiB for the 92 of a 3B model's 512 thousand tokens on one GPU."""
-    C, L, D, I = config.hidden_size, config.num_hidden_layers, config.head_dim, config.intermediate_size
-    heads, qkv = config.num_attention_heads * D, (config.num_attention_heads + 2 * config.num_key_value_heads) * D
-    block, ends = C * (heads + qkv) + 3 * C * I, C * config.vocab_size * (2 - config.tie_word_embeddings)
-    N = L * block + ends
-    whole = L if execution.recompute == "none" else min(execution.keep_layers, L)     # layers that keep everything
-    waiting = min(execution.offload_layers, L - whole)                                # in host memory
-    width = C if execution.recompute == "all" else C + heads
-    chunk = min(execution.mlp_chunk or tokens, tokens)
+    """-> {part: GiB} of one GPU at the peak of a step.
+
+    tokens: t of this rank; ranks: over which states are sharded; accumulate: micro-batches a step.
+    Within 12% of what was measured with FlashAttention 4 (bench/results.jsonl), except when all
+    layers are offloaded: there it says 70 GiB where 89 were measured (3B, 512k tokens)."""
+    L = config.num_hidden_layers
+    C = config.hidden_size
+    I = config.intermediate_size
+    V = config.vocab_size
+    q = config.num_attention_heads * config.head_dim            # values a token of q, and of a
+    kv = config.num_key_value_heads * config.head_dim           # of k, and of v
+    qkv = q + 2 * kv
+
+    # Parameters. Norms and biases are too few to matter; the MLP is counted with its gate.
+    block = C * (q + qkv) + 3 * C * I
+    embeddings = C * V if config.tie_word_embeddings else 2 * C * V
+    parameters = L * block + embeddings
+
+    # States of AdamW in float32: weight, first moment, second moment.
+    optimizer_states = 3 * 4 * parameters / ranks
+
+    # bfloat16 weights as FSDP gathers them: with ZeRO 3 one block and the next one at a time.
+    gathered = parameters if zero_stage < 3 else embeddings + 2 * block
+    gathered_weights = 2 * gathered
+
+    # float32 gradients that earlier micro-batches of the step left behind.
+    earlier_gradients = 0
+    if accumulate > 1:
+        earlier_gradients = 4 * parameters
+        if zero_stage > 1:
+            earlier_gradients /= ranks
+
+    # bfloat16 activations kept for backward, a token and layer.
+    everything = (C + C + C + C             # x, its norm, x + attention, its norm
+                  + qkv + q                 # q, k, v; attention's output
+                  + 3 * I)                  # gate, up and their product
+    only_inputs = C                         # x
+    if execution.recompute == "all_but_attention":
+        only_inputs += q                    # attention's output
+    if execution.recompute == "none":
+        whole_layers = L
+    else:
+        whole_layers = min(execution.keep_layers, L)
+    offloaded_layers = min(execution.offload_layers, L - whole_layers)
+    recomputed_layers = L - whole_layers - offloaded_layers
+    kept = 2 * tokens * (whole_layers * everything + recomputed_layers * only_inputs)
+
+    # Transient activations of the block in backward: about six of width C, q, k, v and their
+    # gradients, and in bfloat16 gate, up, their product and the gradients of two of them.
+    mlp_tokens = min(execution.mlp_chunk or tokens, tokens)
+    transient_block = 2 * tokens * (6 * C + 2 * qkv) + 2 * 5 * mlp_tokens * I
+    # Or those of the loss: float32 logits of a chunk, and the float32 gradient of the head.
+    loss_tokens = min(execution.loss_chunk, tokens)
+    transient_loss = 4 * V * loss_tokens + 4 * V * C
+
     parts = {
-        "optimizer states": 12 * N / ranks, "gathered weights": 2 * (N if zero_stage < 3 else ends + 2 * block),
-        "gradients of earlier micro-batches": 4 * N / (ranks if zero_stage > 1 else 1) * (accumulate > 1),
-        "kept for backward": 2 * tokens * (whole * (4 * C + qkv + heads + 3 * I) + (L - whole - waiting) * width),
-        "a layer at work, or the loss": max(2 * tokens * (6 * C + 2 * qkv) + 10 * chunk * I,
-                                            4 * config.vocab_size * (min(execution.loss_chunk, tokens) + C))}
+        "optimizer states": optimizer_states,
+        "gathered weights": gathered_weights,
+        "gradients of earlier micro-batches": earlier_gradients,
+        "kept for backward": kept,
+        "transient activations": max(transient_block, transient_loss),
+    }
     return {part: size / 2**30 for part, size in parts.items()}
+
 
 @contextlib.contextmanager
 def explaining(needs):

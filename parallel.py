@@ -1,13 +1,19 @@
-"""What crosses ranks: the grid, the exchange of sequence parallelism, FSDP2, what backward keeps, checkpoints.
+"""The rank grid, the exchange of sequence parallelism, FSDP2, activation offloading, checkpoints.
 
-Eight GPUs, REPLICAS 1, SEQUENCE_PARALLEL_SIZE 4 (so dp 2):        one row of tokens, cut into shares
-    rank      0  1  2  3 | 4  5  6  7                              [ share 0 | share 1 | share 2 | share 3 ]
-    dp_rank   0  0  0  0 | 1  1  1  1     which rows               ranks 0-3: the shares of dp group 0's row
-    sp_rank   0  1  2  3 | 0  1  2  3     which share of a row     ranks 4-7: those of dp group 1's row
-Parameters, gradients and optimizer states are sharded over all eight: sharding does not ask who holds which tokens.
-With REPLICAS 2 ranks 0-3 and 4-7 would each hold a whole sharded copy, and gradients be summed between them.
+Eight GPUs with REPLICAS = 1 and SEQUENCE_PARALLEL_SIZE = 4, hence dp = 2:
+
+    rank       0  1  2  3 | 4  5  6  7
+    dp_rank    0  0  0  0 | 1  1  1  1      which rows of a step: each dp group has its own
+    sp_rank    0  1  2  3 | 0  1  2  3      which shard of the row
+
+    ranks 0-3 hold one row:     [ shard 0 | shard 1 | shard 2 | shard 3 ]
+    ranks 4-7 hold another:     [ shard 0 | shard 1 | shard 2 | shard 3 ]
+
+Parameters, gradients and optimizer states are sharded over all eight ranks. With REPLICAS = 2,
+ranks 0-3 and ranks 4-7 each hold one whole copy, and gradients are summed between the copies.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -22,343 +28,521 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
 
 class Grid(NamedTuple):
-    """Who this process is. dp_rank counts over replicas too: it says which rows of a step are this rank's."""
+    """The place of this process in the rank grid."""
     rank: int
     world: int
-    dp: int
+    dp: int                 # data-parallel groups, over all replicas
     dp_rank: int
-    sp: int
+    sp: int                 # ranks that share a row
     sp_rank: int
-    sp_group: object        # None when one rank holds the whole row
-    mesh: object            # what FSDP2 shards over: (shard,) or (replicate, shard)
+    sp_group: object        # process group of those ranks; None if sp is 1
+    mesh: object            # DeviceMesh for FSDP2: (shard,) or (replicate, shard)
     device: torch.device
 
+
 def check(world, replicas, sp, heads, kv_heads):
-    """-> dp, rows in flight at a time. ValueError where the sizes do not fit; needs no process group."""
-    if world % replicas:
-        raise ValueError(f"REPLICAS {replicas} does not divide {world} processes: use a divisor of {world}")
-    rules = {f"divide {heads} attention heads": lambda p: heads % p == 0,
-             f"fit {kv_heads} key/value heads": lambda p: kv_heads % p == 0 or p % kv_heads == 0,
-             f"divide {world} processes": lambda p: world % p == 0}
+    """-> dp, the number of rows that are processed at the same time.
+
+    ValueError if the sizes do not fit together, naming those that do. Needs no process group."""
+    if world % replicas != 0:
+        raise ValueError(
+            f"REPLICAS {replicas} does not divide {world} processes: use a divisor of {world}")
+
+    def divides_heads(p):
+        return heads % p == 0
+
+    def fits_kv_heads(p):  # they are split, or replicated to exactly one a rank
+        return kv_heads % p == 0 or p % kv_heads == 0
+
+    def divides_world(p):
+        return world % p == 0
+
+    rules = {
+        f"divide {heads} attention heads": divides_heads,
+        f"fit {kv_heads} key/value heads": fits_kv_heads,
+        f"divide {world} processes": divides_world,
+    }
     for rule, holds in rules.items():
         if not holds(sp):
-            works = [str(p) for p in range(1, world + 1) if all(holds(p) for holds in rules.values())]
+            works = [str(p) for p in range(1, world + 1)
+                     if divides_heads(p) and fits_kv_heads(p) and divides_world(p)]
             raise ValueError(f"SEQUENCE_PARALLEL_SIZE {sp} does not {rule}: use {', '.join(works)}")
     return world // sp
 
+
 def init(replicas, sp):
-    """Join the process group that torchrun (or srun) describes; alone, one of our own. -> Grid."""
-    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
-    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if cuda and here > gpus:
-        raise ValueError(f"{here} processes on a host of {gpus} GPUs: start it with torchrun --nproc_per_node {gpus}")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+    """Join the process group that torchrun describes, or form one of a single process. -> Grid."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if local_world > gpus:
+            raise ValueError(f"{local_world} processes on a host of {gpus} GPUs: "
+                             f"start it with torchrun --nproc_per_node {gpus}")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **alone)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    grid = init_device_mesh(device.type, (world // sp, sp), mesh_dim_names=("dp", "sp"))
-    mesh = init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
-    return Grid(rank, world, world // sp, rank // sp, sp, rank % sp, grid["sp"].get_group() if sp > 1 else None,
-                mesh if replicas > 1 else mesh["shard"], device)
+        timeout = timedelta(minutes=30)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+
+    rows_and_shards = init_device_mesh(device.type, (world // sp, sp), mesh_dim_names=("dp", "sp"))
+    sp_group = rows_and_shards["sp"].get_group() if sp > 1 else None
+    mesh = init_device_mesh(
+        device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    if replicas == 1:
+        mesh = mesh["shard"]
+    return Grid(rank, world, world // sp, rank // sp, sp, rank % sp, sp_group, mesh, device)
+
 
 def close():
+    """Wait for all ranks, then leave the process group."""
     dist.barrier()
     dist.destroy_process_group()
 
+
 def all_sum(values, group=None):
-    """Tensor -> its sum over all ranks (or the group's), in place."""
+    """Sum a tensor over all ranks, or those of the group, in place. -> the same tensor."""
     dist.all_reduce(values, group=group)
     return values
 
+
 def together(what, function, *args, only=None):
-    """function(*args) on every rank, or on rank `only` -> what each of them returned, known to all. If it fails on any,
-    RuntimeError on all: none waits for one that has stopped."""
-    result, error, rank, outcomes = None, None, dist.get_rank(), [None] * dist.get_world_size()
+    """Call function(*args) on every rank, or on rank `only`. -> list of the results of all ranks.
+
+    If it fails on any rank, all raise RuntimeError, so that none waits for one that stopped."""
+    rank = dist.get_rank()
+    result = None
+    error = None
+    message = None
     try:
-        result = function(*args) if only in (None, rank) else None
-    except (Exception, dcp.api.CheckpointException) as e:
+        if only is None or only == rank:
+            result = function(*args)
+    except (Exception, dcp.api.CheckpointException) as e:  # the latter is a BaseException
         error = e
-    dist.all_gather_object(outcomes, (result, error and f"rank {rank}: {type(error).__name__}: {error}"))
+        message = f"rank {rank}: {type(e).__name__}: {e}"
+
+    outcomes = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, message))
     for _, failure in outcomes:
-        if failure:
+        if failure is not None:
             raise RuntimeError(f"{what}: {failure}") from error
     return [result for result, _ in outcomes]
 
-# ------------------------------------------------------------------------------ Ulysses: the sequence-parallel exchange
-class _AllToAll(torch.autograd.Function):
-    """x (P, ...): part i goes to rank i. The exchange is its own transpose, so backward is the same exchange."""
+
+# --------------------------------------------------- the exchange of sequence parallelism (Ulysses)
+
+class AllToAll(torch.autograd.Function):
+    """x (P, ...) -> (P, ...): x[i] goes to rank i, and element i of the result came from rank i.
+
+    The exchange is its own transpose, so backward is the same exchange of the gradient."""
+
     @staticmethod
     def forward(ctx, x, group):
-        ctx.group, out = group, torch.empty_like(x)
+        ctx.group = group
+        out = torch.empty_like(x)
         dist.all_to_all_single(out, x, group=group)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return _AllToAll.apply(grad.contiguous(), ctx.group), None
+        return AllToAll.apply(grad.contiguous(), ctx.group), None
 
-def cut_heads(xs, P):
-    """Tensors (t, H, D) of one rank -> (P, t, sum of their H/P, D): part i is what rank i attends with. Fewer heads
-    than ranks: each goes to P/H ranks, and backward sums their gradients."""
-    xs = [x if x.shape[1] >= P else x.repeat_interleave(P // x.shape[1], dim=1) for x in xs]
-    return torch.cat([x.unflatten(1, (P, -1)).transpose(0, 1) for x in xs], dim=2)
+
+def split_heads_by_rank(tensors, P):
+    """Tensors (t, H, D), such as q, k, v -> (P, t, sum of their H/P, D): element i is for rank i.
+
+    With fewer heads than ranks, P/H ranks get the same head, and autograd sums their gradients."""
+    parts = []
+    for x in tensors:
+        heads = x.shape[1]
+        if heads < P:
+            x = x.repeat_interleave(P // heads, dim=1)                          # (t, P, D)
+        parts.append(x.unflatten(1, (P, -1)).transpose(0, 1))                   # (P, t, H/P, D)
+    return torch.cat(parts, dim=2)
+
 
 def seq_to_heads(x, group):
-    """x (T/P, H, D), tokens of this rank, all heads, or cut_heads' of several -> (T, H/P, D), heads of this rank."""
+    """x (T/P, H, D), all heads of this rank's tokens -> (T, H/P, D), its heads of all tokens.
+
+    x may also be what split_heads_by_rank returned. The group None is the identity."""
     if group is None:
         return x
-    x = cut_heads([x], dist.get_world_size(group)) if x.ndim == 3 else x
-    return _AllToAll.apply(x, group).flatten(0, 1)                                  # (P, T/P, H/P, D) -> (T, H/P, D)
+    if x.ndim == 3:
+        x = split_heads_by_rank([x], dist.get_world_size(group))                # (P, T/P, H/P, D)
+    return AllToAll.apply(x, group).flatten(0, 1)                               # (T, H/P, D)
+
 
 def heads_to_seq(x, group):
-    """The way back: x (T, H/P, D) -> (T/P, H, D)."""
+    """The inverse of seq_to_heads: x (T, H/P, D) -> (T/P, H, D)."""
     if group is None:
         return x
-    out = _AllToAll.apply(x.unflatten(0, (dist.get_world_size(group), -1)).contiguous(), group)  # (P, T/P, H/P, D)
-    return out.transpose(0, 1).flatten(1, 2)                                        # (T/P, H, D)
+    P = dist.get_world_size(group)
+    by_rank = x.unflatten(0, (P, -1)).contiguous()                              # (P, T/P, H/P, D)
+    out = AllToAll.apply(by_rank, group)                                        # (P, T/P, H/P, D)
+    return out.transpose(0, 1).flatten(1, 2)                                    # (T/P, H, D)
 
-# ---------------------------------------------------------------------------------------------------------------- FSDP2
+
+# ------------------------------------------------------------------------------------------- FSDP2
+
 def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
-    """Shard fp32 parameters over grid.mesh; forward and backward see them gathered, in `dtype`. Gradients are summed,
-    not averaged, in fp32: the loss was divided by the targets of the whole step already."""
-    # cast_forward_inputs: cos, sin and the weights of the loss come in float32 and stay so
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    settings = {"mesh": grid.mesh, "mp_policy": precision,
-                "offload_policy": CPUOffloadPolicy() if offload_optimizer else OffloadPolicy()}
-    for i, block in enumerate(blocks):  # backward starts at the last block: freeing it would only fetch it twice
-        fully_shard(block, **settings, reshard_after_forward=zero_stage == 3 and i < len(blocks) - 1)
+    """Shard the float32 parameters over grid.mesh. Forward and backward see them whole, in `dtype`.
+
+    Gradients are reduced in float32, and summed instead of averaged: the loss is already divided
+    by the weights of all targets of the step."""
+    # cast_forward_inputs is off because cos, sin and the weights of the targets stay in float32.
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    settings = {
+        "mesh": grid.mesh,
+        "mp_policy": precision,
+        "offload_policy": CPUOffloadPolicy() if offload_optimizer else OffloadPolicy(),
+    }
+    for i, block in enumerate(blocks):
+        # Backward starts with the last block, so it stays gathered under ZeRO 3, too.
+        is_last = i == len(blocks) - 1
+        fully_shard(block, **settings, reshard_after_forward=zero_stage == 3 and not is_last)
     fully_shard(model, **settings, reshard_after_forward=False)
-    for module in [*blocks, model] if grid.world > 1 else []:
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(grid.device.type == "cpu")  # nccl multiplies by 1 on the way
+
+    if grid.world > 1:
+        for module in [*blocks, model]:
+            module.set_gradient_divide_factor(1.0)
+            # NCCL multiplies by the factor while it reduces, at no cost; gloo cannot.
+            module.set_force_sum_reduction_for_comms(grid.device.type == "cpu")
     model.to_empty(device="cpu" if offload_optimizer else grid.device)
 
+
 def accumulate(model, zero_stage, last):
-    """Before a micro-batch's forward: until the last, ZeRO 1 reduces no gradient, and 1 and 2 keep weights gathered."""
+    """Call before each micro-batch's forward; `last`: whether it is the last one of the step.
+
+    Before the last one, ZeRO 1 reduces no gradients, and ZeRO 1 and 2 keep the weights gathered."""
     model.set_requires_gradient_sync(last or zero_stage > 1)
     model.set_reshard_after_backward(last or zero_stage > 2)
 
+
 def grad_norm(parameters):
-    """-> the norm of all gradients over all ranks, a float64 scalar on their device. A row's norm is taken at a time:
-    torch's float32 norm of a whole matrix of 28 million elements errs by 2e-3 on a CPU, a row's by 1e-7."""
+    """-> the norm of all gradients over all ranks, a float64 scalar on their device.
+
+    It is put together from the norms of rows, because on a CPU torch's float32 norm of a whole
+    matrix loses digits: 2e-3 of it with 28 million elements, against 1e-7 with one row."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
-    row_norms = torch.cat([torch.linalg.vector_norm(g, dim=-1).reshape(-1) for g in local])
-    square = row_norms.double().square().sum()
-    if hasattr(grads[0], "device_mesh"):  # replicas hold the same gradients: their dimension is not summed over
+    row_norms = []
+    for grad in grads:
+        local = grad.to_local() if hasattr(grad, "to_local") else grad          # (rows, ...)
+        row_norms.append(torch.linalg.vector_norm(local, dim=-1).reshape(-1))
+    square = torch.cat(row_norms).double().square().sum()
+
+    if hasattr(grads[0], "device_mesh"):
         mesh = grads[0].device_mesh
-        all_sum(square, mesh.get_group(mesh.ndim - 1))
+        shard_dim = mesh.ndim - 1  # the gradients of replicas are equal: do not sum over them
+        all_sum(square, mesh.get_group(shard_dim))
     return square.sqrt()
 
+
 def local_rows(parameter):
-    """-> this rank's rows of a parameter as a plain tensor, and the number of the first of them. FSDP2 cuts dimension 0
-    into equal pieces, rounded up, so the last ranks may hold fewer rows or none."""
+    """-> this rank's rows of a parameter as a plain tensor, and the index of the first of them.
+
+    FSDP2 cuts dimension 0 into equal pieces, rounded up: the last ranks may hold fewer, or none."""
     if not hasattr(parameter, "device_mesh"):
         return parameter.detach(), 0
     mesh = parameter.device_mesh
-    piece = -(-parameter.shape[0] // mesh.shape[-1])
-    return parameter.to_local().detach(), min(piece * mesh.get_local_rank(mesh.ndim - 1), parameter.shape[0])
+    shard_dim = mesh.ndim - 1
+    total = parameter.shape[0]
+    piece = -(-total // mesh.shape[shard_dim])
+    first = min(piece * mesh.get_local_rank(shard_dim), total)
+    return parameter.to_local().detach(), first
 
-# ------------------------------------------------------------------------------------- what a block keeps for backward
-class Keep:
-    """Decides what autograd holds for one block, through saved_tensors_hooks that know a tensor by its storage.
 
-    Kept: the block's input x (t, C), attention's output a (t, H, D), and the log-sum-exp. Computed when attention's
-    backward asks, and let go after it: q, k, v from x by `again`, the kernel's own output from a. So the kernel's
-    forward runs once. With `offload` x and a wait in host memory. Keep() leaves autograd alone."""
+# ------------------------------------------------------------------ what a block keeps for backward
 
-    def __init__(self, offload=None, again=None, group=None):
-        self.offload, self.again, self.group = offload, again, group
-        self.places, self.kernel_saved, self.qkv = {}, None, None       # places: storage -> how to get it, its offset
+def share_storage(a, b):
+    """Whether two tensors are views of the same memory."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+class View(NamedTuple):
+    """Which part of a base tensor a view is, to take it of an equal tensor later."""
+    shape: tuple
+    stride: tuple
+    offset: int             # elements after the beginning of the base
+    base_stride: tuple
+
+    @classmethod
+    def of(cls, tensor, base):
+        offset = tensor.storage_offset() - base.storage_offset()
+        return cls(tensor.shape, tensor.stride(), offset, base.stride())
+
+    def take(self, base):
+        """-> the same part of `base`, which has the memory layout of the first one."""
+        assert base.stride() == self.base_stride, f"strides {base.stride()}, not {self.base_stride}"
+        return base.as_strided(self.shape, self.stride, base.storage_offset() + self.offset)
+
+
+class Kept:
+    """What a block keeps for backward, by name. With `offload` it goes to CPU memory."""
+
+    def __init__(self, offload):
+        self.offload = offload
+        self.getters = {}       # name: function that returns the tensor
+        self.offloaded = []     # (tensor, its getter), only during forward
+
+    def add(self, name, tensor):
+        tensor = tensor.detach()
+        if self.offload is None:
+            def get():
+                return tensor
+        else:
+            get = functools.partial(self.offload.load, self.offload.store(tensor))
+            self.offloaded.append((tensor, get))
+        self.getters[name] = get
+
+    def get(self, name):
+        return self.getters[name]()
 
     @contextlib.contextmanager
-    def hooks(self, x):
-        """The context of the block's forward on x (t, C)."""
-        self.x = self._keep(x)
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+    def saved_by_reference(self):
+        """The context of the block's forward. Wherever autograd would save an offloaded tensor, or
+        a view of one, it saves how to load it instead, so that its GPU memory is freed."""
+        if self.offload is None:
             yield
-        self.places = {}  # autograd alone holds what was kept: a cycle through self would hold it past backward
+            return
 
-    @contextlib.contextmanager
-    def inputs_of_attention(self, q, k, v):
-        """The context of the kernel's forward."""
-        self.kernel_saved, kept = [], self.places
-        if self.again:
-            q.register_hook(self._let_go)
-            self.places = kept | {_storage(t): (lambda i=i: self._qkv()[i], t.storage_offset())
-                                  for i, t in enumerate((q, k, v))}
-        yield
-        self.places = kept  # q, k, v are about to be freed, and their addresses to be somebody else's
-
-    def output_of_attention(self, out, a):
-        """out (T, H/P, D) of the kernel, a (t, H, D) the same by token. -> a"""
-        if self.again:
-            self.a = self._keep(a)
-        for saved in self.kernel_saved:
-            if _storage(saved.get()) == _storage(out):
-                saved.get = lambda: seq_to_heads(self.a(), self.group)
-        self.kernel_saved = None
-        return a
-
-    def _keep(self, t):
-        t = t.detach()
-        get = self.offload.store(t) if self.offload else lambda: t
-        self.places[_storage(t)] = get, t.storage_offset()
-        return get
-
-    @torch.no_grad()
-    def _qkv(self):
-        self.qkv = self.qkv or self.again(self.x())
-        return self.qkv
-
-    def _let_go(self, _):  # attention's backward is done; the hook, and so this object, lives as long as the graph
-        self.qkv = self.x = self.a = self.again = None
-
-    def _pack(self, t):
-        place = self.places.get(_storage(t))
-        if place is None and (self.kernel_saved is None or not t.is_floating_point()):
-            return t
-        held = t.detach()
-        get, base = place or (lambda: held, t.storage_offset())
-        saved = _Note(get=get, shape=t.shape, stride=t.stride(), offset=t.storage_offset() - base)
-        if place is None:
-            self.kernel_saved.append(saved)
-        return saved
-
-    def _unpack(self, saved):
-        if isinstance(saved, torch.Tensor):
+        def pack(saved):
+            for tensor, get in self.offloaded:
+                if share_storage(saved, tensor):
+                    return get, View.of(saved, tensor)
             return saved
-        t = saved.get()
-        return t.as_strided(saved.shape, saved.stride, t.storage_offset() + saved.offset)
 
-def _storage(t):
-    return t.untyped_storage().data_ptr()
+        def unpack(packed):
+            if isinstance(packed, torch.Tensor):
+                return packed
+            get, view = packed
+            return view.take(get())
 
-class _Note:
-    """A few fields, equal to itself alone."""
-    def __init__(self, **fields):
-        self.__dict__.update(fields)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+        self.offloaded.clear()  # autograd holds on to pack, and with it to this list
+
+
+class OffloadedTensor:
+    """A tensor in CPU memory, and later its copy on the GPU."""
+
+    def __init__(self, host, device):
+        self.host = host
+        self.device = device
+        self.copy = None        # on the device, once it is being loaded
+        self.loaded = None      # CUDA event: the copy is complete
+
 
 class Offload:
-    """Tensors that wait in pinned host memory between forward and backward. Copies run on a stream of their own: out
-    while later layers compute, back two tensors (one block) before they are asked for. Buffers are kept for the next
-    step. Without a GPU the copy is a plain one."""
+    """Moves tensors to pinned CPU memory during forward, and back during backward.
+
+    Copies run on a stream of their own: out while later layers compute, back one block (two
+    tensors) before they are needed. The pinned buffers are used again in the next step."""
 
     def __init__(self):
-        self.stream, self.pool, self.line, self.leaving = None, {}, [], []
+        self.stream = None
+        self.free_buffers = {}      # (shape, dtype): pinned buffers that are not in use
+        self.stored = []            # OffloadedTensors in the order of forward
+        self.leaving = None         # (event, tensor) of the copy out that was queued last
 
-    def store(self, t):
-        """-> a function that returns the tensor again."""
-        if not t.is_cuda:
-            copy = t.clone()
-            return lambda: copy
-        self.stream, main = self.stream or torch.cuda.Stream(), torch.cuda.current_stream()
-        for event, _ in self.leaving:  # the memory of what left before is free for the kernels queued from here on
+    def store(self, tensor):
+        """Queue the copy to CPU memory. -> OffloadedTensor for `load`."""
+        if not tensor.is_cuda:  # for tests: a copy that autograd does not know
+            offloaded = OffloadedTensor(host=None, device=tensor.device)
+            offloaded.copy = tensor.clone()
+            return offloaded
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        main = torch.cuda.current_stream()
+
+        # Hold each tensor until its copy is complete, as seen by the kernels queued from here on.
+        # They may then overwrite its memory.
+        if self.leaving is not None:
+            event, _ = self.leaving
             main.wait_event(event)
-        pool = self.pool.setdefault((t.shape, t.dtype), [])
-        ticket = _Note(host=pool.pop() if pool else self._pinned(t), device=t.device, pool=pool, tensor=None)
+
+        offloaded = OffloadedTensor(self.take_buffer(tensor), tensor.device)
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
-            ticket.host.copy_(t, non_blocking=True)
-        self.leaving = [(self.stream.record_event(), t)]
-        self.line.append(ticket)
-        return lambda: self._load(ticket)
+            offloaded.host.copy_(tensor, non_blocking=True)
+        self.leaving = (self.stream.record_event(), tensor)
+        self.stored.append(offloaded)
+        return offloaded
 
-    def _load(self, ticket):
-        i = self.line.index(ticket) if ticket in self.line else 0
-        for t in [ticket, *self.line[max(i - 2, 0):i][::-1]]:
-            if t.tensor is None:
-                t.tensor = torch.empty(t.host.shape, dtype=t.host.dtype, device=t.device)
-                self.stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self.stream):
-                    t.tensor.copy_(t.host, non_blocking=True)
-                t.event = self.stream.record_event()
-                t.pool.append(t.host)  # its next use comes later on the same stream
-        torch.cuda.current_stream().wait_event(ticket.event)  # and so for all that left before it, on the same stream
-        self.line, self.leaving = [t for t in self.line if t is not ticket], []
-        return ticket.tensor
+    def load(self, offloaded):
+        """-> the tensor on its device. Also queues copies of the two that backward needs next."""
+        if offloaded in self.stored:
+            index = self.stored.index(offloaded)
+            for needed_soon in reversed(self.stored[max(index - 2, 0):index + 1]):
+                self.queue_copy_back(needed_soon)
+            del self.stored[index]
+            self.leaving = None  # copied earlier on the same stream: the wait below is enough
+        if offloaded.loaded is not None:
+            torch.cuda.current_stream().wait_event(offloaded.loaded)
+        return offloaded.copy
 
-    def _pinned(self, t):
-        """Registered by hand: torch's pinned allocator rounds up to a power of two, up to twice the memory."""
-        host = torch.empty(t.shape, dtype=t.dtype)
-        error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-        if error:
-            raise RuntimeError(f"{host.nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {error}): "
-                               "raise `ulimit -l`, or lower OFFLOAD_ACTIVATIONS")
-        weakref.finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr())
-        return host
+    def queue_copy_back(self, offloaded):
+        if offloaded.copy is not None:
+            return
+        host = offloaded.host
+        offloaded.copy = torch.empty(host.shape, dtype=host.dtype, device=offloaded.device)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            offloaded.copy.copy_(host, non_blocking=True)
+        offloaded.loaded = self.stream.record_event()
+        # Safe although the copy has not run: the next copy into the buffer is queued behind it.
+        self.free_buffers[host.shape, host.dtype].append(host)
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-STEP = "step-" + 8 * "[0-9]"    # the names of published ones; nothing else is touched
+    def take_buffer(self, tensor):
+        """-> a free pinned buffer of the tensor's shape and dtype, or a new one."""
+        free = self.free_buffers.setdefault((tensor.shape, tensor.dtype), [])
+        if free:
+            return free.pop()
+        return pinned_buffer(tensor.shape, tensor.dtype)
+
+
+def pinned_buffer(shape, dtype):
+    """-> an empty tensor in pinned CPU memory. RuntimeError if it cannot be pinned.
+
+    torch's own allocator of pinned memory rounds up to a power of two, which wastes up to half."""
+    buffer = torch.empty(shape, dtype=dtype)
+    error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    if error != 0:
+        raise RuntimeError(
+            f"{buffer.nbytes / 2**30:.1f} GiB of CPU memory cannot be pinned (CUDA error {error}): "
+            "raise `ulimit -l`, or lower OFFLOAD_ACTIVATIONS")
+    weakref.finalize(buffer, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr())
+    return buffer
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+STEP = "step-" + 8 * "[0-9]"    # names of published checkpoints; nothing else is touched
+
 
 def save_checkpoint(root, step, model, optimizer, notes, keep):
-    """Write root/step-00000100: every rank its shards, then a manifest of sizes, hashes and `notes`, then a rename.
-    What carries the name is whole. A step that is published already stays as it is; the newest `keep` stay."""
+    """Write root/step-00000100: every rank its shards, then a manifest of sizes, hashes, `notes`.
+
+    The folder gets its name last, by a rename, so a folder with this name is complete. A step that
+    is already published stays as it is. Only the newest `keep` checkpoints stay."""
     folder = Path(root) / f"step-{step:08d}"
-    part, rank = folder.with_suffix(".part"), dist.get_rank()
+    partial = folder.with_suffix(".part")
+    rank = dist.get_rank()
 
     def prepare():
         for leftover in folder.parent.glob(f"{STEP}.part"):
             shutil.rmtree(leftover)
-        part.mkdir(parents=True)
+        partial.mkdir(parents=True)
 
     def write():
-        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=part)
-        mine = [*part.glob(f"__{rank}_*"), *part.glob(".metadata" if rank == 0 else "nothing")]
-        return {f.name: [f.stat().st_size, _hash(f)] for f in mine}
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+        written = list(partial.glob(f"__{rank}_*"))
+        if rank == 0:
+            written.append(partial / ".metadata")
+        return {file.name: [file.stat().st_size, file_hash(file)] for file in written}
 
-    def publish(files):
-        manifest = {**notes, "step": step, "files": {k: v for f in files for k, v in f.items()}}
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        os.sync()  # the bytes before the name that vouches for them
-        part.rename(folder)
+    def publish(files_of_ranks):
+        files = {}
+        for files_of_rank in files_of_ranks:
+            files.update(files_of_rank)
+        manifest = {**notes, "step": step, "files": files}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        os.sync()  # the contents must be on disk before the name that says they are complete
+        partial.rename(folder)
         for old in sorted(folder.parent.glob(STEP))[:-keep]:
             shutil.rmtree(old)
 
-    if not together(f"looking for {folder}", folder.exists, only=0)[0]:
-        together(f"preparing {part}", prepare, only=0)
-        together(f"publishing {folder}", publish, together(f"saving {part}", write), only=0)
+    already_published = together(f"looking for {folder}", folder.exists, only=0)[0]
+    if already_published:
+        return
+    together(f"preparing {partial}", prepare, only=0)
+    files_of_ranks = together(f"saving {partial}", write)
+    together(f"publishing {folder}", publish, files_of_ranks, only=0)
+
 
 def read_manifest(folder, part=0, parts=1):
-    """-> the manifest, after comparing every parts-th file with it. ValueError names what is missing or differs."""
+    """-> the manifest of a checkpoint, after comparing its files with it.
+
+    Of several ranks, each compares every parts-th file. ValueError names the file that differs."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for name, (size, digest) in sorted(manifest["files"].items())[part::parts]:
+        files = sorted(manifest["files"].items())
+        for name, (size, expected_hash) in files[part::parts]:
             path = folder / name
-            if not path.exists() or path.stat().st_size != size or _hash(path) != digest:
-                raise ValueError(f"{path} is not what was written, or is missing: resume from another checkpoint")
+            if not path.exists():
+                raise ValueError(f"{path} is missing: resume from another checkpoint")
+            if path.stat().st_size != size or file_hash(path) != expected_hash:
+                raise ValueError(f"{path} is not what was written: resume from another checkpoint")
     except (OSError, KeyError, json.JSONDecodeError) as e:
-        raise ValueError(f"{folder} is not a whole checkpoint ({type(e).__name__}: {e}): name another one") from e
+        raise ValueError(f"{folder} is not a whole checkpoint ({type(e).__name__}: {e}): "
+                         "resume from another one") from e
     return manifest
 
+
 def find_checkpoint(root, resume):
-    """resume "never", "auto" (the newest whole one under root), or a path -> (folder, manifest) or (None, None). All
-    ranks verify the files together; RuntimeError on all of them where a named one is damaged; others are set aside."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    found = together(f"looking into {root}", lambda: sorted(Path(root).glob(STEP), reverse=True), only=0)[0]
-    for folder in {"auto": found, "never": []}.get(resume, [Path(resume)]):
+    """-> (folder, manifest) of the checkpoint to resume from, or (None, None).
+
+    resume: "never"; "auto", the newest undamaged one in `root`; or a path. Ranks compare the files
+    together. RuntimeError on all ranks if the one at a path is damaged; "auto" renames a damaged
+    one and goes on to the one before it."""
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+
+    def published():
+        return sorted(Path(root).glob(STEP), reverse=True)
+
+    if resume == "never":
+        candidates = []
+    elif resume == "auto":
+        candidates = together(f"looking into {root}", published, only=0)[0]
+    else:
+        candidates = [Path(resume)]
+
+    for folder in candidates:
         try:
-            return folder, together(f"RESUME {resume}", read_manifest, folder, rank, world)[0]
+            manifests = together(f"RESUME {resume}", read_manifest, folder, rank, world)
+            return folder, manifests[0]
         except RuntimeError as e:
             if resume != "auto":
                 raise
+            damaged = folder.with_suffix(".damaged")
             if rank == 0:
-                print(f"WARNING: {e}. It is now {folder.name}.damaged; trying the one before it.", flush=True)
-            together("setting it aside", folder.rename, folder.with_suffix(".damaged"), only=0)
+                print(f"WARNING: {e}. It is renamed to {damaged.name}; trying the one before it.",
+                      flush=True)
+            together(f"renaming {folder}", folder.rename, damaged, only=0)
     return None, None
 
-def load_checkpoint(folder, model, *optimizer):
-    """Fill model (and optimizer) from a checkpoint of any number of ranks."""
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-    dcp.load(states, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
 
-def _hash(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def load_checkpoint(folder, model, *optimizer):
+    """Fill the model, and the optimizer if given, from a checkpoint of any number of ranks."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    states = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(states, checkpoint_id=folder)
+    set_state_dict(
+        model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

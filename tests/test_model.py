@@ -9,20 +9,40 @@ import torch
 from conftest import assert_close, row, tiny_config, tiny_model
 
 from bench.run import SHAPES
-from model import Config, Execution, Transformer, attention_pairs, flops, memory, rope_cos_sin, rope_frequencies
+from model import (
+    Config,
+    Execution,
+    attention_pairs,
+    flops,
+    memory,
+    rope_cos_sin,
+    rope_frequencies,
+)
+
+
+def alone(model, ids, labels, start, end):
+    """-> logits and loss of tokens start to end as a row of their own."""
+    n = end - start
+    positions = torch.arange(n)
+    cu_seqlens = torch.tensor([0, n], dtype=torch.int32)
+    logits = model(ids[start:end], positions, cu_seqlens, n)
+    loss = model(ids[start:end], positions, cu_seqlens, n, labels[start:end])
+    return logits, loss
+
 
 def test_packed_documents_are_the_documents_alone():
-    model, lengths = tiny_model(), [5, 1, 17, 9]
-    ids, positions, cu_seqlens, max_seqlen, labels = row(lengths)
-    packed = model(ids, positions, cu_seqlens, max_seqlen)
+    model = tiny_model()
+    ids, positions, cu_seqlens, max_seqlen, labels = row([5, 1, 17, 9])
+    edges = cu_seqlens.tolist()
+    documents = [alone(model, ids, labels, start, end) for start, end in zip(edges, edges[1:])]
+    expected_logits = torch.cat([logits for logits, _ in documents])
+    expected_loss = sum(loss for _, loss in documents)
+
+    logits = model(ids, positions, cu_seqlens, max_seqlen)
     loss = model(ids, positions, cu_seqlens, max_seqlen, labels)
-    alone, alone_loss = [], 0.0
-    for start, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
-        one = torch.tensor([0, end - start], dtype=torch.int32)
-        alone.append(model(ids[start:end], positions[start:end], one, end - start))
-        alone_loss += model(ids[start:end], positions[start:end], one, end - start, labels[start:end])
-    assert_close(packed, torch.cat(alone), "logits", atol=1e-5)
-    assert_close(loss, alone_loss, "loss", rtol=1e-6)
+    assert_close(logits, expected_logits, "logits", atol=1e-5)
+    assert_close(loss, expected_loss, "loss", rtol=1e-6)
+
 
 def test_a_changed_document_leaves_the_others_bit_equal():
     model = tiny_model()
@@ -30,34 +50,51 @@ def test_a_changed_document_leaves_the_others_bit_equal():
     before = model(ids, positions, cu_seqlens, max_seqlen)
     ids[5:13] = (ids[5:13] + 1) % 97
     after = model(ids, positions, cu_seqlens, max_seqlen)
-    assert torch.equal(before[:5], after[:5]) and torch.equal(before[13:], after[13:])
+    assert torch.equal(before[:5], after[:5])
+    assert torch.equal(before[13:], after[13:])
     assert not torch.equal(before[5:13], after[5:13])
+
 
 def test_without_varlen_a_token_sees_the_whole_row():
     model = tiny_model()
     ids, _, _, _, _ = row([5, 8])
-    whole = torch.tensor([0, 13], dtype=torch.int32)
-    before = model(ids, torch.arange(13), whole, 13)
+    positions = torch.arange(13)
+    one_segment = torch.tensor([0, 13], dtype=torch.int32)
+    before = model(ids, positions, one_segment, 13)
     ids[0] = (ids[0] + 1) % 97
-    assert not torch.equal(before[12], model(ids, torch.arange(13), whole, 13)[12])
+    after = model(ids, positions, one_segment, 13)
+    assert not torch.equal(before[12], after[12])
 
-EXECUTIONS = [Execution(recompute="all_but_attention"), Execution(recompute="all"), Execution(loss_chunk=7),
-              Execution(recompute="all_but_attention", offload_layers=9), Execution(recompute="all", offload_layers=9),
-              Execution(recompute="all_but_attention", mlp_chunk=5, loss_chunk=9), Execution(mlp_chunk=6),
-              Execution(recompute="all_but_attention", keep_layers=1, offload_layers=9, mlp_chunk=31)]
+
+EXECUTIONS = [
+    Execution(recompute="all_but_attention"),
+    Execution(recompute="all"),
+    Execution(loss_chunk=7),
+    Execution(recompute="all_but_attention", offload_layers=9),
+    Execution(recompute="all", offload_layers=9),
+    Execution(recompute="all_but_attention", mlp_chunk=5, loss_chunk=9),
+    Execution(mlp_chunk=6),
+    Execution(recompute="all_but_attention", keep_layers=1, offload_layers=9, mlp_chunk=31),
+]
+
 
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
 def test_execution_changes_no_gradient(execution):
     ids, positions, cu_seqlens, max_seqlen, labels = row([5, 1, 17, 9], masked=0.3)
     weights = torch.rand(len(ids), generator=torch.Generator().manual_seed(1))
-    plain, other = tiny_model(), tiny_model(execution=execution)
+    plain = tiny_model()
     expected = plain(ids, positions, cu_seqlens, max_seqlen, labels, weights)
-    loss = other(ids, positions, cu_seqlens, max_seqlen, labels, weights)
+    expected.backward()
+
+    model = tiny_model(execution=execution)
+    loss = model(ids, positions, cu_seqlens, max_seqlen, labels, weights)
+    loss.backward()
     assert_close(loss, expected, "loss", rtol=1e-6)
-    expected.backward(), loss.backward()
     for name, p in plain.named_parameters():
-        scale = p.grad.abs().max().item()
-        assert_close(other.get_parameter(name).grad, p.grad, f"gradient of {name}", atol=1e-6 * scale, rtol=1e-5)
+        largest = p.grad.abs().max().item()
+        gradient = model.get_parameter(name).grad
+        assert_close(gradient, p.grad, f"gradient of {name}", atol=1e-6 * largest, rtol=1e-5)
+
 
 def test_weighted_loss_is_the_plain_formula():
     model = tiny_model().double()
@@ -65,107 +102,176 @@ def test_weighted_loss_is_the_plain_formula():
     weights = torch.rand(len(ids), generator=torch.Generator().manual_seed(1))
     logits = model(ids, positions, cu_seqlens, max_seqlen)
     each = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
-    loss = model(ids, positions, cu_seqlens, max_seqlen, labels, weights)
-    assert_close(loss, (each * weights).sum(), "loss", rtol=1e-6)
-    nothing = torch.full_like(labels, -100)
-    assert model(ids, positions, cu_seqlens, max_seqlen, nothing, weights) == 0
+    expected = (each * weights).sum()
 
-@pytest.mark.parametrize("recompute,calls", [("none", 2), ("all_but_attention", 2), ("all", 4)])
-@pytest.mark.parametrize("offload", [False, True])
-def test_attention_runs_forward_once_a_layer(monkeypatch, recompute, calls, offload):
-    if offload and recompute == "none":
-        offload = False
-    seen, kernel = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
-                        lambda *a, **k: seen.append(1) or kernel(*a, **k))
-    model = tiny_model(execution=Execution(recompute=recompute, offload_layers=9 * offload))
+    loss = model(ids, positions, cu_seqlens, max_seqlen, labels, weights)
+    assert_close(loss, expected, "loss", rtol=1e-6)
+    no_targets = torch.full_like(labels, -100)
+    assert model(ids, positions, cu_seqlens, max_seqlen, no_targets, weights) == 0
+
+
+@pytest.mark.parametrize("recompute,offload,calls", [
+    ("none", False, 2), ("all_but_attention", False, 2), ("all_but_attention", True, 2),
+    ("all", False, 4), ("all", True, 4)])
+def test_how_often_the_attention_kernel_runs(monkeypatch, recompute, offload, calls):
+    """In forward and backward of two layers: once a layer, unless everything is recomputed."""
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    seen = []
+
+    def counted(*args, **kwargs):
+        seen.append(1)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    model = tiny_model(execution=Execution(recompute=recompute, offload_layers=9 if offload else 0))
     ids, positions, cu_seqlens, max_seqlen, labels = row([16])
     model(ids, positions, cu_seqlens, max_seqlen, labels).backward()
     assert len(seen) == calls
 
+
+def forward_of_a_block(execution, method):
+    """Forward of one block -> its output, and weak references to the storages of the tensors that
+    its method `method` received and returned."""
+    block = tiny_model(execution=execution).model["layers"][0]
+    original = getattr(block, method)
+    storages = []
+
+    def recorded(*args):
+        results = original(*args)
+        tensors = [*args, *(results if isinstance(results, tuple) else [results])]
+        storages.extend((x.shape, weakref.ref(x.untyped_storage())) for x in tensors)
+        return results
+
+    setattr(block, method, recorded)
+    _, positions, cu_seqlens, max_seqlen, _ = row([16])
+    cos, sin = rope_cos_sin(tiny_config(), positions)
+    x = torch.randn(16, 48, requires_grad=True) * 1.0       # not a leaf, which would stay alive
+    return block(x, cos, sin, cu_seqlens, max_seqlen), storages
+
+
 @pytest.mark.parametrize("recompute", ["none", "all_but_attention", "all"])
-def test_recomputation_lets_go_of_q_k_v(recompute):
-    block = tiny_model(execution=Execution(recompute=recompute)).model["layers"][0]
-    project, storages = block.before, []
-
-    def before(*args):
-        qkv = project(*args)
-        storages.extend(weakref.ref(t.untyped_storage()) for t in qkv)
-        return qkv
-
-    block.before = before
-    ids, positions, cu_seqlens, max_seqlen, _ = row([16])
-    x = torch.randn(16, 48, requires_grad=True)
-    y = block(x, *rope_cos_sin(tiny_config(), positions), cu_seqlens, max_seqlen)
+def test_recomputation_frees_q_k_v(recompute):
+    y, storages = forward_of_a_block(Execution(recompute=recompute), "pre_attention")
     gc.collect()
-    assert any(s() is not None for s in storages) == (recompute == "none") and y.requires_grad
+    qkv_shapes = ((16, 8, 8), (16, 4, 8))
+    alive = [storage() is not None for shape, storage in storages if shape in qkv_shapes]
+    assert len(alive) == 3
+    assert any(alive) == (recompute == "none")
+    assert y.requires_grad
+
 
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
 def test_backward_frees_what_was_kept(execution):
-    """Without waiting for Python's cycle collector: at a million tokens what it has not found yet is 100 GiB."""
-    block, storages = tiny_model(execution=execution).model["layers"][0], []
-    after = block.after
-    block.after = lambda x, a: storages.extend(weakref.ref(t.untyped_storage()) for t in (x, a)) or after(x, a)
-    ids, positions, cu_seqlens, max_seqlen, _ = row([16])
-    cos_sin = rope_cos_sin(tiny_config(), positions)
-    gc.collect(), gc.disable()
+    """Without waiting for Python's cycle collector: at a million tokens, what it has not found yet
+    is 100 GiB. The loss still holds the graph."""
+    gc.collect()
+    gc.disable()
     try:
-        loss = block(torch.randn(16, 48, requires_grad=True) * 1.0, *cos_sin, cu_seqlens, max_seqlen).sum()
+        y, storages = forward_of_a_block(execution, "post_attention")
+        loss = y.sum()
+        del y
         loss.backward()
-        assert storages and not any(s() is not None for s in storages), "and the loss still holds the graph"
+        assert len(storages) >= 3
+        assert not any(storage() is not None for _, storage in storages)
     finally:
         gc.enable()
 
-ROPE = [{}, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 64}]
 
-@pytest.mark.parametrize("scaling", ROPE, ids=lambda s: s.get("rope_type", "default"))
+ROPE_SCALINGS = [
+    {},
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096,
+     "beta_fast": 20.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 1.3},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 64},
+]
+
+
+@pytest.mark.parametrize("scaling", ROPE_SCALINGS, ids=lambda s: s.get("rope_type", "default"))
 def test_rope_equals_transformers(scaling):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     theirs = LlamaRotaryEmbedding(LlamaConfig(
         hidden_size=512, num_attention_heads=8, max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 50000.0, **scaling}))
-    config = Config(1, 512, 1, 1, 8, 8, 64, rope_theta=50000.0, max_position_embeddings=512,
-                    rope_scaling=scaling or None)
-    frequency, amplitude = rope_frequencies(config)
+    config = Config(
+        vocab_size=1, hidden_size=512, intermediate_size=1, num_hidden_layers=1,
+        num_attention_heads=8, num_key_value_heads=8, head_dim=64, rope_theta=50000.0,
+        max_position_embeddings=512, rope_scaling=scaling or None)
+    frequency, attention_factor = rope_frequencies(config)
     assert_close(frequency, theirs.inv_freq, "frequencies", rtol=1e-6)
+    assert attention_factor == pytest.approx(theirs.attention_scaling)
+
     positions = torch.tensor([0, 1, 4095, 131071, 1000000])
     angle = positions.double()[:, None] * theirs.inv_freq.double()
     cos, sin = rope_cos_sin(config, positions)
     assert_close(cos[:, 0], angle.cos() * theirs.attention_scaling, "cos", atol=1e-6)
     assert_close(sin[:, 0], angle.sin() * theirs.attention_scaling, "sin", atol=1e-6)
-    assert amplitude == pytest.approx(theirs.attention_scaling)
+
 
 def test_flops_by_hand():
-    config = tiny_model().config
-    block = 48 * 8 * (2 * 8 + 2 * 4) + 3 * 48 * 80
-    forward = 2 * 100 * (2 * block + 48 * 97) + 2 * 4 * 8 * 8 * 1250
-    assert flops(config, 100, attention_pairs([0, 50])) == (3 * forward, 3 * forward)
-    assert flops(config, 100, 1250, "all")[1] == 3 * forward + 2 * (2 * 100 * (block - 48 * 80) + 4 * 64 * 1250)
-    assert attention_pairs([0, 10, 13], window=4) == 4 * 10 - 8 + 4.5
-    without_gate = flops(tiny_config(mlp_gate=False), 100, 1250)[0]
-    assert without_gate == 3 * (forward - 2 * 100 * 2 * 48 * 80)
+    attention_weights = 48 * 8 * (2 * 8 + 2 * 4)
+    mlp_weights = 3 * 48 * 80
+    block = attention_weights + mlp_weights
+    pairs = 50 * 50 / 2
+    attention = 4 * 8 * 8 * pairs
+    forward = 2 * (2 * 100 * block + attention) + 2 * 100 * 48 * 97
+    config = tiny_config()
+    assert attention_pairs([0, 50]) == pairs
+    assert flops(config, 100, pairs) == (3 * forward, 3 * forward)
+
+    recomputed = 2 * (2 * 100 * (block - 48 * 80) + attention)
+    assert flops(config, 100, pairs, "all") == (3 * forward, 3 * forward + recomputed)
+    without_gate = forward - 2 * 2 * 100 * 48 * 80
+    assert flops(tiny_config(mlp_gate=False), 100, pairs)[0] == 3 * without_gate
+
+
+def test_pairs_within_a_window():
+    """Ten tokens that see 4 each, but the first ones, and a document shorter than the window."""
+    assert attention_pairs([0, 10, 13], window=4) == (10 ** 2 - 6 ** 2) / 2 + 3 ** 2 / 2
+
+
+def execution_of(constants, layers):
+    """The constants of a row of bench/results.jsonl -> Execution, ZERO_STAGE, GLOBAL_BATCH_SIZE."""
+    given = dict(constant.split("=") for constant in constants)
+
+    def number(name, default):
+        value = given.get(name, default)
+        return layers if value in ("True", "-1") else int(value)
+
+    execution = Execution(
+        recompute=given.get("RECOMPUTE", "all_but_attention"),
+        keep_layers=number("KEEP_LAYERS", 0),
+        offload_layers=number("OFFLOAD_ACTIVATIONS", 0),
+        mlp_chunk=number("MLP_CHUNK", 0),
+        loss_chunk=number("LOSS_CHUNK", 8192))
+    return execution, number("ZERO_STAGE", 2), number("GLOBAL_BATCH_SIZE", 1)
+
 
 def test_memory_is_what_was_measured():
-    """By the rows that say which code they ran, on FlashAttention 4; without the one that memory() excludes."""
+    """On the rows that name the code they ran, with FlashAttention 4, but the one that memory()'s
+    docstring excludes."""
     lines = (Path(__file__).parents[1] / "bench/results.jsonl").read_text().splitlines()
-    measured = {r["row"]: r for r in map(json.loads, lines) if "env" in r and "ATTENTION" not in r["row"]}
-    seen = 0
-    for name, result in measured.items():
+    results = {}
+    for line in lines:
+        result = json.loads(line)
+        if "env" in result and "ATTENTION" not in result["row"]:
+            results[result["row"]] = result
+    compared = 0
+    for name, result in results.items():
         shape, gpus, length, *constants = name.split()
         if (gpus, length) == ("1", "524288"):
             continue
-        L, (_, C, H, G, I, V, tied) = result["layers"], SHAPES[shape]
-        given = dict(c.split("=") for c in constants)
-        number = lambda name, default=0: L if given.get(name) == "True" else int(given.get(name, default))
-        config = Config(V, C, I, L, H, G, 128, tie_word_embeddings=tied)
-        execution = Execution("auto", given.get("RECOMPUTE", "all_but_attention"), number("KEEP_LAYERS"),
-                              number("OFFLOAD_ACTIVATIONS"), number("MLP_CHUNK"), number("LOSS_CHUNK", 8192))
-        sizes = int(length) // int(gpus), int(gpus)
-        parts = memory(config, *sizes, execution, number("ZERO_STAGE", 2), number("GLOBAL_BATCH_SIZE", 1))
+        _, width, heads, kv_heads, inner, vocabulary, tied = SHAPES[shape]
+        layers = result["layers"]
+        config = Config(vocabulary, width, inner, layers, heads, kv_heads, head_dim=128,
+                        tie_word_embeddings=tied)
+        execution, zero_stage, global_batch_size = execution_of(constants, layers)
+        tokens = int(length) // int(gpus)
+        parts = memory(config, tokens, int(gpus), execution, zero_stage, global_batch_size)
         assert_close(sum(parts.values()), result["peak_memory_gib"], f"{name}: {parts}", rtol=0.12)
-        seen += 1
-    assert seen >= 6
+        compared += 1
+    assert compared >= 6
