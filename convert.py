@@ -1,7 +1,9 @@
-"""Hugging Face folders in and out: config.json <-> Config, safetensors <-> parameters, rank by rank.
+"""Hugging Face folders: read config.json and safetensors into our model, and write them back.
 
-    python convert.py runs/demo/checkpoints/step-00000300 OUT_FOLDER    a training checkpoint as a Hugging Face folder
-    python convert.py check FOLDER    how far our layers, logits and loss are from transformers'
+    python convert.py CHECKPOINT OUT    export a training checkpoint as a Hugging Face folder
+
+In this order: the table of architectures (FAMILIES), config.json to Config, longer contexts,
+loading weights, saving weights, and the demo model.
 """
 import json
 import math
@@ -18,354 +20,923 @@ from safetensors.torch import save_file
 import parallel
 from model import Config, Transformer, rope_frequencies
 
-SHARD_BYTES, INDEX = 5 * 10**9, "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
-                   "generation_config.json", "*.tiktoken", "*.py")
+SHARD_BYTES = 5 * 10**9  # largest safetensors file of an export, unless one tensor is larger
+INDEX = "model.safetensors.index.json"  # says which file holds which tensor
+TOKENIZER_FILES = (  # what an export copies from the source folder, with code that comes with it
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.jinja", "generation_config.json", "*.tiktoken", "*.py")
+CHAT_TEMPLATE = (  # ChatML
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-class Family(NamedTuple):
-    """How one architecture's folder differs from Llama's, for loading and for export."""
-    switches: object = lambda get: {}   # config.json, as a function get(key, default) -> fields of Config
-    keys: dict = {}         # field of Config -> its key of config.json, where not as in KEYS
-    names: dict = {}        # pattern in the names of our parameters -> theirs, in order; several may become one
-    grouped: str = "-"      # their q, k, v in one, where all of one key/value head comes before the next head
-    remote: bool = False    # its code comes with the folder, so auto_map stays
-    own_rope: bool = False  # its code reads no rope_scaling, so its context cannot be extended
+# ------------------------------------------------------------------------------------------------
+# Switches: what an architecture's name implies, as fields of Config. get(key) is the value of a
+# key of config.json; get(key, default) is the default if the key is missing or null. The defaults
+# are those of the architecture's own configuration class, which may leave them out of config.json.
+
+
+def _llama(get):
+    return {}
+
+
+def _mistral(get):
+    return {"sliding_window": get("sliding_window", 4096)}
+
+
+def _qwen2(get):
+    return {"qkv_bias": True, "sliding_window": _qwen_window(get)}
+
+
+def _qwen3(get):
+    return {
+        "qk_norm": True,
+        "head_dim": get("head_dim", 128),
+        "sliding_window": _qwen_window(get),
+    }
+
 
 def _qwen_window(get):
-    window, first, types = get("sliding_window", 4096), get("max_window_layers", 28), get("layer_types", ())
+    """The sliding window of all layers, or None. ValueError if only some layers have one."""
     used = get("use_sliding_window", False)
-    if used and ("full_attention" in types or first > 0 and not types):
-        raise ValueError("a sliding window for some layers only is not built: set use_sliding_window to false")
-    return window if used else None
+    window = get("sliding_window", 4096)
+    first_layer = get("max_window_layers", 28)
+    layer_types = get("layer_types", ())
+    if not used:
+        return None
+    if layer_types:  # the newer key, which decides where both are given
+        in_all_layers = "full_attention" not in layer_types
+    else:
+        in_all_layers = first_layer <= 0
+    if not in_all_layers:
+        raise ValueError("a sliding window in some layers only is not supported: "
+                         "set use_sliding_window to false")
+    return window
 
-FAMILIES = {
+
+def _qwen1(get):
+    # its intermediate_size counts the gate and the up projection together
+    return {"qkv_bias": True, "intermediate_size": get("intermediate_size") // 2}
+
+
+def _internlm1(get):
+    rotary = get("rotary", {})
+    rope_type = "default" if rotary.get("type") == "origin" else "dynamic"
+    return {
+        "rope_theta": rotary.get("base", 1e4),
+        "rope_scaling": {"rope_type": rope_type, "factor": rotary.get("scaling_factor", 1.0)},
+    }
+
+
+def _gemma(get):
+    return {
+        "norm": "rms_plus_one",
+        "scale_embedding": True,
+        "activation": "gelu_pytorch_tanh",  # hidden_act may say gelu, with which it was not trained
+        "head_dim": get("head_dim", 256),
+        "tie_word_embeddings": get("tie_word_embeddings", True),
+    }
+
+
+def _cohere(get):
+    return {
+        "norm": "layer",
+        "rms_norm_eps": get("layer_norm_eps", 1e-5),
+        "parallel_residual": True,
+        "rope_interleaved": True,
+        "qk_norm": get("use_qk_norm", False),
+        "logit_scale": get("logit_scale", 0.0625),
+        "tie_word_embeddings": get("tie_word_embeddings", True),
+    }
+
+
+def _starcoder2(get):
+    norm_type = get("norm_type", "layer_norm")
+    if norm_type != "layer_norm":
+        raise ValueError(f"norm_type {norm_type!r} is not supported: use layer_norm")
+    older_key = get("layer_norm_epsilon", 1e-5)
+    return {
+        "norm": "layer_bias",
+        "rms_norm_eps": get("norm_epsilon", older_key),
+        "mlp_gate": False,
+        "sliding_window": get("sliding_window", None),
+        "tie_word_embeddings": get("tie_word_embeddings", True),
+    }
+
+
+def _baichuan2(get):
+    # the 13B model has ALiBi instead of RoPE, and its config.json has no number of positions
+    if get("max_position_embeddings", None) is None:
+        raise ValueError("BaichuanForCausalLM without max_position_embeddings is 13B, whose ALiBi "
+                         "is not supported: use 7B")
+    return {"normalize_head": True}
+
+
+def _chatglm(get):
+    return {
+        "rope_theta": 1e4 * get("rope_ratio", 1),
+        "rope_interleaved": True,
+        "rope_scaling": {"factor": 1.0, "partial_rotary_factor": 0.5},
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# The table of architectures
+
+
+class Family(NamedTuple):
+    """How the folders of one architecture differ from Llama's. The defaults describe Llama.
+
+    A new architecture is one more entry of FAMILIES. For example, Starcoder2's MLP has no gate,
+    one key "use_bias" switches all its biases, and its MLP's matrices are called c_fc and c_proj:
+
+        "Starcoder2ForCausalLM": Family(
+            switches=_starcoder2,      # def _starcoder2(get): return {"mlp_gate": False, ...}
+            keys={"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},
+            names={"gate_proj": "c_fc", "down_proj": "c_proj"})
+
+    An architecture that computes something new needs a field of Config and a change of model.py.
+    """
+    # function of `get`, described above -> fields of Config that the architecture sets
+    switches: object = _llama
+    # field of Config -> its key in config.json, where it differs from CONFIG_KEYS
+    keys: dict = {}
+    # regular expression -> replacement; applied in order, they turn our name of a parameter into
+    # the folder's. Parameters of ours that get one name are stored in one tensor (see Slice).
+    names: dict = {}
+    # name of a tensor that holds q, k and v ordered by key/value head (see Slice)
+    grouped_qkv: str | None = None
+    # the modeling code is in the folder (trust_remote_code), so an export keeps auto_map
+    remote_code: bool = False
+    # that code does not read rope_scaling, so the context cannot be extended
+    ignores_rope_scaling: bool = False
+
+
+YI = Family(
+    names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"},
+    remote_code=True)
+
+# its dynamic RoPE and its scaling of attention by log n are off in training: neither is implemented
+QWEN_1 = Family(
+    switches=_qwen1,
+    keys={
+        "head_dim": "kv_channels",
+        "max_position_embeddings": "seq_length",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "rope_theta": "rotary_emb_base",
+    },
+    names={
+        "model.embed_tokens": "transformer.wte",
+        "model.layers": "transformer.h",
+        "model.norm": "transformer.ln_f",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attn": "attn",
+        "[qkv]_proj": "c_attn",
+        "gate_proj": "w2",
+        "up_proj": "w1",
+        "(o|down)_proj": "c_proj",
+    },
+    remote_code=True, ignores_rope_scaling=True)
+
+INTERNLM_1 = Family(
+    switches=_internlm1,
+    keys={"qkv_bias": "bias", "o_bias": "bias"},
+    remote_code=True, ignores_rope_scaling=True)
+
+INTERNLM_2 = Family(
+    keys={"qkv_bias": "bias", "o_bias": "bias"},
+    names={
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+        "input_layernorm": "attention_norm",
+        "o_proj": "wo",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn": "attention",
+        "[qkv]_proj": "wqkv",
+        "mlp": "feed_forward",
+        "gate_proj": "w1",
+        "up_proj": "w3",
+        "down_proj": "w2",
+    },
+    grouped_qkv="wqkv",
+    remote_code=True)
+
+INTERNLM_3 = Family(
+    keys={"qkv_bias": "qkv_bias", "o_bias": "bias", "mlp_bias": "bias"},
+    remote_code=True)
+
+STARCODER_2 = Family(
+    switches=_starcoder2,
+    keys={"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},
+    names={"gate_proj": "c_fc", "down_proj": "c_proj"})
+
+BAICHUAN_1 = Family(
+    names={"[qkv]_proj": "W_pack"},
+    remote_code=True, ignores_rope_scaling=True)
+
+CHATGLM = Family(
+    switches=_chatglm,
+    keys={
+        "vocab_size": "padded_vocab_size",
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "ffn_hidden_size",
+        "num_key_value_heads": "multi_query_group_num",
+        "head_dim": "kv_channels",
+        "rms_norm_eps": "layernorm_epsilon",
+        "max_position_embeddings": "seq_length",
+        "qkv_bias": "add_qkv_bias",
+    },
+    names={
+        "model.embed_tokens": "transformer.embedding.word_embeddings",
+        "model.layers": "transformer.encoder.layers",
+        "model.norm": "transformer.encoder.final_layernorm",
+        "lm_head": "transformer.output_layer",
+        "self_attn": "self_attention",
+        "[qkv]_proj": "query_key_value",
+        "o_proj": "dense",
+        "(gate|up)_proj": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+    },
+    remote_code=True, ignores_rope_scaling=True)
+
+FAMILIES = {  # the first of "architectures" in config.json -> its family
     "LlamaForCausalLM": Family(),
-    "YiForCausalLM": Family(names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}, remote=True),
-    "MistralForCausalLM": Family(lambda get: {"sliding_window": get("sliding_window", 4096)}),
-    "Qwen2ForCausalLM": Family(lambda get: {"qkv_bias": True, "sliding_window": _qwen_window(get)}),
-    "Qwen3ForCausalLM": Family(lambda get: {
-        "qk_norm": True, "head_dim": get("head_dim", 128), "sliding_window": _qwen_window(get)}),
-    "QWenLMHeadModel": Family(  # its code turns the dynamic base and logn off in training
-        lambda get: {"qkv_bias": True, "intermediate_size": get("intermediate_size") // 2},
-        {"head_dim": "kv_channels", "max_position_embeddings": "seq_length", "rms_norm_eps": "layer_norm_epsilon",
-         "rope_theta": "rotary_emb_base"},
-        {"model.embed_tokens": "transformer.wte", "model.layers": "transformer.h", "model.norm": "transformer.ln_f",
-         "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn": "attn", "[qkv]_proj": "c_attn",
-         "gate_proj": "w2", "up_proj": "w1", "(o|down)_proj": "c_proj"}, remote=True, own_rope=True),
-    "InternLMForCausalLM": Family(lambda get: {
-        "rope_theta": get("rotary", {}).get("base", 1e4), "rope_scaling": {
-            "rope_type": {"origin": "default"}.get(get("rotary", {}).get("type"), "dynamic"),
-            "factor": get("rotary", {}).get("scaling_factor", 1.0)}},
-        {"qkv_bias": "bias", "o_bias": "bias"}, remote=True, own_rope=True),
-    "InternLM2ForCausalLM": Family(keys={"qkv_bias": "bias", "o_bias": "bias"}, grouped="wqkv", remote=True, names={
-        "embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm", "o_proj": "wo",
-        "post_attention_layernorm": "ffn_norm", "self_attn": "attention", "[qkv]_proj": "wqkv", "mlp": "feed_forward",
-        "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
-    "InternLM3ForCausalLM": Family(keys={"qkv_bias": "qkv_bias", "o_bias": "bias", "mlp_bias": "bias"}, remote=True),
-    "GemmaForCausalLM": Family(lambda get: {  # hidden_act may say gelu, which the model was not trained with
-        "norm": "rms_plus_one", "scale_embedding": True, "activation": "gelu_pytorch_tanh",
-        "head_dim": get("head_dim", 256), "tie_word_embeddings": get("tie_word_embeddings", True)}),
-    "CohereForCausalLM": Family(lambda get: {
-        "norm": "layer", "rms_norm_eps": get("layer_norm_eps", 1e-5), "parallel_residual": True,
-        "rope_interleaved": True, "qk_norm": get("use_qk_norm", False), "logit_scale": get("logit_scale", 0.0625),
-        "tie_word_embeddings": get("tie_word_embeddings", True)}),
-    "Starcoder2ForCausalLM": Family(lambda get: {
-        "norm": {"layer_norm": "layer_bias"}[get("norm_type", "layer_norm")], "mlp_gate": False,
-        "rms_norm_eps": get("norm_epsilon", get("layer_norm_epsilon", 1e-5)),
-        "sliding_window": get("sliding_window", None), "tie_word_embeddings": get("tie_word_embeddings", True)},
-        dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), "use_bias"), {"gate_proj": "c_fc", "down_proj": "c_proj"}),
-    "BaiChuanForCausalLM": Family(names={"[qkv]_proj": "W_pack"}, remote=True, own_rope=True),
-    "ChatGLMModel": Family(
-        lambda get: {"rope_theta": 1e4 * get("rope_ratio", 1), "rope_interleaved": True,
-                     "rope_scaling": {"factor": 1.0, "partial_rotary_factor": 0.5}},
-        {"vocab_size": "padded_vocab_size", "num_hidden_layers": "num_layers", "intermediate_size": "ffn_hidden_size",
-         "num_key_value_heads": "multi_query_group_num", "head_dim": "kv_channels", "rms_norm_eps": "layernorm_epsilon",
-         "max_position_embeddings": "seq_length", "qkv_bias": "add_qkv_bias"},
-        {"model.embed_tokens": "transformer.embedding.word_embeddings", "model.layers": "transformer.encoder.layers",
-         "model.norm": "transformer.encoder.final_layernorm", "lm_head": "transformer.output_layer", "self_attn":
-         "self_attention", "[qkv]_proj": "query_key_value", "o_proj": "dense", "(gate|up)_proj": "dense_h_to_4h",
-         "down_proj": "dense_4h_to_h"}, remote=True, own_rope=True),
+    "YiForCausalLM": YI,
+    "MistralForCausalLM": Family(switches=_mistral),
+    "Qwen2ForCausalLM": Family(switches=_qwen2),
+    "Qwen3ForCausalLM": Family(switches=_qwen3),
+    "QWenLMHeadModel": QWEN_1,
+    "InternLMForCausalLM": INTERNLM_1,
+    "InternLM2ForCausalLM": INTERNLM_2,
+    "InternLM3ForCausalLM": INTERNLM_3,
+    "GemmaForCausalLM": Family(switches=_gemma),
+    "CohereForCausalLM": Family(switches=_cohere),
+    "Starcoder2ForCausalLM": STARCODER_2,
+    "BaiChuanForCausalLM": BAICHUAN_1,
+    "BaichuanForCausalLM": BAICHUAN_1._replace(switches=_baichuan2),  # the second, by its spelling
+    "ChatGLMModel": CHATGLM,
+    "ChatGLMForConditionalGeneration": CHATGLM,
 }
-FAMILIES["BaichuanForCausalLM"] = FAMILIES["BaiChuanForCausalLM"]._replace(switches=lambda _: {"normalize_head": True})
-FAMILIES["ChatGLMForConditionalGeneration"] = FAMILIES["ChatGLMModel"]
-MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
-KEYS = {**{key: key for key in (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "mlp_bias")},
-    "qkv_bias": "attention_bias", "o_bias": "attention_bias", "activation": "hidden_act"}
-# A key that nobody asked for is refused if its name says that it computes, unless its value is neutral
-COMPUTES = re.compile("(?!.*(dropout|implementation|flash|fp32|initializer|logn|layer_scaling|original_rope)).*(attn|"
-                      "attention|rope|rotary|norm|scal|softcap|multipl|expert|moe|lora|alibi|window|bias|residual|mup|"
-                      "layer_types|sink|original_max)")
-TRUE = {"no_bias", "scale_attn_weights", "rmsnorm", "post_layer_norm", "multi_query_attention"}  # or refused
-ROPE_KEYS = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
-             "high_freq_factor", "truncate", "beta_fast", "beta_slow", "attention_factor"}
 
-# --------------------------------------------------------------------------------------------------------- config.json
+# model_type -> architecture, for a config.json without "architectures"
+MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
+
+# field of Config -> its key in config.json; where that is missing or null, Config's default holds
+CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "max_position_embeddings": "max_position_embeddings",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "activation": "hidden_act",
+}
+
+# A key that we do not read may still change what the model computes. So a key with one of these
+# words in its name is refused, unless its value says that it is off.
+COMPUTING_WORDS = (
+    "attn", "attention", "rope", "rotary", "norm", "scal", "softcap", "multipl", "expert", "moe",
+    "lora", "alibi", "window", "bias", "residual", "mup", "layer_types", "sink", "original_max")
+
+# Keys with one of these words are accepted all the same. They are about dropout (never applied),
+# initialization, precision or the choice of a kernel; or their value does not matter: "logn" is off
+# in training, "layer_scaling" cancels out, and no code reads "original_rope".
+HARMLESS_WORDS = (
+    "dropout", "implementation", "flash", "fp32", "initializer", "logn", "layer_scaling",
+    "original_rope")
+
+# Only true is implemented of these switches of Qwen 1 and ChatGLM; any other value is refused.
+MUST_BE_TRUE = (
+    "no_bias", "scale_attn_weights", "rmsnorm", "post_layer_norm", "multi_query_attention")
+
+# What is implemented of rope_scaling. Another key may change the frequencies, or be misspelt.
+ROPE_KEYS = (
+    "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
+    "high_freq_factor", "truncate", "beta_fast", "beta_slow", "attention_factor")
+
+REQUIRED = object()  # stands for a default that does not exist
+
+# ------------------------------------------------------------------------------------------------
+# config.json -> Config
+
+
 def load_config(folder):
-    """-> Config. FileNotFoundError or ValueError names the file and the key that is missing, in conflict or unknown."""
+    """Hugging Face folder -> Config.
+
+    FileNotFoundError if there is no config.json. ValueError names the file and the key that is
+    missing, contradicts another, or is not supported.
+    """
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"MODEL {str(folder)!r} has no config.json: name a Hugging Face folder")
+        raise FileNotFoundError(f"MODEL {str(folder)!r} has no config.json: "
+                                "give the path of a Hugging Face folder")
     try:
         return _config(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: {f'{e} is missing' if isinstance(e, KeyError) else e}") from e
+    except KeyError as e:
+        raise ValueError(f"{path}: {e} is missing") from e
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path}: {e}") from e
 
-def _config(c):
-    """config.json as a dict -> Config. KeyError is a missing key."""
-    architecture = (c.get("architectures") or [MODEL_TYPES.get(c.get("model_type"))])[0]
-    if architecture not in FAMILIES:
-        raise ValueError(f"architecture {architecture} is not supported: use one of {', '.join(FAMILIES)}")
-    if quantized := c.get("quantization_config"):
-        raise ValueError(f"the weights are quantized ({quantized.get('quant_method')}): train the original")
-    family, asked = FAMILIES[architecture], {"rope_theta", "rope_scaling", "rope_parameters"}
 
-    def get(key, *default):  # null is the default, but of a window, where it says that there is none
-        asked.add(key)
-        return default[0] if default and c.get(key) is None and (key, key in c) != ("sliding_window", True) else c[key]
+def _config(source):
+    """config.json as a dict -> Config. KeyError and ValueError as load_config needs them."""
+    architecture = _architecture(source)
+    family = FAMILIES[architecture]
+    quantization = source.get("quantization_config")
+    if quantization:
+        raise ValueError(f"the weights are quantized ({quantization.get('quant_method')}): "
+                         "train the original model")
 
-    found = {field: get(key, None) for field, key in {**KEYS, **family.keys}.items()}
-    fields = _rope(c) | {field: value for field, value in found.items() if value is not None} | family.switches(get)
-    if architecture == "BaichuanForCausalLM" and "max_position_embeddings" not in fields:
-        raise ValueError(f"{architecture} without max_position_embeddings is 13B, whose ALiBi is not built: use 7B")
+    keys_read = {"rope_theta", "rope_scaling", "rope_parameters"}
+
+    def get(key, default=REQUIRED):
+        keys_read.add(key)
+        if default is REQUIRED:
+            return source[key]
+        if key == "sliding_window" and key in source:
+            return source[key]  # null is a value here: no window
+        if source.get(key) is None:
+            return default
+        return source[key]
+
+    # RoPE first, because some families have keys of their own for it
+    fields = _rope_fields(source)
+    for field, key in {**CONFIG_KEYS, **family.keys}.items():
+        value = get(key, None)
+        if value is not None:
+            fields[field] = value
+    fields.update(family.switches(get))
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-    for key, value in c.items():
-        neutral = value in (None, False, 0, 1, "", [], {}, ["full_attention"] * fields["num_hidden_layers"])
-        fine = key in asked or not COMPUTES.match(key) or neutral and value is not True
-        if not (value is True if key in TRUE else fine):
-            raise ValueError(f"{key} {value!r} changes the computation, by its name, and is not built for "
-                             f"{architecture}: use another folder, or remove the key if it changes nothing")
+    _refuse_other_keys(source, keys_read, fields["num_hidden_layers"], architecture)
+
     config = Config(architecture=architecture, **fields)
     if config.activation not in ("silu", "gelu_pytorch_tanh"):
-        raise ValueError(f"hidden_act {config.activation!r} is not built: use silu or gelu_pytorch_tanh")
-    rope_frequencies(config)
+        raise ValueError(f"hidden_act {config.activation!r} is not supported: "
+                         "use silu or gelu_pytorch_tanh")
+    rope_frequencies(config)  # raises an error for a rope_type that is unknown or incomplete
     return config
 
-def _scaling(given):
-    """A rope_scaling by its new words. ValueError names a key that is not built, or misspelt."""
-    given = {("rope_type" if key == "type" else key): value for key, value in (given or {}).items()}
-    for key in set(given) - ROPE_KEYS:
-        raise ValueError(f"rope_scaling's {key} {given[key]!r} is not built: use {', '.join(sorted(ROPE_KEYS))}")
-    return given
 
-def _rope(c):
-    """-> rope_theta and rope_scaling, from the keys of this name, the new one (rope_parameters), or both."""
+def _architecture(source):
+    """config.json as a dict -> the key of FAMILIES. ValueError if there is none."""
+    if source.get("architectures"):
+        architecture = source["architectures"][0]
+    else:
+        architecture = MODEL_TYPES.get(source.get("model_type"))
+    if architecture not in FAMILIES:
+        raise ValueError(f"architecture {architecture} is not supported: "
+                         f"use one of {', '.join(FAMILIES)}")
+    return architecture
+
+
+def _refuse_other_keys(source, keys_read, n_layers, architecture):
+    """ValueError for a key that nothing has read and that, by its name, changes the computation."""
+    off = (None, False, 0, 1, "", [], {}, ["full_attention"] * n_layers)  # 1: a neutral factor
+    for key, value in source.items():
+        if key in MUST_BE_TRUE:
+            accepted = value is True
+        elif key in keys_read or not _changes_computation(key):
+            accepted = True
+        else:
+            accepted = value in off and value is not True  # True == 1
+        if not accepted:
+            raise ValueError(f"{key} {value!r} changes the computation, by its name, and is not "
+                             f"supported for {architecture}: use another folder, or remove the "
+                             "key if it changes nothing")
+
+
+def _changes_computation(key):
+    if any(word in key for word in HARMLESS_WORDS):
+        return False
+    return any(word in key for word in COMPUTING_WORDS)
+
+
+def _rope_fields(source):
+    """config.json as a dict -> the fields rope_theta and rope_scaling of Config.
+
+    transformers 4 writes rope_theta and rope_scaling, transformers 5 writes rope_parameters, and
+    some folders have both. ValueError if they contradict each other.
+    """
     found = {}
-    for given in ({"rope_theta": c.get("rope_theta")}, c.get("rope_scaling"), c.get("rope_parameters")):
-        for key, value in _scaling(given).items():
-            if value is not None and found.setdefault(key, value) != value:
-                raise ValueError(f"{key} {found[key]} and rope_parameters' {value} differ: remove the wrong one")
+    old_theta = {"rope_theta": source.get("rope_theta")}
+    for given in (old_theta, source.get("rope_scaling"), source.get("rope_parameters")):
+        for key, value in _checked_scaling(given).items():
+            if value is None:
+                continue
+            if key not in found:
+                found[key] = value
+            elif found[key] != value:
+                raise ValueError(f"{key} {found[key]} and rope_parameters' {value} differ: "
+                                 "remove the wrong one")
     theta = float(found.pop("rope_theta", 10000.0))
-    return {"rope_theta": theta, "rope_scaling": found if found.get("rope_type", "default") != "default" else None}
+    if found.get("rope_type", "default") == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    return {"rope_theta": theta, "rope_scaling": found}
+
+
+def _checked_scaling(given):
+    """rope_scaling (a dict or None) -> a copy in which "type", its older key, is "rope_type".
+
+    ValueError names a key that is misspelt or not supported.
+    """
+    scaling = {}
+    for key, value in (given or {}).items():
+        if key == "type":
+            key = "rope_type"
+        if key not in ROPE_KEYS:
+            raise ValueError(f"rope_scaling's {key} {value!r} is not supported: "
+                             f"use {', '.join(sorted(ROPE_KEYS))}")
+        scaling[key] = value
+    return scaling
+
+
+# ------------------------------------------------------------------------------------------------
+# Longer contexts
+
 
 def extend_context(config, positions, scaling, length):
-    """Change `config` for `positions` positions by `scaling`: a rope_type or dict, its factor ceil(new / old) unless
-    given, or a rope_theta alone; None: the checkpoint's type or linear. Dynamic becomes its base at `length`."""
-    old, had = config.max_position_embeddings, config.rope_scaling or {}
-    scaling = {"rope_type": scaling} if isinstance(scaling, str) else _scaling(scaling)
-    theta = scaling.pop("rope_theta", 0)
-    if 0 < positions < old:
-        raise ValueError(f"MAX_POSITION_EMBEDDINGS {positions} is less than the checkpoint's {old}: 0 keeps these")
-    if (positions > old or scaling or theta) and FAMILIES[config.architecture].own_rope:
-        raise ValueError(f"{config.architecture} reads no rope_scaling: leave its {old} positions as they are")
-    config.max_position_embeddings, config.rope_theta = max(positions, old), float(theta or config.rope_theta)
-    if scaling or positions > old and not theta:
-        kind = scaling.setdefault("rope_type", had.get("rope_type", "linear"))
-        if had and kind not in ("default", had["rope_type"]) and "factor" not in scaling:
-            raise ValueError(f"the checkpoint is scaled by {had}: ROPE_SCALING of another type needs its factor")
-        longer, same = math.ceil(config.max_position_embeddings / old), had.get("rope_type") == kind
-        start = {"original_max_position_embeddings": old} if kind in ("llama3", "yarn") else {}
-        start |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
-        start |= had if same else {"factor": 1.0}
-        start["factor"] = float(start["factor"] * (1 if same and kind == "dynamic" else longer))
-        config.rope_scaling = None if kind == "default" else {**start, **scaling}
-    rope_frequencies(config)
-    scaling = config.rope_scaling or {}
-    if scaling.get("rope_type") == "dynamic" and length > old:
-        config.rope_theta *= (scaling["factor"] * (length / old - 1) + 1) ** (config.head_dim / (config.head_dim - 2))
-        config.max_position_embeddings, config.rope_scaling = max(config.max_position_embeddings, length), None
+    """Change `config`, in place, to a context of `positions` tokens; 0 keeps the checkpoint's.
+
+    scaling: a rope_type, a dict of rope_scaling, {"rope_theta": base} for another base alone, or
+    None for the checkpoint's own rope_type, else linear. Its factor is ceil(positions / the
+    checkpoint's) unless it is given. length: tokens of the longest row in training.
+    """
+    old_positions = config.max_position_embeddings
+    if isinstance(scaling, str):
+        wanted = {"rope_type": scaling}
+    else:
+        wanted = _checked_scaling(scaling)
+    theta = wanted.pop("rope_theta", None)
+
+    longer = positions > old_positions
+    if 0 < positions < old_positions:
+        raise ValueError(f"MAX_POSITION_EMBEDDINGS {positions} is less than the checkpoint's "
+                         f"{old_positions}: use 0 to keep these")
+    if (longer or wanted or theta) and FAMILIES[config.architecture].ignores_rope_scaling:
+        raise ValueError(f"{config.architecture} reads no rope_scaling: keep its {old_positions} "
+                         "positions with MAX_POSITION_EMBEDDINGS 0 and ROPE_SCALING None")
+
+    if longer:
+        config.max_position_embeddings = positions
+    config.rope_theta = float(theta or config.rope_theta)
+    # another base alone stretches the context without rope_scaling
+    if wanted or (longer and not theta):
+        stretch = math.ceil(config.max_position_embeddings / old_positions)
+        config.rope_scaling = _extended_scaling(
+            config.rope_scaling, wanted, old_positions, stretch)
+    rope_frequencies(config)  # raises ValueError for a rope_type that is unknown or incomplete
+
+    rope_type = config.rope_scaling.get("rope_type") if config.rope_scaling else None
+    if rope_type == "dynamic" and length > old_positions:
+        _freeze_dynamic(config, old_positions, length)
+
+
+def _extended_scaling(old, wanted, old_positions, stretch):
+    """The rope_scaling for `stretch` times the positions of the checkpoint. `old`: its own, or None.
+
+    `wanted` is what the user gave. Its keys replace those that are derived here.
+    """
+    old_type = old["rope_type"] if old else None
+    rope_type = wanted.get("rope_type", old_type or "linear")
+    if rope_type == "default":
+        return None
+
+    scaling = _scaling_defaults(rope_type, old_positions)
+    if not old:  # the first extension of this checkpoint
+        scaling["factor"] = float(stretch)
+    elif rope_type == old_type:  # another extension of the same type
+        scaling.update(old)
+        if rope_type == "dynamic":
+            stretch = 1  # its base already grows with the length of the row
+        scaling["factor"] = float(old["factor"] * stretch)
+    else:  # a type replaces another; how much of the old stretch it has to repeat is not known
+        if "factor" not in wanted:
+            raise ValueError(f"the checkpoint is scaled by {old}: ROPE_SCALING of another type "
+                             "needs its factor")
+        scaling["factor"] = wanted["factor"]
+    return {**scaling, **wanted, "rope_type": rope_type}
+
+
+def _scaling_defaults(rope_type, old_positions):
+    """The parameters of a rope_type, besides its factor, that have to be written down."""
+    if rope_type == "llama3":
+        return {
+            "original_max_position_embeddings": old_positions,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
+    if rope_type == "yarn":  # where this is missing, it is the new number of positions
+        return {"original_max_position_embeddings": old_positions}
+    return {}
+
+
+def _freeze_dynamic(config, old_positions, length):
+    """Replace dynamic scaling, whose base depends on the length of a row, by its base at `length`.
+
+    So all rows are trained, and later served, with the same frequencies.
+    """
+    factor = config.rope_scaling["factor"]
+    exponent = config.head_dim / (config.head_dim - 2)
+    config.rope_theta *= (factor * (length / old_positions - 1) + 1) ** exponent
+    config.max_position_embeddings = max(config.max_position_embeddings, length)
+    config.rope_scaling = None
+
 
 def export_config(source, config, dtype):
-    """-> the config.json of `source` (a dict) with what training changed, in the words of transformers 4 and 5 both: 4
-    silently takes theta 10000 where it finds only the new ones."""
+    """-> the config.json of an export: `source` (a dict) with what training changed."""
     family = FAMILIES[config.architecture]
-    c = {k: v for k, v in source.items() if k != "quantization_config" and (k != "auto_map" or family.remote)}
-    if not family.own_rope:
-        theta, scaling = config.rope_theta, config.rope_scaling
-        c |= {"rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})}, "rope_theta": theta,
-              "rope_scaling": scaling and {**scaling, "type": scaling["rope_type"]},
-              "max_position_embeddings": config.max_position_embeddings}
-    name = str(dtype).removeprefix("torch.")
-    return {**c, "architectures": [config.architecture], "torch_dtype": name, "dtype": name}
+    exported = dict(source)
+    exported.pop("quantization_config", None)
+    if not family.remote_code:
+        exported.pop("auto_map", None)
 
-# ------------------------------------------------------------------------------------------------------------- weights
+    if not family.ignores_rope_scaling:
+        # Both as transformers 4 and as transformers 5 write it: version 4 silently takes a
+        # rope_theta of 10000 where it finds rope_parameters only.
+        scaling = config.rope_scaling
+        if scaling is None:
+            exported["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+            exported["rope_theta"] = config.rope_theta
+            exported["rope_scaling"] = None
+        else:
+            exported["rope_parameters"] = {"rope_theta": config.rope_theta, **scaling}
+            exported["rope_theta"] = config.rope_theta
+            exported["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+        exported["max_position_embeddings"] = config.max_position_embeddings
+
+    exported["architectures"] = [config.architecture]
+    exported["torch_dtype"] = str(dtype).removeprefix("torch.")
+    exported["dtype"] = exported["torch_dtype"]
+    return exported
+
+
+# ------------------------------------------------------------------------------------------------
+# Where our parameters are in the folder's tensors
+
+
+class Slice(NamedTuple):
+    """The rows of one tensor of the folder that are one of our parameters.
+
+    The tensor's rows are `groups` equal parts. In each part the parameter has `rows` rows, from
+    number `first` of the part; it is these rows of all parts, one after the other.
+
+    In most cases the parameter is the whole tensor: one group, first 0, all rows. Some families
+    store several parameters in one tensor. Baichuan's W_pack is one group of q, k and v:
+
+        W_pack   | q q q q q q q q | k k k k k k k k | v v v v v v v v |
+
+    InternLM2's wqkv has one group for each key/value head: the query heads that attend to it, then
+    its key and its value. With 8 query heads and 2 key/value heads of D = 128 rows each:
+
+        wqkv     | q0 q1 q2 q3 k0 v0 | q4 q5 q6 q7 k1 v1 |
+                 |----- group 0 -----|----- group 1 -----|
+        q_proj   Slice("...wqkv.weight", groups=2, first=0, rows=512)      q0 q1 q2 q3 q4 q5 q6 q7
+        k_proj   Slice("...wqkv.weight", groups=2, first=512, rows=128)    k0 k1
+        v_proj   Slice("...wqkv.weight", groups=2, first=640, rows=128)    v0 v1
+    """
+    name: str    # of the folder's tensor
+    groups: int
+    first: int
+    rows: int
+
+    def view(self, tensor):
+        """The folder's tensor (rows, ...) -> a view of the parameter in it, (groups, rows, ...)."""
+        parts = tensor.unflatten(0, (self.groups, -1))
+        return parts[:, self.first:self.first + self.rows]
+
+
 def their_name(config, ours):
     """The name of a parameter in the folder of its family."""
-    for pattern, theirs in FAMILIES[config.architecture].names.items():
-        ours = re.sub(pattern, theirs, ours)
-    return ours
+    name = ours
+    for pattern, replacement in FAMILIES[config.architecture].names.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
 
 def layout(model):
-    """-> {our name: (their name, groups, first, n)}, {their name: its shape}. Several of ours in one of theirs come in
-    our order (q, k, v): of each of `groups` equal parts of its rows, the n from `first` are ours."""
-    config, ours, theirs = model.config, {}, {}
-    for name, p in model.named_parameters():
-        fused = their_name(config, name)
-        groups = config.num_key_value_heads if FAMILIES[config.architecture].grouped in fused else 1
-        rows = theirs.get(fused, (0,))[0]
-        ours[name] = fused, groups, rows // groups, len(p) // groups
-        theirs[fused] = (rows + len(p), *p.shape[1:])
-    return ours, theirs
+    """-> {our name: its Slice}, and {their name: shape of the tensor in the folder}."""
+    grouped_qkv = FAMILIES[model.config.architecture].grouped_qkv
+    slices = {}
+    shapes = {}
+    for ours, parameter in model.named_parameters():
+        name = their_name(model.config, ours)
+        groups = 1
+        if grouped_qkv is not None and grouped_qkv in name:
+            groups = model.config.num_key_value_heads
 
-def _part(tensor, groups, first, n):
-    """Of their tensor, the view (groups, n, ...) of the rows that are one of ours."""
-    return tensor.unflatten(0, (groups, -1))[:, first:first + n]
+        # parameters that share a tensor follow each other in our order: q, k, v, or gate, up
+        rows = parameter.shape[0]
+        rows_before = shapes[name][0] if name in shapes else 0
+        slices[ours] = Slice(name, groups, rows_before // groups, rows // groups)
+        shapes[name] = (rows_before + rows, *parameter.shape[1:])
+    return slices, shapes
+
+
+# ------------------------------------------------------------------------------------------------
+# Loading weights
+
+
+@torch.no_grad()
+def load_weights(model, folder):
+    """Fill every parameter from the folder's safetensors. Each rank reads only its own rows.
+
+    ValueError names tensors that are missing, not expected, or of another shape. The parameters are
+    unchanged then.
+    """
+    files = _open_weights(Path(folder))
+    slices, shapes = layout(model)
+    _check_tensors(folder, model.config, files, shapes)
+    for ours, local, first in model.local_parameters():
+        place = slices[ours]
+        tensor = files[place.name].get_tensor(place.name)  # memory-mapped: nothing is read yet
+        full = place.view(tensor).flatten(0, 1)  # the shape of the whole parameter
+        local.copy_(full[first:first + len(local)])
+
 
 def _open_weights(folder):
-    """-> {tensor name: its open file}. ValueError or FileNotFoundError for what is not a whole set of safetensors."""
-    folder, where = Path(folder), {}
-    index, names = folder / INDEX, {f.name for f in folder.glob("*.safetensors")}
+    """-> {tensor name: the open safetensors file that holds it}.
+
+    FileNotFoundError if there are none; ValueError names a file that is missing or damaged.
+    """
+    files = {}
+    for name in _weight_files(folder):
+        path = folder / name
+        if path.name != name or path.suffix != ".safetensors":
+            raise ValueError(f"{folder / INDEX}: {name!r} points out of the folder: "
+                             "only names of .safetensors files in the folder are read")
+        try:
+            file = safe_open(path, "pt")
+        except (OSError, SafetensorError) as e:
+            problem = "damaged, or a git-lfs pointer" if path.exists() else "missing"
+            raise ValueError(f"{path} is {problem} ({e}): download it again") from e
+        for tensor_name in file.keys():
+            files[tensor_name] = file
+    return files
+
+
+def _weight_files(folder):
+    """-> the sorted names of the folder's safetensors files: those of its index, if it has one."""
+    index = folder / INDEX
     if index.exists():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError) as e:
-            raise ValueError(f"{index} is damaged ({type(e).__name__}: {e}): download it again") from e
+            raise ValueError(f"{index} is damaged ({type(e).__name__}: {e}): "
+                             "download it again") from e
+    else:
+        names = {path.name for path in folder.glob("*.safetensors")}
     if not names:
-        others = sorted(f.name for f in folder.glob("*.bin"))
-        raise FileNotFoundError(f"{folder} has no .safetensors{f' ({others[0]} is a pickle)' if others else ''}: save "
-                                "the model with safe_serialization=True, or set INIT=random")
-    for name in sorted(names):
-        path = folder / name
-        if path.name != name or path.suffix != ".safetensors":
-            raise ValueError(f"{index}: {name!r} points out of the folder: only plain file names are read")
-        try:
-            file = safe_open(path, "pt")
-        except (OSError, SafetensorError) as e:
-            what = "damaged, or a git-lfs pointer" if path.exists() else "missing"
-            raise ValueError(f"{path} is {what} ({e}): download it again") from e
-        where.update(dict.fromkeys(file.keys(), file))
-    return where
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        found = f" ({pickles[0]} is a pickle)" if pickles else ""
+        raise FileNotFoundError(f"{folder} has no .safetensors{found}: save the model with "
+                                "safe_serialization=True, or set INIT=random")
+    return sorted(names)
 
-@torch.no_grad()
-def load_weights(model, folder):
-    """Fill every parameter from the folder's safetensors. Each rank reads its own rows from the mapped files.
-    ValueError names tensors that are missing, not expected, or of another shape; nothing has been read then."""
-    where, (ours, wanted) = _open_weights(folder), layout(model)
-    found = {name: tuple(f.get_slice(name).get_shape()) for name, f in where.items() if not name.endswith(".inv_freq")}
-    if model.config.tie_word_embeddings:
-        found.pop(their_name(model.config, "lm_head.weight"), None)
-    wrong = [f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
-             for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
-    if wrong:
-        raise ValueError(f"{folder} is not the {model.config.architecture} that its config.json describes: "
-                         f"{len(wrong)} tensors differ: {'; '.join(wrong[:4])}")
-    for name, rows, first in model.local_parameters():
-        theirs, *place = ours[name]
-        tensor = _part(where[theirs].get_tensor(theirs), *place).flatten(0, 1)  # mapped from the file, not yet read
-        rows.copy_(tensor[first:first + len(rows)])
+
+def _check_tensors(folder, config, files, shapes):
+    """ValueError if the tensors in `files` are not those of `shapes`."""
+    found = {}
+    for name, file in files.items():
+        if not name.endswith(".inv_freq"):  # RoPE's frequencies, which old exports store
+            found[name] = tuple(file.get_slice(name).get_shape())
+    if config.tie_word_embeddings:  # some folders store the tied matrix a second time
+        found.pop(their_name(config, "lm_head.weight"), None)
+
+    differences = []
+    for name in sorted({*found, *shapes}):
+        if found.get(name) != shapes.get(name):
+            actual = found.get(name, "missing")
+            expected = shapes.get(name, "expected")
+            differences.append(f"{name} is {actual}, not {expected}")
+    if differences:
+        raise ValueError(f"{folder} is not the {config.architecture} that its config.json "
+                         f"describes: {len(differences)} tensors differ: "
+                         f"{'; '.join(differences[:4])}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Saving weights
+
 
 @torch.no_grad()
 def save_weights(model, source_folder, out_folder):
-    """Write a Hugging Face folder: safetensors in shards of at most 5 GB, config.json, tokenizer files byte for byte.
-    All ranks call it; tensors are gathered one at a time, and each rank holds and writes the shards that fall to it."""
-    source, out, config = Path(source_folder), Path(out_folder), model.config
-    parameters, (ours, theirs) = dict(model.named_parameters()), layout(model)
-    mesh = getattr(next(iter(parameters.values())), "device_mesh", None)
-    rank, world = (mesh.get_rank(), mesh.size()) if mesh is not None else (0, 1)
+    """Write a Hugging Face folder: safetensors, config.json, and the files of the tokenizer.
+
+    All ranks call it. OSError if this rank could not write; the others are not affected.
+    """
+    source = Path(source_folder)
+    out = Path(out_folder)
     source_config = json.loads((source / "config.json").read_text())
-    named = source_config.get("dtype") or source_config.get("torch_dtype") or "float32"
-    dtype = {"float32": torch.float32, "float16": torch.float16}.get(named, torch.bfloat16)
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in theirs.items()}
-    limit, shard_of, n, filled = min(SHARD_BYTES, -(-sum(sizes.values()) // world)), {}, 1, 0
-    for name, size in sizes.items():
-        if filled and filled + size > limit:
-            n, filled = n + 1, 0
-        shard_of[name], filled = n - 1, filled + size
-    files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
-    error = None
-    for start in range(0, n, world):
-        mine = {}
-        for name, (fused, *place) in ours.items():
-            if start <= shard_of[fused] < start + world:
-                p = parameters[name]
-                full = p.full_tensor() if hasattr(p, "full_tensor") else p
-                if shard_of[fused] == start + rank:
-                    part = _part(mine.setdefault(fused, torch.empty(theirs[fused], dtype=dtype)), *place)
-                    part.copy_(full.unflatten(0, part.shape[:2]))
-        try:  # the other ranks go on to the next gather: fail after the last
-            out.mkdir(parents=True, exist_ok=True)
-            if mine:
-                save_file(mine, out / files[start + rank], metadata={"format": "pt"})
-        except (OSError, SafetensorError) as e:
-            error = error or e
-    if error:
-        raise OSError(f"{out}: {error}") from error
+    dtype = _export_dtype(source_config)
+    rank, world = _rank_and_world(model)
+
+    _, shapes = layout(model)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards = _assign_shards(sizes, world)
+    files = _shard_files(len(shards))
+    _write_shards(model, dtype, shards, files, out)
+
     if rank == 0:
-        for old in [*out.glob("model.safetensors*"), *out.glob("model-?????-of-?????.safetensors")]:
-            if old.name not in files:  # of an export by another number of ranks: somebody would read it
-                old.unlink()
-        if n > 1:
-            (out / INDEX).write_text(json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": {
-                name: files[i] for name, i in shard_of.items()}}, indent=2))
-        (out / "config.json").write_text(json.dumps(export_config(source_config, config, dtype), indent=2))
-        for file in (f for pattern in TOKENIZER_FILES for f in source.glob(pattern) if f.is_file()):
-            if not (out / file.name).exists() or not file.samefile(out / file.name):
-                shutil.copyfile(file, out / file.name)
+        _remove_other_shards(out, files)
+        if len(shards) > 1:
+            _write_index(out / INDEX, shards, files, sum(sizes.values()))
+        exported = export_config(source_config, model.config, dtype)
+        (out / "config.json").write_text(json.dumps(exported, indent=2))
+        _copy_tokenizer(source, out)
 
-CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-def write_demo(folder, vocab_size=512):
-    """A small Llama, its tokenizer and a corpus, of what every Python carries: the source of its standard library."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-    folder.mkdir(parents=True, exist_ok=True)
-    files = sorted(Path(json.__file__).parents[1].glob("*.py"))
-    texts = [f.read_text("utf-8", "replace") for f in files if 0 < f.stat().st_size < 8_000]
-    (folder / "demo.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    tokenizer, (end, *more) = ByteLevelBPETokenizer(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(texts, vocab_size, show_progress=False, special_tokens=[end, *more])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=end, pad_token=end,
-                            additional_special_tokens=more, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 128,
-        "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "tie_word_embeddings": True, "dtype": "float32", "eos_token_id": 0, "bos_token_id": None}, indent=2))
-    model = Transformer(load_config(folder))
-    model.init_weights(seed=0)
-    save_weights(model, folder, folder)
+def _export_dtype(source_config):
+    """An export has the source's dtype; bfloat16 where that is neither float32 nor float16."""
+    name = source_config.get("dtype") or source_config.get("torch_dtype") or "float32"
+    if name == "float32":
+        return torch.float32
+    if name == "float16":
+        return torch.float16
+    return torch.bfloat16
+
+
+def _rank_and_world(model):
+    """This rank and the number of ranks that the model is sharded over; 0 and 1 if it is not."""
+    parameter = next(model.parameters())
+    if not hasattr(parameter, "device_mesh"):
+        return 0, 1
+    return parameter.device_mesh.get_rank(), parameter.device_mesh.size()
+
+
+def _assign_shards(sizes, world):
+    """{tensor name: bytes} -> the names of the tensors of each shard, in order.
+
+    A shard has at most SHARD_BYTES. It is made smaller where every rank is to get one to write.
+    """
+    total = sum(sizes.values())
+    bytes_per_rank = -(-total // world)  # rounded up
+    limit = min(SHARD_BYTES, bytes_per_rank)
+    shards = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if filled > 0 and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _shard_files(n):
+    """The file names of n shards, as transformers expects them."""
+    if n == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+
+
+def _write_shards(model, dtype, shards, files, out):
+    """Write shards[i] to out / files[i], in rounds: each rank holds and writes one shard a round.
+
+    A tensor is gathered by all ranks, so a rank that cannot write takes part until the last round
+    and raises OSError after it. Otherwise the others would wait for it forever.
+    """
+    rank, world = _rank_and_world(model)
+    error = None
+    for start in range(0, len(shards), world):
+        tensors = _gather(model, dtype, shards[start:start + world], rank)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if tensors:
+                save_file(tensors, out / files[start + rank], metadata={"format": "pt"})
+        except (OSError, SafetensorError) as e:
+            if error is None:
+                error = e
+        del tensors  # before the next round allocates its own
+    if error is not None:
+        raise OSError(f"{out}: {error}") from error
+
+
+def _gather(model, dtype, shards, rank):
+    """Gather the tensors of `shards` on all ranks. -> {name: tensor} of shards[rank], on the host.
+
+    It is empty if there is no such shard. Whole tensors exist one at a time on the device.
+    """
+    slices, shapes = layout(model)
+    gathered = {name for shard in shards for name in shard}
+    mine = shards[rank] if rank < len(shards) else []
+    tensors = {}
+    for ours, parameter in model.named_parameters():
+        place = slices[ours]
+        if place.name not in gathered:
+            continue
+        full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        if place.name in mine:
+            if place.name not in tensors:
+                tensors[place.name] = torch.empty(shapes[place.name], dtype=dtype)
+            target = place.view(tensors[place.name])  # (groups, rows, ...)
+            target.copy_(full.unflatten(0, (place.groups, place.rows)))
+    return tensors
+
+
+def _remove_other_shards(out, files):
+    """Remove weights of an earlier export, which somebody would load instead of the new ones."""
+    pattern = "model-?????-of-?????.safetensors"
+    for path in [*out.glob("model.safetensors*"), *out.glob(pattern)]:
+        if path.name not in files:
+            path.unlink()
+
+
+def _write_index(path, shards, files, total_size):
+    """Write the index that transformers needs to find the tensors in several shards."""
+    weight_map = {}
+    for shard, file in zip(shards, files):
+        for name in shard:
+            weight_map[name] = file
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    path.write_text(json.dumps(index, indent=2))
+
+
+def _copy_tokenizer(source, out):
+    """Copy the files of TOKENIZER_FILES byte for byte."""
+    for pattern in TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            target = out / path.name
+            into_itself = target.exists() and path.samefile(target)  # an export into its source
+            if path.is_file() and not into_itself:
+                shutil.copyfile(path, target)
+
 
 def main(checkpoint, out):
-    """Checkpoint -> Hugging Face folder, in one process, on the host. The run's config.json says which MODEL it was."""
+    """Export a training checkpoint as a Hugging Face folder, in one process, without a GPU."""
     manifest = parallel.read_manifest(Path(checkpoint))
     model = Transformer(Config(**manifest["config"]))
     parallel.load_checkpoint(checkpoint, model)
     save_weights(model, manifest["model"], out)
     print(f"{out}: step {manifest['step']} of {manifest['model']}")
 
-@torch.no_grad()
-def check(folder):
-    """Print how far float32 layers, logits and loss are from transformers' on this file's text. -> is any apart?"""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model, found, parted = Transformer(load_config(folder)), [], False
-    load_weights(model, folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(Path(__file__).read_text()[:600]).input_ids)
-    for layer in [*model.model["layers"][:-1], model.model["norm"]]:  # transformers shows the last one after the norm
-        layer.register_forward_hook(lambda module, args, output: found.append(output))
-    found.append(model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)))
-    output = theirs(ids[None], labels=ids[None], output_hidden_states=True)
-    for i, (a, b) in enumerate(zip(found, (*output.hidden_states[1:], output.logits))):
-        apart = ((a - b[0]).norm(dim=-1) / b[0].norm(dim=-1)).max().item()  # by token, as the first one may be huge
-        parted |= (part := not apart < 1e-4)  # nan is apart, too
-        print(f"{f'layer {i}' if b is not output.logits else 'logits':<10} {apart:.1e}{' PART' * part}")
-    loss = torch.nn.functional.cross_entropy(found[-1][:-1], ids[1:])
-    print(f"loss of {len(ids)} tokens {loss:.6f}, transformers' {output.loss:.6f}")
-    return parted
+
+# ------------------------------------------------------------------------------------------------
+# The demo
+
+
+def write_demo(folder, vocab_size=512):
+    """Write demo.jsonl, a tokenizer trained on it, and a small Llama with random weights.
+
+    The texts are the source of Python's standard library, which every machine has.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = []
+    for path in sorted(Path(json.__file__).parents[1].glob("*.py")):
+        if 0 < path.stat().st_size < 8_000:
+            texts.append(path.read_text("utf-8", "replace"))
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "demo.jsonl").write_text("".join(lines))
+    _write_demo_tokenizer(folder, texts, vocab_size)
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "eos_token_id": 0,
+        "bos_token_id": None,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    model = Transformer(load_config(folder))
+    model.init_weights(seed=0)
+    save_weights(model, folder, folder)
+
+
+def _write_demo_tokenizer(folder, texts, vocab_size):
+    """Train a byte-level BPE tokenizer on the texts and save it with a ChatML template."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    chat_tokens = ["<|im_start|>", "<|im_end|>"]
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        texts, vocab_size, show_progress=False, special_tokens=[end, *chat_tokens])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer,
+        eos_token=end,
+        pad_token=end,
+        additional_special_tokens=chat_tokens,
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.save_pretrained(folder)
+
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not Path(sys.argv[2 if sys.argv[1] == "check" else 1]).is_dir():
+    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_dir():
         sys.exit(__doc__)
-    sys.exit(check(sys.argv[2]) if sys.argv[1] == "check" else main(*sys.argv[1:]))
+    main(sys.argv[1], sys.argv[2])

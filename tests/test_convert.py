@@ -18,6 +18,7 @@ import convert
 import parallel
 import train
 from model import Config, Transformer, rope_cos_sin, rope_frequencies
+from tools import check
 
 ODD = dict(num_attention_heads=6, num_key_value_heads=3, head_dim=10)
 BIASED = {"attention_bias": True}
@@ -209,7 +210,7 @@ def test_baichuan_fuses_q_k_v_and_its_second_normalizes_the_head(tmp_path, archi
     with pytest.raises(ValueError, match="reads no rope_scaling"):
         convert.extend_context(ours.config, 4096, None, 512)
     if second:
-        with pytest.raises(ValueError, match="BaichuanForCausalLM .* 13B, whose ALiBi is not built"):
+        with pytest.raises(ValueError, match="BaichuanForCausalLM .* 13B, whose ALiBi is not supported"):
             convert.load_config(edit_config(folder, drop=["max_position_embeddings"]))
 
 def plain_decoder(layers, x, head_dim, turn):
@@ -406,7 +407,7 @@ def test_dynamic_is_frozen_at_the_training_length(length):
 @pytest.mark.parametrize("positions,scaling,message", [
     (256, None, "256 is less than the checkpoint's 512"), (1024, {"rope_type": "su"}, "'su' is unknown"),
     (1024, {"rope_type": "yarn"}, "needs its factor"),
-    (1024, {"type": "linear", "facotr": 2.0}, "facotr 2.0 is not built: use .*, factor,")])
+    (1024, {"type": "linear", "facotr": 2.0}, "facotr 2.0 is not supported: use .*, factor,")])
 def test_extensions_that_cannot_be_are_refused(positions, scaling, message):
     config = Config(1, 512, 1, 1, 8, 8, 64, max_position_embeddings=512)
     config.rope_scaling = {"rope_type": "linear", "factor": 2.0} if "needs" in message else None
@@ -598,8 +599,8 @@ def test_both_dialects_of_rope_are_read(hf_folder, drop, changes, theta, scaling
     ({"rope_parameters": {"rope_type": "linear"}}, "'factor' is missing"),
     ({"rope_parameters": {k: v for k, v in LLAMA3.items() if k[0] != "o"}},
      "'original_max_position_embeddings' is missing"),
-    ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not built"),
-    ({"rope_parameters": {**LINEAR, "rope_type": "yarn", "mscale": 0.7}}, "mscale 0.7 is not built"),
+    ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not supported"),
+    ({"rope_parameters": {**LINEAR, "rope_type": "yarn", "mscale": 0.7}}, "mscale 0.7 is not supported"),
     ({"architectures": ["UnheardOfForCausalLM"]}, "UnheardOfForCausalLM .*is not supported"),
     ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\)"),
     ({"hidden_act": "relu"}, "hidden_act 'relu'"), ({"qk_norm": True}, "qk_norm True changes"),
@@ -698,17 +699,17 @@ def test_check_exits_by_what_it_found(hf_folder, tokenizer_files, tied):
     tokenizer_files(folder)
 
     def status():
-        return subprocess.run([sys.executable, convert.__file__, "check", str(folder)], capture_output=True, text=True)
+        return subprocess.run([sys.executable, check.__file__, str(folder)], capture_output=True, text=True)
     equal = status()
-    assert equal.returncode == 0 and "PART" not in equal.stdout, equal.stdout + equal.stderr
+    assert equal.returncode == 0 and "MISMATCH" not in equal.stdout, equal.stdout + equal.stderr
     edit_config(folder, rms_norm_eps=float("nan"))  # both are nan, everywhere: that is not equal
     apart = status()
-    assert apart.returncode == 1 and apart.stdout.startswith("layer 0    nan PART\n"), apart.stdout + apart.stderr
+    assert apart.returncode == 1 and apart.stdout.startswith("layer 0    nan MISMATCH\n"), apart.stdout + apart.stderr
 
 def test_check_names_the_layer_where_we_part_from_transformers(hf_folder, tokenizer_files, capsys, monkeypatch):
     folder, _ = hf_folder(vocab_size=260, num_hidden_layers=3, **ODD)
     tokenizer_files(folder)
-    assert not convert.check(folder)
+    assert not check.check(folder)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:-1] for line in lines[:4]] == [["layer", "0"], ["layer", "1"], ["layer", "2"], ["logits"]]
     losses = re.fullmatch(r"loss of 600 tokens (\S+), transformers' (\S+)", lines[4]).groups()
@@ -720,12 +721,12 @@ def test_check_names_the_layer_where_we_part_from_transformers(hf_folder, tokeni
         model.model["layers"][1].mlp.down_proj.weight.data *= 1.01
     with monkeypatch.context() as patched:
         patched.setattr(convert, "load_weights", shifted)
-        assert convert.check(folder)
-        parted = [line.endswith(" PART") for line in capsys.readouterr().out.splitlines()[:4]]
+        assert check.check(folder)
+        parted = [line.endswith(" MISMATCH") for line in capsys.readouterr().out.splitlines()[:4]]
         assert parted == [False, True, True, True]
     # we go by architectures, transformers by model_type, which knows no window
-    assert convert.check(edit_config(folder, architectures=["MistralForCausalLM"], sliding_window=300))
-    assert all(line.endswith(" PART") for line in capsys.readouterr().out.splitlines()[:4])
+    assert check.check(edit_config(folder, architectures=["MistralForCausalLM"], sliding_window=300))
+    assert all(line.endswith(" MISMATCH") for line in capsys.readouterr().out.splitlines()[:4])
 
 def test_a_folder_without_a_whole_config_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no config.json"):
