@@ -30,9 +30,9 @@ CHAT_TEMPLATE = (  # ChatML
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 # ------------------------------------------------------------------------------------------------
-# Switches: what an architecture's name implies, as fields of Config. get(key) is the value of a
-# key of config.json; get(key, default) is the default if the key is missing or null. The defaults
-# are those of the architecture's own configuration class, which may leave them out of config.json.
+# Switches: what an architecture implies beyond the keys that it shares with Llama, as fields of
+# Config. get(key) is the value of a key of config.json; get(key, default) is the default if the key
+# is missing or null. The defaults are those of the architecture's own configuration class.
 
 
 def _llama(get):
@@ -57,6 +57,7 @@ def _qwen3(get):
 
 def _qwen_window(get):
     """The sliding window of all layers, or None. ValueError if only some layers have one."""
+    # all keys are read in any case, because a key that is not read would be refused
     used = get("use_sliding_window", False)
     window = get("sliding_window", 4096)
     first_layer = get("max_window_layers", 28)
@@ -113,10 +114,10 @@ def _starcoder2(get):
     norm_type = get("norm_type", "layer_norm")
     if norm_type != "layer_norm":
         raise ValueError(f"norm_type {norm_type!r} is not supported: use layer_norm")
-    older_key = get("layer_norm_epsilon", 1e-5)
+    older_epsilon = get("layer_norm_epsilon", 1e-5)  # before the key was called norm_epsilon
     return {
         "norm": "layer_bias",
-        "rms_norm_eps": get("norm_epsilon", older_key),
+        "rms_norm_eps": get("norm_epsilon", older_epsilon),
         "mlp_gate": False,
         "sliding_window": get("sliding_window", None),
         "tie_word_embeddings": get("tie_word_embeddings", True),
@@ -171,11 +172,12 @@ class Family(NamedTuple):
     ignores_rope_scaling: bool = False
 
 
+# Yi's first releases, which have code of their own; later ones are plain Llama
 YI = Family(
     names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"},
     remote_code=True)
 
-# its dynamic RoPE and its scaling of attention by log n are off in training: neither is implemented
+# Its dynamic RoPE and its scaling of attention by log n are off in training: neither is implemented
 QWEN_1 = Family(
     switches=_qwen1,
     keys={
@@ -198,11 +200,13 @@ QWEN_1 = Family(
     },
     remote_code=True, ignores_rope_scaling=True)
 
+# One key switches the biases of all four projections of attention
 INTERNLM_1 = Family(
     switches=_internlm1,
     keys={"qkv_bias": "bias", "o_bias": "bias"},
     remote_code=True, ignores_rope_scaling=True)
 
+# Covers InternLM 2.5, too
 INTERNLM_2 = Family(
     keys={"qkv_bias": "bias", "o_bias": "bias"},
     names={
@@ -221,6 +225,7 @@ INTERNLM_2 = Family(
     grouped_qkv="wqkv",
     remote_code=True)
 
+# Its "bias" is about the output projection and the MLP, as q, k and v have a key of their own
 INTERNLM_3 = Family(
     keys={"qkv_bias": "qkv_bias", "o_bias": "bias", "mlp_bias": "bias"},
     remote_code=True)
@@ -230,10 +235,12 @@ STARCODER_2 = Family(
     keys={"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},
     names={"gate_proj": "c_fc", "down_proj": "c_proj"})
 
+# q, k and v are one tensor, one after the other
 BAICHUAN_1 = Family(
     names={"[qkv]_proj": "W_pack"},
     remote_code=True, ignores_rope_scaling=True)
 
+# ChatGLM 3 and GLM 4. Besides q, k and v, the gate and the up projection are one tensor.
 CHATGLM = Family(
     switches=_chatglm,
     keys={
@@ -346,7 +353,7 @@ def load_config(folder):
 
 
 def _config(source):
-    """config.json as a dict -> Config. KeyError and ValueError as load_config needs them."""
+    """config.json as a dict -> Config. KeyError for a missing key, else ValueError."""
     architecture = _architecture(source)
     family = FAMILIES[architecture]
     quantization = source.get("quantization_config")
@@ -354,6 +361,7 @@ def _config(source):
         raise ValueError(f"the weights are quantized ({quantization.get('quant_method')}): "
                          "train the original model")
 
+    # the keys that are understood here: every other one has to be harmless, see below
     keys_read = {"rope_theta", "rope_scaling", "rope_parameters"}
 
     def get(key, default=REQUIRED):
@@ -366,22 +374,24 @@ def _config(source):
             return default
         return source[key]
 
-    # RoPE first, because some families have keys of their own for it
+    # later steps replace earlier ones: some families have their own keys or switches for RoPE
     fields = _rope_fields(source)
     for field, key in {**CONFIG_KEYS, **family.keys}.items():
         value = get(key, None)
         if value is not None:
             fields[field] = value
     fields.update(family.switches(get))
+
+    # what a config.json may leave out
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-    _refuse_other_keys(source, keys_read, fields["num_hidden_layers"], architecture)
 
+    _refuse_other_keys(source, keys_read, fields["num_hidden_layers"], architecture)
     config = Config(architecture=architecture, **fields)
     if config.activation not in ("silu", "gelu_pytorch_tanh"):
         raise ValueError(f"hidden_act {config.activation!r} is not supported: "
                          "use silu or gelu_pytorch_tanh")
-    rope_frequencies(config)  # raises an error for a rope_type that is unknown or incomplete
+    rope_frequencies(config)  # raises an error if the rope_type is unknown or lacks a parameter
     return config
 
 
@@ -492,17 +502,19 @@ def extend_context(config, positions, scaling, length):
         stretch = math.ceil(config.max_position_embeddings / old_positions)
         config.rope_scaling = _extended_scaling(
             config.rope_scaling, wanted, old_positions, stretch)
-    rope_frequencies(config)  # raises ValueError for a rope_type that is unknown or incomplete
+    rope_frequencies(config)  # raises an error if the rope_type is unknown or lacks a parameter
 
+    # rows that are no longer than the checkpoint's context do not change the base of dynamic
     rope_type = config.rope_scaling.get("rope_type") if config.rope_scaling else None
     if rope_type == "dynamic" and length > old_positions:
         _freeze_dynamic(config, old_positions, length)
 
 
 def _extended_scaling(old, wanted, old_positions, stretch):
-    """The rope_scaling for `stretch` times the positions of the checkpoint. `old`: its own, or None.
+    """The rope_scaling for `stretch` times the positions of the checkpoint.
 
-    `wanted` is what the user gave. Its keys replace those that are derived here.
+    old: the checkpoint's own, or None. wanted: what the user gave; it replaces what follows from
+    the rest.
     """
     old_type = old["rope_type"] if old else None
     rope_type = wanted.get("rope_type", old_type or "linear")
@@ -669,6 +681,7 @@ def _open_weights(folder):
     files = {}
     for name in _weight_files(folder):
         path = folder / name
+        # an index that somebody else wrote must not make us read other files
         if path.name != name or path.suffix != ".safetensors":
             raise ValueError(f"{folder / INDEX}: {name!r} points out of the folder: "
                              "only names of .safetensors files in the folder are read")
@@ -710,6 +723,7 @@ def _check_tensors(folder, config, files, shapes):
     if config.tie_word_embeddings:  # some folders store the tied matrix a second time
         found.pop(their_name(config, "lm_head.weight"), None)
 
+    # all differences are collected: a few together show what kind of model the folder holds
     differences = []
     for name in sorted({*found, *shapes}):
         if found.get(name) != shapes.get(name):
@@ -730,7 +744,8 @@ def _check_tensors(folder, config, files, shapes):
 def save_weights(model, source_folder, out_folder):
     """Write a Hugging Face folder: safetensors, config.json, and the files of the tokenizer.
 
-    All ranks call it. OSError if this rank could not write; the others are not affected.
+    All ranks call it. If this rank cannot write, it raises OSError after the last collective, so
+    that the others do not wait for it.
     """
     source = Path(source_folder)
     out = Path(out_folder)
@@ -744,6 +759,7 @@ def save_weights(model, source_folder, out_folder):
     files = _shard_files(len(shards))
     _write_shards(model, dtype, shards, files, out)
 
+    # one rank writes what there is once
     if rank == 0:
         _remove_other_shards(out, files)
         if len(shards) > 1:
@@ -774,8 +790,9 @@ def _rank_and_world(model):
 def _assign_shards(sizes, world):
     """{tensor name: bytes} -> the names of the tensors of each shard, in order.
 
-    A shard has at most SHARD_BYTES. It is made smaller where every rank is to get one to write.
+    A shard has at most SHARD_BYTES, unless it is a single larger tensor.
     """
+    # small models are cut finer, so that every rank writes a part and holds no more than that
     total = sum(sizes.values())
     bytes_per_rank = -(-total // world)  # rounded up
     limit = min(SHARD_BYTES, bytes_per_rank)
@@ -800,8 +817,7 @@ def _shard_files(n):
 def _write_shards(model, dtype, shards, files, out):
     """Write shards[i] to out / files[i], in rounds: each rank holds and writes one shard a round.
 
-    A tensor is gathered by all ranks, so a rank that cannot write takes part until the last round
-    and raises OSError after it. Otherwise the others would wait for it forever.
+    OSError after the last round if this rank could not write.
     """
     rank, world = _rank_and_world(model)
     error = None
@@ -812,6 +828,7 @@ def _write_shards(model, dtype, shards, files, out):
             if tensors:
                 save_file(tensors, out / files[start + rank], metadata={"format": "pt"})
         except (OSError, SafetensorError) as e:
+            # The next rounds need all ranks: without this one, the others would wait forever.
             if error is None:
                 error = e
         del tensors  # before the next round allocates its own
@@ -822,16 +839,17 @@ def _write_shards(model, dtype, shards, files, out):
 def _gather(model, dtype, shards, rank):
     """Gather the tensors of `shards` on all ranks. -> {name: tensor} of shards[rank], on the host.
 
-    It is empty if there is no such shard. Whole tensors exist one at a time on the device.
+    It is empty if there is no such shard: the last round may have fewer shards than ranks.
     """
     slices, shapes = layout(model)
-    gathered = {name for shard in shards for name in shard}
+    in_this_round = {name for shard in shards for name in shard}
     mine = shards[rank] if rank < len(shards) else []
     tensors = {}
     for ours, parameter in model.named_parameters():
         place = slices[ours]
-        if place.name not in gathered:
+        if place.name not in in_this_round:
             continue
+        # a collective, so every rank has to get here for the same parameters
         full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         if place.name in mine:
             if place.name not in tensors:
@@ -842,9 +860,10 @@ def _gather(model, dtype, shards, rank):
 
 
 def _remove_other_shards(out, files):
-    """Remove weights of an earlier export, which somebody would load instead of the new ones."""
-    pattern = "model-?????-of-?????.safetensors"
-    for path in [*out.glob("model.safetensors*"), *out.glob(pattern)]:
+    """Remove the weights of an earlier export, which would be loaded instead of the new ones."""
+    # only names that an export writes, and its index: the folder may hold other weights
+    written = [*out.glob("model.safetensors*"), *out.glob("model-?????-of-?????.safetensors")]
+    for path in written:
         if path.name not in files:
             path.unlink()
 
@@ -864,8 +883,9 @@ def _copy_tokenizer(source, out):
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             target = out / path.name
-            into_itself = target.exists() and path.samefile(target)  # an export into its source
-            if path.is_file() and not into_itself:
+            # source and out may be the same folder
+            is_there = target.exists() and path.samefile(target)
+            if path.is_file() and not is_there:
                 shutil.copyfile(path, target)
 
 
