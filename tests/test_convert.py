@@ -624,8 +624,9 @@ def test_extended_context_is_what_transformers_serves(
     assert reloaded.rope_scaling == scaling_before
 
 
+@pytest.mark.parametrize("positions", [0, 1024])
 @pytest.mark.parametrize("length", [512, 131072, 1048576])
-def test_dynamic_is_frozen_at_the_training_length(length):
+def test_dynamic_is_frozen_at_the_training_length(length, positions):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -635,13 +636,13 @@ def test_dynamic_is_frozen_at_the_training_length(length):
     theirs = LlamaConfig(hidden_size=512, num_attention_heads=8, max_position_embeddings=512,
                          rope_parameters={**scaling, "rope_theta": 50000.0})
     expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, seq_len=length)
-    convert.extend_context(config, 0, None, length)
+    convert.extend_context(config, positions, None, length)
     frequencies, _ = rope_frequencies(config)
     assert_close(frequencies, expected, "frequencies", rtol=1e-6)
 
-    positions = torch.tensor([0, 1, 4095, 131071, 1000000])
-    cos, _ = rope_cos_sin(config, positions)
-    angle = positions.double()[:, None] * frequencies.double()
+    position_ids = torch.tensor([0, 1, 4095, 131071, 1000000])
+    cos, _ = rope_cos_sin(config, position_ids)
+    angle = position_ids.double()[:, None] * frequencies.double()
     assert_close(cos[:, 0], angle.cos(), "cos", atol=1e-6)
 
 
