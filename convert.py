@@ -30,17 +30,75 @@ CHAT_TEMPLATE = (  # ChatML
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 # ------------------------------------------------------------------------------------------------
-# Switches: what an architecture implies beyond the keys that it shares with Llama, as fields of
-# Config. get(key) is the value of a key of config.json; get(key, default) is the default if the key
-# is missing or null. The defaults are those of the architecture's own configuration class.
+# The table of architectures
 
 
 def _llama(get):
     return {}
 
 
+class Family(NamedTuple):
+    """How the folders of one architecture differ from Llama's. The defaults describe Llama.
+
+    STARCODER_2 below is an example of all that most architectures need: its MLP has no gate and its
+    norms have biases (switches), one key of config.json is about all its biases (keys), and its
+    MLP's matrices have other names (names). For a new architecture, write such a Family and add it
+    to FAMILIES. If it computes something new, Config needs a field and model.py a change.
+    """
+    # Function of `get` -> the fields of Config that the architecture sets. get(key) is the value of
+    # a key of config.json; get(key, default) is the default if the key is missing or null. Defaults
+    # are those of the architecture's own configuration class.
+    switches: object = _llama
+    # Field of Config -> its key in config.json, where it differs from CONFIG_KEYS.
+    keys: dict = {}
+    # Regular expression -> replacement. Applied in order, they turn our name of a parameter into
+    # the folder's. Parameters of ours that get one name are stored in one tensor (see Slice).
+    names: dict = {}
+    # Name of a tensor that holds q, k and v ordered by key/value head (see Slice).
+    grouped_qkv: str | None = None
+    # The modeling code is in the folder (trust_remote_code), so an export keeps auto_map.
+    remote_code: bool = False
+    # That code does not read rope_scaling, so the context cannot be extended.
+    ignores_rope_scaling: bool = False
+
+
+# Yi's first releases, which have code of their own; later ones are plain Llama
+YI = Family(
+    names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"},
+    remote_code=True)
+
+
 def _mistral(get):
     return {"sliding_window": get("sliding_window", 4096)}
+
+
+def _qwen1(get):
+    # its intermediate_size counts the gate and the up projection together
+    return {"qkv_bias": True, "intermediate_size": get("intermediate_size") // 2}
+
+
+# Its dynamic RoPE and its scaling of attention by log n are off in training: neither is implemented
+QWEN_1 = Family(
+    switches=_qwen1,
+    keys={
+        "head_dim": "kv_channels",
+        "max_position_embeddings": "seq_length",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "rope_theta": "rotary_emb_base",
+    },
+    names={
+        "model.embed_tokens": "transformer.wte",
+        "model.layers": "transformer.h",
+        "model.norm": "transformer.ln_f",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attn": "attn",
+        "[qkv]_proj": "c_attn",
+        "gate_proj": "w2",
+        "up_proj": "w1",
+        "(o|down)_proj": "c_proj",
+    },
+    remote_code=True, ignores_rope_scaling=True)
 
 
 def _qwen2(get):
@@ -74,11 +132,6 @@ def _qwen_window(get):
     return window
 
 
-def _qwen1(get):
-    # its intermediate_size counts the gate and the up projection together
-    return {"qkv_bias": True, "intermediate_size": get("intermediate_size") // 2}
-
-
 def _internlm1(get):
     rotary = get("rotary", {})
     rope_type = "default" if rotary.get("type") == "origin" else "dynamic"
@@ -86,6 +139,37 @@ def _internlm1(get):
         "rope_theta": rotary.get("base", 1e4),
         "rope_scaling": {"rope_type": rope_type, "factor": rotary.get("scaling_factor", 1.0)},
     }
+
+
+# One key is about the biases of all four projections of attention
+INTERNLM_1 = Family(
+    switches=_internlm1,
+    keys={"qkv_bias": "bias", "o_bias": "bias"},
+    remote_code=True, ignores_rope_scaling=True)
+
+# InternLM 2 and 2.5
+INTERNLM_2 = Family(
+    keys={"qkv_bias": "bias", "o_bias": "bias"},
+    names={
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+        "input_layernorm": "attention_norm",
+        "o_proj": "wo",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn": "attention",
+        "[qkv]_proj": "wqkv",
+        "mlp": "feed_forward",
+        "gate_proj": "w1",
+        "up_proj": "w3",
+        "down_proj": "w2",
+    },
+    grouped_qkv="wqkv",
+    remote_code=True)
+
+# Its "bias" is about the output projection and the MLP only
+INTERNLM_3 = Family(
+    keys={"qkv_bias": "qkv_bias", "o_bias": "bias", "mlp_bias": "bias"},
+    remote_code=True)
 
 
 def _gemma(get):
@@ -124,112 +208,6 @@ def _starcoder2(get):
     }
 
 
-def _baichuan2(get):
-    # the 13B model has ALiBi instead of RoPE, and its config.json has no number of positions
-    if get("max_position_embeddings", None) is None:
-        raise ValueError("BaichuanForCausalLM without max_position_embeddings is 13B, whose ALiBi "
-                         "is not supported: use 7B")
-    return {"normalize_head": True}
-
-
-def _chatglm(get):
-    return {
-        "rope_theta": 1e4 * get("rope_ratio", 1),
-        "rope_interleaved": True,
-        "rope_scaling": {"factor": 1.0, "partial_rotary_factor": 0.5},
-    }
-
-
-# ------------------------------------------------------------------------------------------------
-# The table of architectures
-
-
-class Family(NamedTuple):
-    """How the folders of one architecture differ from Llama's. The defaults describe Llama.
-
-    A new architecture is one more entry of FAMILIES. For example, Starcoder2's MLP has no gate,
-    one key "use_bias" switches all its biases, and its MLP's matrices are called c_fc and c_proj:
-
-        "Starcoder2ForCausalLM": Family(
-            switches=_starcoder2,      # def _starcoder2(get): return {"mlp_gate": False, ...}
-            keys={"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},
-            names={"gate_proj": "c_fc", "down_proj": "c_proj"})
-
-    An architecture that computes something new needs a field of Config and a change of model.py.
-    """
-    # function of `get`, described above -> fields of Config that the architecture sets
-    switches: object = _llama
-    # field of Config -> its key in config.json, where it differs from CONFIG_KEYS
-    keys: dict = {}
-    # regular expression -> replacement; applied in order, they turn our name of a parameter into
-    # the folder's. Parameters of ours that get one name are stored in one tensor (see Slice).
-    names: dict = {}
-    # name of a tensor that holds q, k and v ordered by key/value head (see Slice)
-    grouped_qkv: str | None = None
-    # the modeling code is in the folder (trust_remote_code), so an export keeps auto_map
-    remote_code: bool = False
-    # that code does not read rope_scaling, so the context cannot be extended
-    ignores_rope_scaling: bool = False
-
-
-# Yi's first releases, which have code of their own; later ones are plain Llama
-YI = Family(
-    names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"},
-    remote_code=True)
-
-# Its dynamic RoPE and its scaling of attention by log n are off in training: neither is implemented
-QWEN_1 = Family(
-    switches=_qwen1,
-    keys={
-        "head_dim": "kv_channels",
-        "max_position_embeddings": "seq_length",
-        "rms_norm_eps": "layer_norm_epsilon",
-        "rope_theta": "rotary_emb_base",
-    },
-    names={
-        "model.embed_tokens": "transformer.wte",
-        "model.layers": "transformer.h",
-        "model.norm": "transformer.ln_f",
-        "input_layernorm": "ln_1",
-        "post_attention_layernorm": "ln_2",
-        "self_attn": "attn",
-        "[qkv]_proj": "c_attn",
-        "gate_proj": "w2",
-        "up_proj": "w1",
-        "(o|down)_proj": "c_proj",
-    },
-    remote_code=True, ignores_rope_scaling=True)
-
-# One key switches the biases of all four projections of attention
-INTERNLM_1 = Family(
-    switches=_internlm1,
-    keys={"qkv_bias": "bias", "o_bias": "bias"},
-    remote_code=True, ignores_rope_scaling=True)
-
-# Covers InternLM 2.5, too
-INTERNLM_2 = Family(
-    keys={"qkv_bias": "bias", "o_bias": "bias"},
-    names={
-        "embed_tokens": "tok_embeddings",
-        "lm_head": "output",
-        "input_layernorm": "attention_norm",
-        "o_proj": "wo",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn": "attention",
-        "[qkv]_proj": "wqkv",
-        "mlp": "feed_forward",
-        "gate_proj": "w1",
-        "up_proj": "w3",
-        "down_proj": "w2",
-    },
-    grouped_qkv="wqkv",
-    remote_code=True)
-
-# Its "bias" is about the output projection and the MLP, as q, k and v have a key of their own
-INTERNLM_3 = Family(
-    keys={"qkv_bias": "qkv_bias", "o_bias": "bias", "mlp_bias": "bias"},
-    remote_code=True)
-
 STARCODER_2 = Family(
     switches=_starcoder2,
     keys={"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},
@@ -239,6 +217,27 @@ STARCODER_2 = Family(
 BAICHUAN_1 = Family(
     names={"[qkv]_proj": "W_pack"},
     remote_code=True, ignores_rope_scaling=True)
+
+
+def _baichuan2(get):
+    # the 13B model has ALiBi instead of RoPE, and its config.json has no number of positions
+    if get("max_position_embeddings", None) is None:
+        raise ValueError("BaichuanForCausalLM without max_position_embeddings is 13B, whose ALiBi "
+                         "is not supported: use 7B")
+    return {"normalize_head": True}
+
+
+BAICHUAN_2 = BAICHUAN_1._replace(switches=_baichuan2)
+
+
+def _chatglm(get):
+    return {
+        "rope_theta": 1e4 * get("rope_ratio", 1),
+        "rope_interleaved": True,
+        # half of a head's dimensions are rotated
+        "rope_scaling": {"factor": 1.0, "partial_rotary_factor": 0.5},
+    }
+
 
 # ChatGLM 3 and GLM 4. Besides q, k and v, the gate and the up projection are one tensor.
 CHATGLM = Family(
@@ -279,11 +278,14 @@ FAMILIES = {  # the first of "architectures" in config.json -> its family
     "GemmaForCausalLM": Family(switches=_gemma),
     "CohereForCausalLM": Family(switches=_cohere),
     "Starcoder2ForCausalLM": STARCODER_2,
-    "BaiChuanForCausalLM": BAICHUAN_1,
-    "BaichuanForCausalLM": BAICHUAN_1._replace(switches=_baichuan2),  # the second, by its spelling
+    "BaiChuanForCausalLM": BAICHUAN_1,  # their names differ in one capital letter
+    "BaichuanForCausalLM": BAICHUAN_2,
     "ChatGLMModel": CHATGLM,
     "ChatGLMForConditionalGeneration": CHATGLM,
 }
+
+# ------------------------------------------------------------------------------------------------
+# config.json -> Config
 
 # model_type -> architecture, for a config.json without "architectures"
 MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
@@ -329,9 +331,6 @@ ROPE_KEYS = (
     "high_freq_factor", "truncate", "beta_fast", "beta_slow", "attention_factor")
 
 REQUIRED = object()  # stands for a default that does not exist
-
-# ------------------------------------------------------------------------------------------------
-# config.json -> Config
 
 
 def load_config(folder):
