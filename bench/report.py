@@ -1,95 +1,223 @@
-"""Table and plot of what is in results.jsonl: ours, the roof of the same settings, the peers.
+"""Write the table results.md and the plot mfu.png from the measurements in results.jsonl.
 
-    python bench/report.py          writes bench/results.md and bench/mfu.png
+    python bench/report.py
 
-The roof is a step of nothing but its matrix products and attention kernels, at the rates that bench/roof.py measured
-for the shape at the nearest length (roofs.jsonl); what a setting recomputes is in it. Peers: published, or measured on
-the same machines with FlashAttention 4 where they take it."""
+Each result stands beside its roof: the MFU of a step that consists of its matrix products and
+attention kernels alone. Their rates are those that roof.py measured for the same shape and number
+of GPUs at the nearest length (roofs.jsonl). What the settings recompute counts as part of the step.
+
+The plot also shows other codebases. Their figures are published ones, or were measured on the same
+machines, with FlashAttention 4 where the codebase supports it.
+"""
 import json
 import re
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from matplotlib.figure import Figure
-from run import HERE, SHAPES
 
-PEAK = 989e12
-PEERS = {  # (shape, GPUs) -> {name: {tokens: causal mfu}}
-    ("llama3.2-3b", 1): {"transformers + Liger": {8192: 0.400, 32768: 0.445, 131072: 0.438},
-                         "torchtitan 0.2.2": {8192: 0.445, 32768: 0.420}},
-    ("llama2-7b", 4): {"DeepSpeed ALST + Liger": {32768: 0.310, 131072: 0.379, 524288: 0.417},
-                       "torchtitan 0.2.2, context parallel": {131072: 0.289}},
-    ("llama3.1-8b", 4): {"TRL, Qwen3-8B, 8 H100": {1048576: 0.354}, "DeepSpeed ALST, 8 H100": {1153434: 0.224}}}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def settings(row):
-    """-> shape, GPUs, tokens, {constant: value} of a row of results.jsonl."""
-    shape, gpus, length, *rest = row.split()
-    return shape, int(gpus), int(length), dict(s.split("=") for s in rest)
+from bench.run import HEAD_DIM, HERE, PEAK, SHAPES, block_parameters, parse_settings
+
+OTHERS = {  # (shape, GPUs): {codebase: {sequence length: causal MFU}}
+    ("llama3.2-3b", 1): {
+        "transformers + Liger": {8192: 0.400, 32768: 0.445, 131072: 0.438},
+        "torchtitan 0.2.2": {8192: 0.445, 32768: 0.420},
+    },
+    ("llama2-7b", 4): {
+        "DeepSpeed ALST + Liger": {32768: 0.310, 131072: 0.379, 524288: 0.417},
+        "torchtitan 0.2.2, context parallel": {131072: 0.289},
+    },
+    ("llama3.1-8b", 4): {
+        "TRL, Qwen3-8B, 8 H100": {1048576: 0.354},
+        "DeepSpeed ALST, 8 H100": {1153434: 0.224},
+    },
+}
+# A row with one of these constants is in the table, but not in the plot of one document per row.
+NOT_PLOTTED = {"SYNTHETIC_DOCUMENT", "ATTENTION", "GLOBAL_BATCH_SIZE", "OFFLOAD_ACTIVATIONS"}
+HEADER = [
+    "| row (shape, GPUs, tokens, settings) | runs | seconds a step | tokens/s a GPU | mfu | roof "
+    "| GPU, GiB | host, GiB a rank |",
+    "|---|---|---|---|---|---|---|---|",
+]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load_results():
+    """One result for all runs that differ in MAX_STEPS only, sorted by GPUs, shape and length.
+
+    It is the run of median MFU, of two runs the slower. The added field "runs" is their number.
+    """
+    runs_of = {}
+    for result in read_lines(HERE / "results.jsonl"):
+        if result["mfu"]:
+            row = re.sub(" MAX_STEPS=[0-9]+", "", result["row"])
+            runs_of.setdefault(row, []).append(result)
+
+    results = []
+    for runs in runs_of.values():
+        # Runs without "env" are of earlier code. They count only where there is no other.
+        recent = [result for result in runs if "env" in result]
+        if recent:
+            runs = recent
+        runs = sorted(runs, key=lambda result: result["mfu"])
+        middle = runs[(len(runs) - 1) // 2]
+        results.append({**middle, "runs": len(runs)})
+
+    def order(result):
+        settings = parse_settings(result["row"])
+        return settings.gpus, settings.shape, settings.tokens
+
+    return sorted(results, key=order)
+
+
+def nearest_rates(settings):
+    """The line of roofs.jsonl for a shape and number of GPUs whose length is nearest, or None."""
+    candidates = []
+    for rates in read_lines(HERE / "roofs.jsonl"):
+        measured = parse_settings(rates["roof"])
+        if (measured.shape, measured.gpus) == (settings.shape, settings.gpus):
+            candidates.append(rates)
+    if not candidates:
+        return None
+
+    def distance(rates):
+        return abs(parse_settings(rates["roof"]).tokens - settings.tokens)
+
+    return min(candidates, key=distance)
+
 
 def roof(result):
-    """Causal mfu if the step were nothing but kernels."""
-    shape, gpus, T, constants = settings(result["row"])
-    _, C, H, G, I, V, _ = SHAPES[shape]
-    L, D, t = result["layers"], 128, T // gpus
-    known = [json.loads(line) for line in (HERE / "roofs.jsonl").read_text().splitlines()]
-    known = [r for r in known if settings(r["roof"])[:2] == (shape, gpus)]
-    if not known:
+    """The causal MFU of a step of kernels alone, or None if their rates were not measured."""
+    settings = parse_settings(result["row"])
+    rates = nearest_rates(settings)
+    if rates is None:
         return None
-    rates = min(known, key=lambda r: abs(settings(r["roof"])[2] - T))
-    document = int(constants.get("SYNTHETIC_DOCUMENT", T))
-    block = C * D * (2 * H + 2 * G) + 3 * C * I
-    attention = 4 * H * D * T * document / 2 / gpus
-    recompute, kept = constants.get("RECOMPUTE", "all_but_attention"), int(constants.get("KEEP_LAYERS", 0))
-    again = 0 if recompute == "none" else L - kept
-    products = 6 * t * (L * block + C * V) + 2 * t * (block - C * I) * again
-    forward = attention * (L + (again if recompute == "all" else 0))
-    seconds = (products / rates["products_tflops"] + forward / rates["attention_forward_tflops"]
-               + 2.5 * L * attention / rates["attention_backward_tflops"]) / 1e12
-    return (6 * t * (L * block + C * V) + 3 * L * attention) / seconds / PEAK
+    shape = SHAPES[settings.shape]
+    L = result["layers"]
+    T = settings.tokens
+    t = T // settings.gpus
+    document = int(settings.constants.get("SYNTHETIC_DOCUMENT", T))
+
+    # Work of one GPU in forward. Attention is that of one layer, causal within each document.
+    block = block_parameters(shape)
+    head = shape.width * shape.vocabulary
+    products = 2 * t * (L * block + head)
+    attention = 4 * shape.heads * HEAD_DIM * T * document / 2 / settings.gpus
+
+    # What is recomputed. The last product of a block (down) never is.
+    recompute = settings.constants.get("RECOMPUTE", "all_but_attention")
+    keep_layers = int(settings.constants.get("KEEP_LAYERS", 0))
+    recomputed_layers = 0 if recompute == "none" else L - keep_layers
+    recomputed_products = 2 * t * (block - shape.width * shape.inner) * recomputed_layers
+    attention_forwards = L
+    if recompute == "all":
+        attention_forwards += recomputed_layers
+
+    # Backward of a product does twice the work of its forward. That of attention does 2.5 times, of
+    # which model FLOPs count twice: the kernel's recomputation of the scores is not model work.
+    products_seconds = (3 * products + recomputed_products) / rates["products_tflops"] / 1e12
+    forward_flops = attention_forwards * attention
+    forward_seconds = forward_flops / rates["attention_forward_tflops"] / 1e12
+    backward_flops = 2.5 * L * attention
+    backward_seconds = backward_flops / rates["attention_backward_tflops"] / 1e12
+    seconds = products_seconds + forward_seconds + backward_seconds
+    model_flops = 3 * (products + L * attention)
+    return model_flops / seconds / PEAK
+
+
+def write_table(results, path):
+    lines = list(HEADER)
+    for result in results:
+        best = roof(result)
+        host = result.get("peak_host_memory_gib")
+        cells = [
+            result["row"],
+            f"{result['runs']}",
+            f"{result['seconds']:.2f}",
+            f"{result['tokens_per_second_per_gpu']:,.0f}",
+            f"{result['mfu']:.1%}",
+            f"{best:.1%}" if best else "",
+            f"{result['peak_memory_gib']:.1f}",
+            f"{host:.0f}" if host else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def select(results, shape, gpus):
+    """{sequence length: result} of the fastest settings, for rows of one document."""
+    fastest = {}
+    for result in results:
+        settings = parse_settings(result["row"])
+        if (settings.shape, settings.gpus) != (shape, gpus):
+            continue
+        if NOT_PLOTTED.intersection(settings.constants):
+            continue
+        other = fastest.get(settings.tokens)
+        if other is None or result["mfu"] > other["mfu"]:
+            fastest[settings.tokens] = result
+    return fastest
+
+
+def is_power_of_two(n):
+    return n.bit_count() == 1
+
+
+def format_length(tokens):
+    if tokens < 2**20:
+        return f"{tokens // 2**10}k"
+    return f"{tokens // 2**20}M"
+
+
+def draw_panel(axes, shape, gpus, ours, others):
+    """MFU by length of one shape. ours: {length: result}; others: {codebase: {length: MFU}}."""
+    lengths = list(ours)
+    percent = [100 * result["mfu"] for result in ours.values()]
+    roof_percent = [100 * roof(result) for result in ours.values()]
+    axes.plot(lengths, roof_percent, "k--", marker="_", label="roof: kernels alone")
+    axes.plot(lengths, percent, "C0", marker="o", label="longspan")
+
+    below = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8}
+    for length, result in ours.items():
+        mfu = 100 * result["mfu"]
+        note = f"{mfu:.1f}"
+        if result["layers"] != SHAPES[shape].layers:
+            note += f"\n{result['layers']} layers"
+        axes.annotate(note, (length, mfu), (0, -12), **below)
+
+    ticks = set(ours)
+    for i, (name, points) in enumerate(others.items(), start=1):
+        percent = [100 * mfu for mfu in points.values()]
+        axes.plot(list(points), percent, f"C{i}", marker="s", ms=4, label=name)
+        ticks.update(length for length in points if is_power_of_two(length))
+
+    title = f"{shape}, {gpus} H200"
+    axes.set(title=title, xscale="log", xlabel="tokens of a row, one document", ylim=(0, 70))
+    axes.set_xticks(sorted(ticks), [format_length(length) for length in sorted(ticks)])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", fontsize=8)
+
+
+def draw(results, path):
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, len(OTHERS), sharey=True)
+    for axes, ((shape, gpus), others) in zip(panels, OTHERS.items()):
+        draw_panel(axes, shape, gpus, select(results, shape, gpus), others)
+    panels[0].set_ylabel("model FLOPs utilization, causal, %")
+    figure.savefig(path, dpi=110)
+
 
 def main():
-    measured = {}
-    for result in map(json.loads, (HERE / "results.jsonl").read_text().splitlines()):
-        if result["mfu"]:
-            measured.setdefault(re.sub(" MAX_STEPS=[0-9]+", "", result["row"]), []).append(result)
-    rows = []
-    for runs in measured.values():  # the middle one of several, the lower of two; without those of earlier code
-        runs = sorted([r for r in runs if "env" in r] or runs, key=lambda r: r["mfu"])
-        rows.append({**runs[(len(runs) - 1) // 2], "runs": len(runs)})
-    rows.sort(key=lambda r: (settings(r["row"])[1::-1], settings(r["row"])[2]))
-    table = ["| row (shape, GPUs, tokens, settings) | runs | seconds a step | tokens/s a GPU | mfu | roof | GPU, GiB | "
-             "host, GiB a rank |", "|---|---|---|---|---|---|---|---|"]
-    for r in rows:
-        best, host = roof(r), r.get("peak_host_memory_gib")
-        table.append(f"| {r['row']} | {r['runs']} | {r['seconds']:.2f} | {r['tokens_per_second_per_gpu']:,.0f} | "
-                     f"{r['mfu']:.1%} | {f'{best:.1%}' if best else ''} | {r['peak_memory_gib']:.1f} | "
-                     f"{f'{host:.0f}' if host else ''} |")
-    (HERE / "results.md").write_text("\n".join(table) + "\n")
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    for axes, ((shape, gpus), peers) in zip(figure.subplots(1, len(PEERS), sharey=True), PEERS.items()):
-        ours = {}
-        for r in rows:  # one document a row; of several settings the fastest
-            s, g, length, constants = settings(r["row"])
-            plain = not {"SYNTHETIC_DOCUMENT", "ATTENTION", "GLOBAL_BATCH_SIZE", "OFFLOAD_ACTIVATIONS"} & set(constants)
-            if (s, g) == (shape, gpus) and plain and r["mfu"] > ours.get(length, r | {"mfu": 0})["mfu"]:
-                ours[length] = r
-        axes.plot([*ours], [100 * roof(r) for r in ours.values()], "k--", marker="_", label="roof: kernels alone")
-        axes.plot([*ours], [100 * r["mfu"] for r in ours.values()], "C0", marker="o", label="longspan")
-        for length, r in ours.items():
-            note = f"{100 * r['mfu']:.1f}" + (f"\n{r['layers']} layers" if r["layers"] != SHAPES[shape][0] else "")
-            axes.annotate(note, (length, 100 * r["mfu"]), (0, -12), textcoords="offset points", ha="center", va="top",
-                          fontsize=8)
-        for i, (name, points) in enumerate(peers.items()):
-            axes.plot([*points], [100 * mfu for mfu in points.values()], f"C{i + 1}", marker="s", ms=4, label=name)
-        axes.set(title=f"{shape}, {gpus} H200", xscale="log", xlabel="tokens of a row, one document", ylim=(0, 70))
-        ticks = sorted({*ours, *(n for points in peers.values() for n in points if n & (n - 1) == 0)})
-        axes.set_xticks(ticks, [f"{n // 1024}k" if n < 2**20 else f"{n // 2**20}M" for n in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower left", fontsize=8)
-    figure.axes[0].set_ylabel("model FLOPs utilization, causal, %")
-    figure.savefig(HERE / "mfu.png", dpi=110)
+    results = load_results()
+    write_table(results, HERE / "results.md")
+    draw(results, HERE / "mfu.png")
+
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,14 @@
-"""Measure train.py itself: one process group a row, synthetic documents, random weights; results in
-bench/results.jsonl.
+"""Measure the speed and memory of train.py. Results are appended to results.jsonl.
 
     python bench/run.py "llama3.2-3b 1 8192 RECOMPUTE=none" "llama2-7b 4 131072 MAX_STEPS=4" ...
 
-A row is: shape, GPUs (sequence parallel over all of them), tokens of a row, and any constants of train.py. NUM_LAYERS=n
-keeps the first n layers of the shape. mfu and seconds are medians over the steps after the first three (or the
-last)."""
+Each argument is one measurement: a model shape, the number of GPUs (which all share each sequence),
+the sequence length in tokens, and any constants of train.py. NUM_LAYERS=n keeps only the first n
+layers of the shape. Weights and documents are random. Every run is a train.py process of its own.
+
+Speeds are medians over the steps after the third; a run of three steps or fewer counts its last.
+If the environment variable OUT names a folder, the result and the output of the run also go there.
+"""
 import json
 import os
 import statistics
@@ -14,73 +17,194 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-SHAPES = {  # layers, width, heads, key/value heads, inner width, vocabulary, tied; head size 128
-    "llama3.2-3b": (28, 3072, 24, 8, 8192, 128256, True),
-    "llama2-7b": (32, 4096, 32, 32, 11008, 32000, False),
-    "llama3.1-8b": (32, 4096, 32, 8, 14336, 128256, False),
-    "tiny": (2, 256, 4, 2, 512, 1024, False),
+
+class Shape(NamedTuple):
+    """The sizes of a model. The head size is HEAD_DIM for every shape."""
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    inner: int          # width of the MLP's hidden layer
+    vocabulary: int
+    tied: bool          # the embedding is also the output head
+
+
+class Settings(NamedTuple):
+    """What one measurement runs, as written in the "row" field of results.jsonl."""
+    shape: str          # a key of SHAPES
+    gpus: int
+    tokens: int         # sequence length
+    constants: dict     # name: value, both strings; constants of train.py, and NUM_LAYERS
+
+
+SHAPES = {
+    "llama3.2-3b": Shape(28, 3072, 24, 8, 8192, 128256, True),
+    "llama2-7b": Shape(32, 4096, 32, 32, 11008, 32000, False),
+    "llama3.1-8b": Shape(32, 4096, 32, 8, 14336, 128256, False),
+    "tiny": Shape(2, 256, 4, 2, 512, 1024, False),
 }
+HEAD_DIM = 128
+PEAK = 989e12       # dense bfloat16 FLOP/s of an H100 or H200
+WARM_UP_STEPS = 3   # steps left out of the medians: compilation, memory allocation, pinned buffers
+DEFAULTS = {"MAX_STEPS": "7", "GLOBAL_BATCH_SIZE": "1"}
 HERE = Path(__file__).resolve().parent
 
+
+def parse_settings(row):
+    """Parse "shape gpus tokens NAME=VALUE ..." into Settings."""
+    shape, gpus, tokens, *assignments = row.split()
+    constants = dict(assignment.split("=", 1) for assignment in assignments)
+    return Settings(shape, int(gpus), int(tokens), constants)
+
+
+def block_parameters(shape):
+    """The number of parameters of one block that take part in matrix products."""
+    attention = 2 * shape.width * HEAD_DIM * (shape.heads + shape.kv_heads)
+    mlp = 3 * shape.width * shape.inner
+    return attention + mlp
+
+
 def write_config(folder, shape, layers=None):
-    """A Hugging Face folder of one config.json, enough for INIT=random."""
-    L, C, H, G, I, V, tied = SHAPES[shape]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    part = Path(folder) / f"config.{os.getpid()}"      # whole or not at all: several ranks may write it
-    part.write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers or L,
-        "hidden_size": C, "num_attention_heads": H, "num_key_value_heads": G, "head_dim": 128,
-        "intermediate_size": I, "vocab_size": V,
-        "tie_word_embeddings": tied, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072,
-        "hidden_act": "silu", "dtype": "bfloat16"}))
-    part.rename(Path(folder) / "config.json")
+    """Write a config.json for a shape of SHAPES, enough for INIT=random. Returns the folder."""
+    sizes = SHAPES[shape]
+    if layers is None:
+        layers = sizes.layers
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": sizes.width,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": sizes.inner,
+        "vocab_size": sizes.vocabulary,
+        "tie_word_embeddings": sizes.tied,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
+        "hidden_act": "silu",
+        "dtype": "bfloat16",
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # breakdown.py calls this on every rank. A rename is atomic, so no rank reads a partial file.
+    temporary = folder / f"config.{os.getpid()}"
+    temporary.write_text(json.dumps(config))
+    temporary.rename(folder / "config.json")
     return folder
 
+
+def append_line(path, result):
+    with open(path, "a") as f:
+        f.write(json.dumps(result) + "\n")
+
+
+def median(lines, key):
+    """The median of one field of metrics.jsonl, or None if it was not measured (MFU on a CPU)."""
+    if lines[0][key] is None:
+        return None
+    return statistics.median(line[key] for line in lines)
+
+
+def train(settings, layers, folder):
+    """Run train.py with its files in `folder`. Returns the command and the completed process."""
+    model = write_config(folder / "model", settings.shape, layers)
+    if settings.gpus > 1:
+        launcher = ["torchrun", "--nproc_per_node", str(settings.gpus)]
+    else:
+        launcher = [sys.executable]
+    constants = {name: value for name, value in settings.constants.items() if name != "NUM_LAYERS"}
+    for name, value in DEFAULTS.items():
+        constants.setdefault(name, value)
+    command = [
+        *launcher,
+        str(HERE.parent / "train.py"),
+        f"MODEL={model}",
+        "INIT=random",
+        "DATA=synthetic",
+        f"MAX_LENGTH={settings.tokens}",
+        f"RUN_DIR={folder / 'run'}",
+        "SAVE_EVERY=-1",
+        *[f"{name}={value}" for name, value in constants.items()],
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "8"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return command, done
+
+
 def measure(row, out):
-    """Run one row. -> its result, also appended to results.jsonl."""
-    shape, gpus, length, *settings = row.split()
-    layers = next((int(s.split("=")[1]) for s in settings if s.startswith("NUM_LAYERS=")), None)
-    settings = [s for s in settings if not s.startswith("NUM_LAYERS=")]
-    with tempfile.TemporaryDirectory() as tmp:
-        defaults = {"MAX_STEPS": 7, "GLOBAL_BATCH_SIZE": 1}
-        given = {s.split("=")[0] for s in settings}
-        settings += [f"{k}={v}" for k, v in defaults.items() if k not in given]
-        command = ["torchrun" if gpus != "1" else sys.executable, *(["--nproc_per_node", gpus] if gpus != "1" else []),
-                   str(HERE.parent / "train.py"), f"MODEL={write_config(tmp + '/model', shape, layers)}", "INIT=random",
-                   "DATA=synthetic", f"MAX_LENGTH={length}", f"RUN_DIR={tmp}/run", "SAVE_EVERY=-1", *settings]
+    """Run one row and append its result to results.jsonl. Returns the result.
+
+    A run that fails prints the end of its output. The steps that it completed are still recorded;
+    if there are none, the result is None.
+    """
+    settings = parse_settings(row)
+    layers = int(settings.constants.get("NUM_LAYERS", SHAPES[settings.shape].layers))
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
         began = time.time()
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "8"})
+        command, done = train(settings, layers, folder)
+        wall = round(time.time() - began)
+
+        metrics = folder / "run" / "metrics.jsonl"
+        lines = []
+        if metrics.exists():
+            lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        if lines:
+            environment = json.loads((folder / "run" / "env.json").read_text())
+
+    output = done.stdout + done.stderr
+    if out:
         name = row.replace(" ", "_").replace("=", "-")
-        if out:
-            (Path(out) / f"{name}.log").write_text(done.stdout + done.stderr)
-        metrics = Path(tmp) / "run" / "metrics.jsonl"
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        env = json.loads((Path(tmp) / "run" / "env.json").read_text()) if lines else {}
-    if done.returncode:
-        said = (done.stdout + done.stderr).splitlines()
-        print(f"{row}: exit {done.returncode}", *said[-25:], sep="\n", flush=True)
+        (Path(out) / f"{name}.log").write_text(output)
+    if done.returncode != 0:
+        print(f"{row}: exit {done.returncode}", *output.splitlines()[-25:], sep="\n", flush=True)
     if not lines:
         return None
-    warm = lines[3:] or lines[-1:]
-    median = lambda key: statistics.median(line[key] for line in warm) if warm[0][key] is not None else None
-    result = {"row": row, "layers": layers or SHAPES[shape][0], **{k: median(k) for k in (
-        "seconds", "tokens_per_second_per_gpu", "mfu", "hfu")}, "peak_memory_gib": lines[-1]["peak_memory_gib"],
-              "peak_host_memory_gib": lines[-1]["peak_host_memory_gib"],
+
+    warm = lines[WARM_UP_STEPS:] or lines[-1:]
+    # Paths of this machine are left out of the recorded command.
+    recorded_command = " ".join(word for word in command if "/" not in word)
+    result = {
+        "row": row,
+        "layers": layers,
+        "seconds": median(warm, "seconds"),
+        "tokens_per_second_per_gpu": median(warm, "tokens_per_second_per_gpu"),
+        "mfu": median(warm, "mfu"),
+        "hfu": median(warm, "hfu"),
+        "peak_memory_gib": lines[-1]["peak_memory_gib"],
+        "peak_host_memory_gib": lines[-1]["peak_host_memory_gib"],
         "loss": [round(line["loss"], 5) for line in lines],
         "grad_norm": [round(line["grad_norm"], 4) for line in lines],
-        "steps_measured": len(warm), "wall": round(time.time() - began), "env": env, "command": " ".join(
-            c for c in command[0 if gpus != "1" else 1:] if "/" not in c).replace("torchrun", "torchrun", 1)}
-    with open(HERE / "results.jsonl", "a") as f:
-        f.write(json.dumps(result) + "\n")
+        "steps_measured": len(warm),
+        "wall": wall,
+        "env": environment,
+        "command": recorded_command,
+    }
+    append_line(HERE / "results.jsonl", result)
     if out:
-        with open(Path(out) / "results.jsonl", "a") as f:
-            f.write(json.dumps(result) + "\n")
-    print(f"{row}: {result['seconds']:.3f} s  {result['tokens_per_second_per_gpu']:,.0f} tok/s/GPU  mfu "
-          f"{result['mfu'] or 0:.1%}  hfu {result['hfu'] or 0:.1%}  {result['peak_memory_gib'] or 0:.1f} GiB  host "
-          f"{result['peak_host_memory_gib']:.0f} GiB  loss "
-          f"{result['loss'][0]}..{result['loss'][-1]}  wall {result['wall']} s", flush=True)
+        append_line(Path(out) / "results.jsonl", result)
+    print(describe(result), flush=True)
     return result
+
+
+def describe(result):
+    """One line for the screen. What a CPU does not measure is shown as zero."""
+    return (
+        f"{result['row']}: {result['seconds']:.3f} s"
+        f"  {result['tokens_per_second_per_gpu']:,.0f} tok/s/GPU"
+        f"  mfu {result['mfu'] or 0:.1%}"
+        f"  hfu {result['hfu'] or 0:.1%}"
+        f"  {result['peak_memory_gib'] or 0:.1f} GiB"
+        f"  host {result['peak_host_memory_gib']:.0f} GiB"
+        f"  loss {result['loss'][0]}..{result['loss'][-1]}"
+        f"  wall {result['wall']} s"
+    )
+
 
 if __name__ == "__main__":
     for row in sys.argv[1:]:
