@@ -1,98 +1,222 @@
-"""Where a step's time goes: train.py's own constants on the command line, one step under torch.profiler, kernels by
-class.
+"""Show where the time of a training step goes: one step under torch.profiler, kernels by class.
 
-    torchrun --nproc_per_node 4 bench/breakdown.py MODEL=... DATA=synthetic MAX_STEPS=5     (or plain python)
-    SHAPE=llama3.2-3b instead of MODEL writes that shape of bench/run.py; NUM_LAYERS=n keeps its first n layers;
-    MEMORY=1 lists what is alive at the memory's peak instead.
+    torchrun --nproc_per_node 4 bench/breakdown.py SHAPE=llama2-7b MAX_LENGTH=32768 ...
+
+Arguments are constants of train.py, and three more: SHAPE, a model of bench/run.py, instead of
+MODEL; NUM_LAYERS=n, to keep only the first n layers of that shape; and MEMORY=1, to list what is
+allocated at the peak of memory instead of the kernels. Needs a GPU. Rank 0 prints.
 """
 import collections
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import torch
-from run import write_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
+from bench.run import write_config
 
-CLASSES = [("nccl", "exchange, gather, reduce"), ("flash", "attention"), ("Flash", "attention"), ("fmha", "attention"),
-           ("gemm", "matrix products"), ("nvjet", "matrix products"), ("cutlass", "matrix products"),
-           ("Adam", "optimizer"), ("multi_tensor_apply", "norm, clip, optimizer"),
-           ("triton", "compiled elementwise"), ("Memcpy", "copies"),
-           ("Memset", "copies"), ("chunk_cat", "FSDP copies"), ("split_with_sizes", "FSDP copies"),
-           ("CatArray", "concatenation"), ("elementwise", "plain elementwise")]
+OWN_OPTIONS = ("SHAPE", "NUM_LAYERS", "MEMORY")
+CLASSES = {  # part of a kernel's name: class. The first that matches counts.
+    "nccl": "exchange, gather, reduce",
+    "flash": "attention",
+    "Flash": "attention",
+    "fmha": "attention",
+    "gemm": "matrix products",
+    "nvjet": "matrix products",
+    "cutlass": "matrix products",
+    "Adam": "optimizer",
+    "multi_tensor_apply": "norm, clip, optimizer",
+    "triton": "compiled elementwise",
+    "Memcpy": "copies",
+    "Memset": "copies",
+    "chunk_cat": "FSDP copies",
+    "split_with_sizes": "FSDP copies",
+    "CatArray": "concatenation",
+    "elementwise": "plain elementwise",
+}
 
-def show_memory():
-    """What is alive at the run's peak, by the lines that made it."""
-    trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
-    torch.cuda.memory._record_memory_history(enabled=None)
-    alive, now, peak, at_peak = {}, 0, 0, {}
+
+class Kernel(NamedTuple):
+    """One kernel or copy on the GPU. Times are in microseconds."""
+    start: float
+    end: float
+    name: str
+
+
+class Allocation(NamedTuple):
+    size: int       # bytes
+    where: str      # the Python lines that made it, innermost first
+
+
+def kernel_class(name):
+    for part, kind in CLASSES.items():
+        if part in name:
+            return kind
+    return "other"
+
+
+def recorded_kernels(profiler):
+    """What the GPU ran under the profiler, as a list of Kernel."""
+    kernels = []
+    for event in profiler.profiler.kineto_results.events():
+        if event.device_type() == torch.autograd.DeviceType.CUDA:
+            start = event.start_ns() / 1e3
+            end = (event.start_ns() + event.duration_ns()) / 1e3
+            kernels.append(Kernel(start, end, event.name()))
+    return kernels
+
+
+def find_gaps(kernels):
+    """The microseconds in which any kernel ran, and the idle gaps: (microseconds, between what)."""
+    kernels = sorted(kernels)
+    busy = 0.0
+    gaps = []
+    busy_until = kernels[0].start
+    last = ""
+    for kernel in kernels:
+        if kernel.start > busy_until:
+            gap = kernel.start - busy_until
+            gaps.append((gap, f"{last[:60]} -> {kernel.name[:60]}"))
+        # Streams overlap: only the part of a kernel after all earlier ones adds to the busy time.
+        if kernel.end > busy_until:
+            busy += kernel.end - max(kernel.start, busy_until)
+            busy_until = kernel.end
+            last = kernel.name
+    return busy, gaps
+
+
+def print_kernels(kernels):
+    """Print the time from first to last kernel, the largest gaps, and the time of each class."""
+    busy, gaps = find_gaps(kernels)
+    first_start = min(kernel.start for kernel in kernels)
+    last_end = max(kernel.end for kernel in kernels)
+    span = last_end - first_start
+    print(
+        f"step: {span / 1e3:.1f} ms from first to last kernel,"
+        f" {busy / 1e3:.1f} ms with one running"
+    )
+    for microseconds, between in sorted(gaps, reverse=True)[:6]:
+        print(f"{microseconds / 1e3:9.2f} ms  idle: {between}")
+
+    time_of_class = collections.Counter()
+    time_of_name = collections.defaultdict(collections.Counter)
+    for kernel in kernels:
+        kind = kernel_class(kernel.name)
+        duration = kernel.end - kernel.start
+        time_of_class[kind] += duration
+        time_of_name[kind][kernel.name[:90]] += duration
+    for kind, microseconds in time_of_class.most_common():
+        print(f"{microseconds / 1e3:9.1f} ms  {kind}")
+        for name, part in time_of_name[kind].most_common(6):
+            print(f"      {part / 1e3:9.1f} ms  {name}")
+
+
+def replay(trace):
+    """The peak of allocated bytes in a trace of allocator events, and the Allocations of then."""
+    alive = {}      # address: Allocation
+    allocated = 0
+    peak = 0
+    at_peak = []
     for event in trace:
         if event["action"] == "alloc":
-            frames = [f for f in event["frames"] if f["filename"].endswith(".py")]
-            where = [f"{Path(f['filename']).name}:{f['line']}" for f in frames]
-            alive[event["addr"]], now = (event["size"], " < ".join(where[:5])), now + event["size"]
+            lines = [
+                f"{Path(frame['filename']).name}:{frame['line']}"
+                for frame in event["frames"]
+                if frame["filename"].endswith(".py")
+            ]
+            alive[event["addr"]] = Allocation(event["size"], " < ".join(lines[:5]))
+            allocated += event["size"]
         elif event["action"] == "free_requested" and event["addr"] in alive:
-            now -= alive.pop(event["addr"])[0]
-        if now > peak + 2**26:
-            peak, at_peak = now, dict(alive)
-    sizes = collections.Counter()
-    for size, where in at_peak.values():
-        sizes[where] += size
+            allocated -= alive.pop(event["addr"]).size
+        # Copying `alive` at every new peak would be slow: 64 MiB is precise enough.
+        if allocated > peak + 2**26:
+            peak = allocated
+            at_peak = list(alive.values())
+    return peak, at_peak
+
+
+def print_memory():
+    """Print what is allocated at the peak so far, by the lines that made it."""
+    snapshot = torch.cuda.memory._snapshot()
+    torch.cuda.memory._record_memory_history(enabled=None)
+    peak, at_peak = replay(snapshot["device_traces"][torch.cuda.current_device()])
+    size_of_lines = collections.Counter()
+    for allocation in at_peak:
+        size_of_lines[allocation.where] += allocation.size
     print(f"{peak / 2**30:.1f} GiB at the peak")
-    for where, size in sizes.most_common(24):
+    for where, size in size_of_lines.most_common(24):
         print(f"{size / 2**30:9.2f} GiB  {where}")
 
-def main(arguments):
-    options = dict(a.split("=", 1) for a in arguments if a.startswith(("SHAPE=", "NUM_LAYERS=", "MEMORY=")))
-    arguments = [a for a in arguments if a.split("=")[0] not in options]
-    folder = Path(tempfile.gettempdir()) / f"profile-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
+
+def set_constants(arguments):
+    """Set the constants of train.py. Returns the options of this script, {name: text}."""
+    options = {}
+    constants = []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in OWN_OPTIONS:
+            options[name] = value
+        else:
+            constants.append(argument)
+
+    # The same folder on all ranks: torchrun gives its id to each of them.
+    run = os.environ.get("TORCHELASTIC_RUN_ID", os.getpid())
+    folder = Path(tempfile.gettempdir()) / f"profile-{run}"
     if "SHAPE" in options:
-        layers = int(options.get("NUM_LAYERS", 0)) or None
-        arguments.append(f"MODEL={write_config(folder / 'model', options['SHAPE'], layers)}")
-    train.override(["INIT=random", "DATA=synthetic", f"RUN_DIR={folder}/run", "SAVE_EVERY=-1", "MAX_STEPS=5",
-                    "GLOBAL_BATCH_SIZE=1", *arguments])
+        layers = None
+        if "NUM_LAYERS" in options:
+            layers = int(options["NUM_LAYERS"])
+        model = write_config(folder / "model", options["SHAPE"], layers)
+        constants.append(f"MODEL={model}")
+    train.override([
+        "INIT=random",
+        "DATA=synthetic",
+        f"RUN_DIR={folder / 'run'}",
+        "SAVE_EVERY=-1",
+        "MAX_STEPS=5",
+        "GLOBAL_BATCH_SIZE=1",
+        *constants,     # last, so that they replace the ones above
+    ])
+    return options
+
+
+def main(arguments):
+    options = set_constants(arguments)
+    show_memory = "MEMORY" in options
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    plain_log, rank, memory = train.log, int(os.environ.get("RANK", 0)), "MEMORY" in options
+    original_log = train.log
 
     def log(line):
-        plain_log(line)
+        """train.py logs at the end of a step, on rank 0 only. Record the last step but one.
+
+        The last step would not be typical: it does not prepare a next batch.
+        """
+        original_log(line)
         if line["step"] == train.MAX_STEPS - 2:
             torch.cuda.synchronize()
-            memory or profiler.__enter__()
+            if not show_memory:
+                profiler.start()
         if line["step"] == train.MAX_STEPS - 1:
             torch.cuda.synchronize()
-            show_memory() if memory else profiler.__exit__(None, None, None)
+            if show_memory:
+                print_memory()
+            else:
+                profiler.stop()
 
     train.log = log
-    if memory:
+    if show_memory:
+        # From the start: what is allocated before this has no line to show.
         torch.cuda.memory._record_memory_history(max_entries=10**7, stacks="python")
     train.main()
-    if rank or memory:
-        return
-    kernels = [(e.start_ns() / 1e3, (e.start_ns() + e.duration_ns()) / 1e3, e.name())
-               for e in profiler.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
-    spans = sorted(k[:2] for k in kernels)
-    busy, until, last, gaps = 0.0, spans[0][0], "", []
-    for start, end, name in sorted(kernels):
-        if start > until:
-            gaps.append((start - until, f"{last[:60]} -> {name[:60]}"))
-        last = name if end > until else last
-        busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
-    total, names = collections.Counter(), collections.defaultdict(collections.Counter)
-    for start, end, name in kernels:
-        kind = next((c for word, c in CLASSES if word in name), "other")
-        total[kind] += end - start
-        names[kind][name[:90]] += end - start
-    print(f"step: {(until - spans[0][0]) / 1e3:.1f} ms from first to last kernel, {busy / 1e3:.1f} ms with one running")
-    for us, where in sorted(gaps, reverse=True)[:6]:
-        print(f"{us / 1e3:9.2f} ms  idle: {where}")
-    for kind, us in total.most_common():
-        print(f"{us / 1e3:9.1f} ms  {kind}")
-        for name, part in names[kind].most_common(6):
-            print(f"      {part / 1e3:9.1f} ms  {name}")
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 and not show_memory:
+        print_kernels(recorded_kernels(profiler))
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])
