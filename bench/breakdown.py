@@ -61,7 +61,7 @@ def kernel_class(name):
 
 
 def recorded_kernels(profiler):
-    """What the GPU ran under the profiler, as a list of Kernel."""
+    """Returns what the GPU ran under the profiler, a list of Kernel."""
     kernels = []
     for event in profiler.profiler.kineto_results.events():
         if event.device_type() == torch.autograd.DeviceType.CUDA:
@@ -72,7 +72,7 @@ def recorded_kernels(profiler):
 
 
 def find_gaps(kernels):
-    """The microseconds in which any kernel ran, and the idle gaps: (microseconds, between what)."""
+    """Returns the microseconds in which any kernel ran, and gaps: (microseconds, between what)."""
     kernels = sorted(kernels)
     busy = 0.0
     gaps = []
@@ -117,7 +117,7 @@ def print_kernels(kernels):
 
 
 def replay(trace):
-    """The peak of allocated bytes in a trace of allocator events, and the Allocations of then."""
+    """Returns the peak of bytes in a trace of allocator events, and the Allocations at the peak."""
     alive = {}      # address: Allocation
     allocated = 0
     peak = 0

@@ -56,7 +56,7 @@ class Options(NamedTuple):
 
 
 def read_documents():
-    """{name: text}. A package of the standard library or of torch is one document.
+    """Returns {name: text}. A package of the standard library or of torch is one document.
 
     Modules that are single files form one document for each first letter.
     """
@@ -80,7 +80,7 @@ def read_documents():
 
 
 def position_bands(length):
-    """[(first, end)] of five bands of positions: the last half, the quarter before it, and so on."""
+    """Returns (first, end) of five bands: the last half of positions, the quarter before it, ..."""
     ends = [length // 16, length // 8, length // 4, length // 2, length]
     starts = [0, *ends[:-1]]
     return list(zip(starts, ends))
@@ -88,7 +88,7 @@ def position_bands(length):
 
 @torch.no_grad()
 def measure(folder, rows, length, attention):
-    """The mean loss in each band of positions over rows of token ids (length + 1,)."""
+    """Returns the mean loss in each band of positions, over rows of token ids (length + 1,)."""
     if torch.cuda.is_available():
         device = "cuda"
         dtype = torch.bfloat16
@@ -144,7 +144,7 @@ def train(options, steps, constants, text, folder):
 
 
 def draw(lines, length, path):
-    """Draw one panel for each number of steps, with a curve of loss by position for each variant."""
+    """Draw a panel for each number of steps, with a curve of loss by position for each variant."""
     from matplotlib.figure import Figure
     all_steps = sorted({line["steps"] for line in lines})
     figure = Figure(figsize=(5.5 * len(all_steps), 4.2))
@@ -174,7 +174,7 @@ def write_jsonl(path, objects):
 
 
 def choose_held_out(tokens, options):
-    """Names of documents of more than `length` tokens, spread evenly over all such documents."""
+    """Returns names of documents longer than `length`, spread evenly over all such documents."""
     long = [name for name, ids in tokens.items() if len(ids) > options.length]
     stride = max(len(long) // options.rows, 1)
     return long[::stride][:options.rows]

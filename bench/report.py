@@ -48,13 +48,13 @@ def read_lines(path):
 
 
 def load_results():
-    """One result for all runs that differ in MAX_STEPS only, sorted by GPUs, shape and length.
+    """Returns one result for all runs that differ in MAX_STEPS only, by GPUs, shape and length.
 
-    It is the run of median MFU, of two runs the slower. The added field "runs" is their number.
+    It is the run of median MFU; of two runs, the slower. The added field "runs" is their number.
     """
     runs_of = {}
     for result in read_lines(HERE / "results.jsonl"):
-        if result["mfu"]:
+        if result["mfu"]:  # not measured on a CPU
             row = re.sub(" MAX_STEPS=[0-9]+", "", result["row"])
             runs_of.setdefault(row, []).append(result)
 
@@ -76,7 +76,7 @@ def load_results():
 
 
 def nearest_rates(settings):
-    """The line of roofs.jsonl for a shape and number of GPUs whose length is nearest, or None."""
+    """Returns the line of roofs.jsonl of the same shape and GPUs at the nearest length, or None."""
     candidates = []
     for rates in read_lines(HERE / "roofs.jsonl"):
         measured = parse_settings(rates["roof"])
@@ -92,7 +92,7 @@ def nearest_rates(settings):
 
 
 def roof(result):
-    """The causal MFU of a step of kernels alone, or None if their rates were not measured."""
+    """Returns the causal MFU of a step of kernels alone; None if their rates were not measured."""
     settings = parse_settings(result["row"])
     rates = nearest_rates(settings)
     if rates is None:
@@ -103,13 +103,15 @@ def roof(result):
     t = T // settings.gpus
     document = int(settings.constants.get("SYNTHETIC_DOCUMENT", T))
 
-    # Work of one GPU in forward. Attention is that of one layer, causal within each document.
+    # FLOPs of one GPU in forward: all its matrix products, and the attention of one layer, which is
+    # causal and within documents. A token sees half a document on average.
     block = block_parameters(shape)
     head = shape.width * shape.vocabulary
     products = 2 * t * (L * block + head)
     attention = 4 * shape.heads * HEAD_DIM * T * document / 2 / settings.gpus
 
-    # What is recomputed. The last product of a block (down) never is.
+    # What backward recomputes. The last product of a block, down_proj, is never recomputed, because
+    # backward does not read its output.
     recompute = settings.constants.get("RECOMPUTE", "all_but_attention")
     keep_layers = int(settings.constants.get("KEEP_LAYERS", 0))
     recomputed_layers = 0 if recompute == "none" else L - keep_layers
@@ -118,8 +120,8 @@ def roof(result):
     if recompute == "all":
         attention_forwards += recomputed_layers
 
-    # Backward of a product does twice the work of its forward. That of attention does 2.5 times, of
-    # which model FLOPs count twice: the kernel's recomputation of the scores is not model work.
+    # The backward of a product does twice the work of its forward. That of attention does 2.5 times
+    # the work, because its kernel recomputes the scores. Model FLOPs count both as twice.
     products_seconds = (3 * products + recomputed_products) / rates["products_tflops"] / 1e12
     forward_flops = attention_forwards * attention
     forward_seconds = forward_flops / rates["attention_forward_tflops"] / 1e12
@@ -134,6 +136,7 @@ def write_table(results, path):
     lines = list(HEADER)
     for result in results:
         best = roof(result)
+        # Results of earlier code lack the memory of the host.
         host = result.get("peak_host_memory_gib")
         cells = [
             result["row"],
@@ -150,7 +153,7 @@ def write_table(results, path):
 
 
 def select(results, shape, gpus):
-    """{sequence length: result} of the fastest settings, for rows of one document."""
+    """Returns {sequence length: result} for rows of one document, with the fastest settings."""
     fastest = {}
     for result in results:
         settings = parse_settings(result["row"])
@@ -175,7 +178,10 @@ def format_length(tokens):
 
 
 def draw_panel(axes, shape, gpus, ours, others):
-    """MFU by length of one shape. ours: {length: result}; others: {codebase: {length: MFU}}."""
+    """Draw the MFU of one shape by sequence length.
+
+    ours: {length: result}. others: {codebase: {length: MFU}}.
+    """
     lengths = list(ours)
     percent = [100 * result["mfu"] for result in ours.values()]
     roof_percent = [100 * roof(result) for result in ours.values()]
@@ -192,8 +198,9 @@ def draw_panel(axes, shape, gpus, ours, others):
 
     ticks = set(ours)
     for i, (name, points) in enumerate(others.items(), start=1):
-        percent = [100 * mfu for mfu in points.values()]
-        axes.plot(list(points), percent, f"C{i}", marker="s", ms=4, label=name)
+        other_percent = [100 * mfu for mfu in points.values()]
+        axes.plot(list(points), other_percent, f"C{i}", marker="s", ms=4, label=name)
+        # A length like 1153434 would overlap the label of a power of two beside it.
         ticks.update(length for length in points if is_power_of_two(length))
 
     title = f"{shape}, {gpus} H200"

@@ -36,18 +36,18 @@ class Product(NamedTuple):
     recomputed: bool    # with recompute, backward runs its forward once more
 
 
-def random(*shape, requires_grad=False):
-    return torch.randn(
-        *shape, device="cuda", dtype=torch.bfloat16, requires_grad=requires_grad
-    )
+def random_tensor(*shape, requires_grad=False):
+    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": requires_grad}
+    return torch.randn(*shape, **options)
 
 
 def time_call(function, minimum=0.25):
-    """The mean seconds of a call, over as many calls as take `minimum` seconds."""
+    """Returns the mean seconds of a call, over as many calls as take `minimum` seconds."""
     # The first calls compile, choose an algorithm and allocate memory.
     function()
     function()
 
+    # Events measure on the GPU, so that the time to launch kernels is not included.
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     calls = 1
@@ -64,10 +64,10 @@ def time_call(function, minimum=0.25):
 
 
 def time_product(tokens, inputs, outputs):
-    """Seconds of a linear layer: forward, and backward for its input and its weight together."""
-    x = random(tokens, inputs)
-    weight = random(outputs, inputs)
-    grad = random(tokens, outputs)
+    """Returns the seconds of a linear layer: forward, and both products of backward together."""
+    x = random_tensor(tokens, inputs)
+    weight = random_tensor(outputs, inputs)
+    grad = random_tensor(tokens, outputs)
     forward = time_call(lambda: x @ weight.T)
     backward_input = time_call(lambda: grad @ weight)
     backward_weight = time_call(lambda: grad.T @ x)
@@ -75,7 +75,7 @@ def time_product(tokens, inputs, outputs):
 
 
 def time_block(shape, tokens):
-    """Seconds of the products of one block: forward, backward, and the part that is recomputed."""
+    """Returns the seconds of a block's products: forward, backward, and what is recomputed."""
     C = shape.width
     I = shape.inner
     products = [
@@ -101,17 +101,17 @@ def time_block(shape, tokens):
 
 
 def time_head(shape, tokens):
-    """Seconds of the product of the output head, forward and backward."""
+    """Returns the seconds of the output head's product, forward and backward."""
     forward, backward = time_product(HEAD_TOKENS, shape.width, shape.vocabulary)
     scale = tokens / HEAD_TOKENS
     return scale * forward, scale * backward
 
 
 def time_attention(kernel, heads, kv_heads, tokens):
-    """Seconds of an attention kernel on one causal document, forward and backward."""
-    q = random(tokens, heads, HEAD_DIM, requires_grad=True)
-    k = random(tokens, kv_heads, HEAD_DIM, requires_grad=True)
-    v = random(tokens, kv_heads, HEAD_DIM, requires_grad=True)
+    """Returns the seconds of an attention kernel on one causal document, forward and backward."""
+    q = random_tensor(tokens, heads, HEAD_DIM, requires_grad=True)
+    k = random_tensor(tokens, kv_heads, HEAD_DIM, requires_grad=True)
+    v = random_tensor(tokens, kv_heads, HEAD_DIM, requires_grad=True)
     cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
     forward = time_call(lambda: kernel(q, k, v, cu_seqlens, tokens, None))
 
@@ -167,7 +167,7 @@ def roof(row):
 
 
 def describe(result):
-    """One line for the screen."""
+    """Returns a line for the screen."""
     return (
         f"{result['roof']}: products {result['products_tflops']:.0f},"
         f" attention {result['attention_forward_tflops']:.0f} /"

@@ -6,6 +6,9 @@ Each argument is one measurement: a model shape, the number of GPUs (which all s
 the sequence length in tokens, and any constants of train.py. NUM_LAYERS=n keeps only the first n
 layers of the shape. Weights and documents are random. Every run is a train.py process of its own.
 
+Rows of results.jsonl that say OFFLOAD_ACTIVATIONS=True are older: it offloaded all layers, as -1
+does now.
+
 Speeds are medians over the steps after the third; a run of three steps or fewer counts its last.
 If the environment variable OUT names a folder, the result and the output of the run also go there.
 """
@@ -47,20 +50,20 @@ SHAPES = {
 }
 HEAD_DIM = 128
 PEAK = 989e12       # dense bfloat16 FLOP/s of an H100 or H200
-WARM_UP_STEPS = 3   # steps left out of the medians: compilation, memory allocation, pinned buffers
-DEFAULTS = {"MAX_STEPS": "7", "GLOBAL_BATCH_SIZE": "1"}
+WARM_UP_STEPS = 3   # steps that the medians leave out: they compile, allocate and pin memory
+DEFAULTS = {"MAX_STEPS": "7", "GLOBAL_BATCH_SIZE": "1"}     # where a row does not say otherwise
 HERE = Path(__file__).resolve().parent
 
 
 def parse_settings(row):
-    """Parse "shape gpus tokens NAME=VALUE ..." into Settings."""
+    """Returns the Settings of a row, "shape gpus tokens NAME=VALUE ..."."""
     shape, gpus, tokens, *assignments = row.split()
     constants = dict(assignment.split("=", 1) for assignment in assignments)
     return Settings(shape, int(gpus), int(tokens), constants)
 
 
 def block_parameters(shape):
-    """The number of parameters of one block that take part in matrix products."""
+    """Returns the number of parameters of one block that take part in matrix products."""
     attention = 2 * shape.width * HEAD_DIM * (shape.heads + shape.kv_heads)
     mlp = 3 * shape.width * shape.inner
     return attention + mlp
@@ -103,7 +106,7 @@ def append_line(path, result):
 
 
 def median(lines, key):
-    """The median of one field of metrics.jsonl, or None if it was not measured (MFU on a CPU)."""
+    """Returns the median of a field of metrics.jsonl, or None if it is null, as MFU on a CPU."""
     if lines[0][key] is None:
         return None
     return statistics.median(line[key] for line in lines)
@@ -193,7 +196,7 @@ def measure(row, out):
 
 
 def describe(result):
-    """One line for the screen. What a CPU does not measure is shown as zero."""
+    """Returns a line for the screen. What a CPU does not measure is shown as zero."""
     return (
         f"{result['row']}: {result['seconds']:.3f} s"
         f"  {result['tokens_per_second_per_gpu']:,.0f} tok/s/GPU"

@@ -97,7 +97,7 @@ def token_cache(data, file, tokenizer, settings, folder):
 
 
 def to_integers(piece):
-    """A piece as a plain tuple: the hash of its text must not depend on how `data` stores it."""
+    """Returns a piece as a plain tuple: its hash must not depend on how `data` stores it."""
     return tuple(int(number) for number in piece)
 
 

@@ -48,7 +48,7 @@ def tiny_config(**changes):
 
 
 def randomize(parameters, generator=None):
-    """Fill parameters at random, 0.2 x normal; of vectors (norms, biases) 1 + 0.2 x normal.
+    """Fill matrices with 0.2 x normal, and vectors (norms, biases) with 1 + 0.2 x normal.
 
     Norms and biases are then not ones and zeros, so that a test notices if one is lost.
     """
@@ -61,7 +61,7 @@ def randomize(parameters, generator=None):
 
 
 def tiny_model(seed=0, execution=None, **changes):
-    """A Transformer of tiny_config(**changes) with random weights, the same for the same seed."""
+    """Returns a Transformer of tiny_config(**changes), with random weights that `seed` fixes."""
     config = tiny_config(**changes)
     if execution is None:
         model = Transformer(config)
@@ -72,7 +72,7 @@ def tiny_model(seed=0, execution=None, **changes):
 
 
 def row(lengths, vocab_size=97, seed=0, masked=0.0):
-    """A Row of random documents of these lengths. A fraction `masked` of the labels is -100."""
+    """Returns a Row of random documents. About a fraction `masked` of the labels is -100."""
     generator = torch.Generator().manual_seed(seed)
     T = sum(lengths)
     input_ids = torch.randint(vocab_size, (T,), generator=generator)
@@ -165,7 +165,7 @@ def on_ranks(world, function, *args, tmp_path):
 
 @pytest.fixture
 def hf_folder(tmp_path):
-    """A function that saves a tiny model of transformers. Returns its folder and the model."""
+    """Returns a function that saves a tiny model of transformers, -> its folder and the model."""
 
     def write(model_type="llama", name="hf", **changes):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -184,9 +184,9 @@ def hf_folder(tmp_path):
 
 @pytest.fixture
 def tokenizer_files():
-    """A function that saves a byte-level tokenizer of 256 + len(specials) + len(merges) tokens.
+    """Returns a function that saves a byte-level tokenizer in a folder, -> the tokenizer.
 
-    Its chat template is ChatML, unless another is given. Returns the tokenizer.
+    It has 256 tokens besides specials and merges. Its chat template is ChatML by default.
     """
 
     def write(
@@ -206,7 +206,7 @@ def tokenizer_files():
         tokenizer.decoder = decoders.ByteLevel()
         fast = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
-            eos_token=specials[0],
+            eos_token="<|endoftext|>",
             additional_special_tokens=list(specials[1:]),
         )
         fast.chat_template = template or convert.CHAT_TEMPLATE
