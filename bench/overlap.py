@@ -17,7 +17,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import breakdown
-from model import Attention, attention_kernel, cut_heads, rotate
+from model import Attention, attention_kernel, rotate
+from parallel import split_heads_by_rank
 
 
 class Exchange:
@@ -85,14 +86,14 @@ def project(self, x, cos, sin):
     halves = []
     for half in (0, 1):
         parts = [half_of_heads(tensor, self.P, half) for tensor in (q, k, v)]
-        halves.append(cut_heads(parts, self.P))                     # (P, t, (H/P + 2 G/P) / 2, D)
+        halves.append(split_heads_by_rank(parts, self.P))           # (P, t, (H/P + 2 G/P) / 2, D)
     return torch.stack(halves)
 
 
-def forward(self, qkv, cu_seqlens, max_seqlen, keep):
+def forward(self, qkv, cu_seqlens, max_seqlen, recompute=None):
     """Replaces Attention.forward. qkv as project returns it -> (t, H*D)."""
-    _, kernel = attention_kernel(self.choice, qkv.device.type, qkv.dtype)
-    heads = [n // 2 for n in self.heads]  # of q, k and v, in one half
+    _, kernel = attention_kernel(self.kernel_choice, qkv.device.type, qkv.dtype)
+    heads = (self.q_heads // 2, self.kv_heads // 2, self.kv_heads // 2)  # q, k, v of one half
 
     # Both halves leave at once. The second is under way while the first attends.
     incoming = [Exchange(self.sp_group), Exchange(self.sp_group)]
