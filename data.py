@@ -1,12 +1,11 @@
-"""From files to rows: formats, chat masks, the token cache, packing, order, batches.
+"""From files to micro-batches: formats, chat masks, the token cache, packing and order.
 
-    python data.py [NAME=VALUE ...] [SHOW=0,5] [--lengths]      what train.py, so set, will see: counts, rows, a plot
-
-A document is a run of tokens, some of them trained; a row is up to MAX_LENGTH tokens, pieces of documents side by side.
-Which rows a step sees is a function of seed and step alone. Parallelism is two integers, of rows and of shares.
+A row of a file is one example: a text or a conversation. It is tokenized once into a document, and
+the documents are stored in a memory-mapped cache. A row of the run holds up to MAX_LENGTH tokens:
+pieces of documents, side by side. Which rows a step sees depends on the seed and the step alone.
+Parallelism appears as integers only: the number of ranks and the rank that asks.
 """
 import bisect
-import fcntl
 import functools
 import glob
 import gzip
@@ -17,7 +16,6 @@ import math
 import multiprocessing
 import os
 import re
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,456 +23,1087 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
-IGNORE = -100   # the label of no target
+IGNORE = -100  # the label of a position without a target
+
+
 class Batch(NamedTuple):
-    """One micro-batch: a flat row of T tokens, or one rank's t of them, on the host."""
+    """One micro-batch in CPU memory: a flat row of T tokens, or the t = T/P of one of P ranks."""
     input_ids: torch.Tensor     # (t,) int64
-    labels: torch.Tensor        # (t,) int64: the token that follows in the same document, or -100
-    position_ids: torch.Tensor  # (t,) int64: position in its segment
-    cu_seqlens: torch.Tensor    # (n+1,) int32: the whole row's segments, never cut
-    max_seqlen: int             # the longest of them
+    labels: torch.Tensor        # (t,) int64: the next token of the same document, or IGNORE
+    position_ids: torch.Tensor  # (t,) int64: position in the segment
+    cu_seqlens: torch.Tensor    # (n+1,) int32: boundaries of the segments of the whole row
+    max_seqlen: int             # length of the longest segment of the whole row
     weights: torch.Tensor       # (t,) float32: LOSS_WEIGHT of each target, 0 where there is none
 
-# --------------------------------------------------------------------------------------------------- files and formats
+
+# ---------------------------------------------------------------- trained and untrained tokens
+# A token that is not trained, such as one of a question, is stored as the complement ~id of its
+# id. Ids are not negative and complements are, so one int32 array holds the ids and the loss mask.
+# In this file, `tokens` are stored in this way, and `ids` are plain.
+
+NO_TARGET = ~0  # an untrained token, used as the next token where a document has none
+
+
+def mask(tokens):
+    """Returns the tokens marked as untrained."""
+    return np.minimum(tokens, ~tokens)
+
+
+def token_ids(tokens):
+    """Returns the plain ids of tokens, trained or not."""
+    return np.maximum(tokens, ~tokens)
+
+
+def is_trained(tokens):
+    return tokens >= 0
+
+
+# ---------------------------------------------------------------------------------------- files
+
+DATA_FILE = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
+
+
 def find_files(data):
-    """DATA: a source, a list of them or {source: epochs}; a source: a path, glob or folder. -> files of each, epochs"""
-    known, sources = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$"), []
-    data = data if isinstance(data, dict) else dict.fromkeys([data] if isinstance(data, str) else data, 1.0)
-    for source, epochs in data.items():
-        found = [Path(path) for path in glob.glob(source, recursive=True)]
-        files = {path for path in found if not path.is_dir()}   # a set: "books/**" finds what is in a folder twice
-        files |= {path for folder in found for path in folder.rglob("*") if known.search(path.name)}
-        if not files or not all(known.search(path.name) for path in files) or not epochs > 0:
-            raise ValueError(f"DATA {source!r} x {epochs} matches no file, or not .json(l), .parquet (.gz): name those")
-        sources.append(sorted(map(str, files)))
-    return sources, [*data.values()]
+    """Returns a sorted list of files for each source of DATA, and the epochs of each source.
+
+    DATA is a source, a list of sources, or {source: epochs}. A source is a path, glob or folder.
+    """
+    if isinstance(data, str):
+        epochs_of_source = {data: 1.0}
+    elif isinstance(data, dict):
+        epochs_of_source = data
+    else:
+        epochs_of_source = dict.fromkeys(data, 1.0)
+
+    sources = []
+    for source, epochs in epochs_of_source.items():
+        # A set, because a glob such as books/** finds both a folder and the files in it.
+        files = set()
+        for path in map(Path, glob.glob(source, recursive=True)):
+            if path.is_dir():
+                files.update(file for file in path.rglob("*") if DATA_FILE.search(file.name))
+            else:
+                files.add(path)
+        unknown = sorted(file.name for file in files if not DATA_FILE.search(file.name))
+        if unknown or not files:
+            found = unknown[0] if unknown else "no file"
+            raise ValueError(f"DATA {source!r} matches {found}: name files whose names end with "
+                             ".json, .jsonl or .parquet, or with one of these and .gz")
+        if not epochs > 0:
+            raise ValueError(f"DATA {source!r} is set to {epochs} epochs: use more than 0")
+        sources.append(sorted(str(file) for file in files))
+    return sources, list(epochs_of_source.values())
+
 
 @contextmanager
 def naming(what):
-    """An error in what is read or rendered becomes a ValueError that says in what."""
+    """Turns any error in the body into a ValueError whose message begins with `what`."""
     try:
         yield
-    except Exception as e:
-        raise ValueError(f"{what}: {'' if type(e) is ValueError else f'{type(e).__name__} '}{e}") from e
+    except Exception as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__} "
+        raise ValueError(f"{what}: {kind}{error}") from error
+
 
 def read_rows(path):
-    """Yields (file:line, row): the bytes of a line, or an object of .parquet or a JSON array; file:row is theirs."""
-    with naming(path), (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
-        rows = f
+    """Yields (place, row) for each row of a file. A place is path:line, or path:number of the row.
+
+    A row of a .jsonl file is its unparsed line (bytes), and others are objects.
+    """
+    open_file = gzip.open if path.endswith(".gz") else open
+    with naming(path), open_file(path, "rb") as file:
+        beginning = file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")  # after a byte order mark
         if path.removesuffix(".gz").endswith(".parquet"):
-            from pyarrow import parquet
-            rows = (row for batch in parquet.ParquetFile(f).iter_batches(1000) for row in batch.to_pylist())
-        elif f.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-            rows = json.loads(f.read().decode("utf-8-sig"))
+            rows = read_parquet(file)
+        elif beginning.startswith(b"["):
+            rows = parse_json(file.read(), "the file must be one JSON array in UTF-8; fix it")
+        else:
+            rows = file  # its lines, which the worker processes parse
+
         for number, row in enumerate(rows, 1):
-            if not isinstance(row, bytes) or row.strip():
+            is_blank = isinstance(row, bytes) and not row.strip()
+            if not is_blank:
                 yield f"{path}:{number}", row
 
-FORMATS = "text", "messages", "conversations", "instruction output", "prompt completion", "input_ids"    # a row's keys
+
+def read_parquet(file):
+    from pyarrow import parquet
+
+    for batch in parquet.ParquetFile(file).iter_batches(1000):
+        yield from batch.to_pylist()
+
+
+def parse_json(content, rule):
+    """Returns the object that bytes hold. The rule is told when they hold none."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{type(error).__name__} {error}: {rule}") from error
+
+
+# -------------------------------------------------------------------------------------- formats
+
+# Each format is named by the keys that an example must have.
+FORMATS = ("text", "messages", "conversations", "instruction output", "prompt completion",
+           "input_ids")
+
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-SEAM = "\ufdd0"     # Unicode keeps it out of texts; it parts what is tokenized: a "<|im_end|>" in a text ends no turn
-PIECE = re.compile(f"[^{SEAM}]+")
 
-def to_messages(row, kind):
-    """messages (OpenAI), conversations (ShareGPT) or instruction (alpaca) -> messages as chat templates read them."""
+# The text before and after this character is tokenized separately. Unicode keeps it for internal
+# use (a "noncharacter"), so it has no place in the texts of the data.
+BOUNDARY = "\ufdd0"
+TEXT_PART = re.compile(f"[^{BOUNDARY}]+")
+NOT_TEXT = re.compile(f"[{BOUNDARY}\ud800-\udfff]")
+
+
+def find_format(example):
+    """Returns the one of FORMATS that the keys of an example match."""
+    found = [kind for kind in FORMATS if example.keys() >= set(kind.split())]
+    if len(found) != 1:
+        matches = " and ".join(map(repr, found)) if found else "no format"
+        raise ValueError(f"keys {sorted(example)} match {matches}: a row must be a JSON object "
+                         f"with the keys of exactly one of {FORMATS}")
+    return found[0]
+
+
+def read_input_ids(example):
+    """Returns the tokens of an example that is tokenized already. Its labels are not shifted."""
+    ids = example["input_ids"]
+    labels = example.get("labels", ids)
+    if len(ids) != len(labels):
+        raise ValueError(f"there are {len(labels)} labels for {len(ids)} input_ids: give each "
+                         "token one label")
+    tokens = []
+    for token, label in zip(ids, labels):
+        is_id = type(token) is int and 0 <= token < 2**31
+        if not is_id or label not in (token, IGNORE):
+            raise ValueError(f"input_ids has {token!r} where labels has {label!r}: an id must be an "
+                             "integer, and a label must be the id at its own place, not the next "
+                             f"one, or {IGNORE}")
+        tokens.append(token if label == token else ~token)
+    return np.array(tokens, np.int32)
+
+
+def to_messages(example, kind):
+    """Returns the messages of a conversation as chat templates expect them.
+
+    kind is "messages" (OpenAI), "conversations" (ShareGPT) or "instruction output" (alpaca). Each
+    message also has the key "trained": whether it is to be trained, if it is the assistant's.
+    """
     if kind == "instruction output":
-        asked = "\n".join(filter(None, (row["instruction"], row.get("input"))))
-        pairs = [*(row.get("history") or ()), (asked, row["output"])]
-        turns = [{"role": r, "content": c} for pair in pairs for r, c in zip(("user", "assistant"), pair, strict=True)]
+        turns = alpaca_turns(example)
     else:
-        turns = list(row[kind])
-    turns[:0] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        turns = list(example[kind])
+    if example.get("system"):
+        turns.insert(0, {"role": "system", "content": example["system"]})
+
+    messages = []
     for i, turn in enumerate(turns):
         with naming(f"message {i}, {json.dumps(turn)[:60]}"):
-            m = {"value": "" if turn.get("tool_calls") else None} | {k: v for k, v in turn.items() if v is not None}
-            role, content = m.get("role", m.get("from")), m.get("content", m["value"])
-            if role == "function_call":
-                calls, content = np.atleast_1d(json.loads(content)), ""     # one or several
-                m["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-            for function in (call["function"] for call in m.get("tool_calls", ())):
-                if isinstance(function["arguments"], str):
-                    function["arguments"] = json.loads(function["arguments"])
-            content = SEAM.join(part["text"] for part in content) if isinstance(content, list) else content
-            trained = m.get("train", m.get("loss", m.get("weight", 1)))
-            if role not in ROLES or not isinstance(content, str) or trained not in (0, 1):
-                raise ValueError(f"role is one of {[*ROLES]}, content is text, train, loss or weight is 0 or 1")
-            turns[i] = {**m, "role": ROLES[role], "content": content, "trained": trained}
+            messages.append(to_message(turn))
+    return messages
+
+
+def alpaca_turns(example):
+    question = "\n".join(filter(None, [example["instruction"], example.get("input")]))
+    pairs = list(example.get("history") or [])
+    pairs.append((question, example["output"]))
+
+    turns = []
+    for asked, answered in pairs:
+        turns.append({"role": "user", "content": asked})
+        turns.append({"role": "assistant", "content": answered})
     return turns
 
+
+def to_message(turn):
+    """Returns one turn, written as by OpenAI or ShareGPT, in the form that OpenAI uses."""
+    message = {key: value for key, value in turn.items() if value is not None}
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if content is None and message.get("tool_calls"):
+        content = ""
+
+    if role == "function_call":  # ShareGPT: the content is one call, or a list of them
+        calls = json.loads(content)
+        if not isinstance(calls, list):
+            calls = [calls]
+        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        content = ""
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        if isinstance(function["arguments"], str):
+            function["arguments"] = json.loads(function["arguments"])
+    if isinstance(content, list):
+        content = join_parts(content)
+
+    trained = message.get("train", message.get("loss", message.get("weight", 1)))
+    if role not in ROLES:
+        raise ValueError(f"role {role!r} is unknown: use one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"content {content!r} is not text: give a string or a list of text parts")
+    if trained not in (0, 1):
+        raise ValueError(f"train, loss or weight is {trained!r}: use 0 or 1")
+    return {**message, "role": ROLES[role], "content": content, "trained": trained}
+
+
+def join_parts(parts):
+    """Returns the text of a list of content parts."""
+    for part in parts:
+        if "text" not in part:
+            raise ValueError(f"content part {json.dumps(part)[:60]} has no 'text': only text can "
+                             "be trained; remove the part or the row")
+    # Parts are tokenized separately, so that two of them never form a control token.
+    return BOUNDARY.join(part["text"] for part in parts)
+
+
+# ------------------------------------------------------------------------ chat: what is trained
+# Trained is what the chat template writes for an assistant's message after the generation prompt,
+# including the token that ends the turn. Where that begins and ends in the text is marked by the
+# template's generation markers if it has them. If not, it is found from the text of the first
+# messages: a conversation up to a message should be a prefix of the whole conversation.
+
+class ControlTokens(NamedTuple):
+    """Tokens such as <|im_end|> that separate turns. They must never come out of a row's text."""
+    ids: list            # of all of them
+    texts: list          # the longest first, as one may be the beginning of another
+    pattern: re.Pattern  # matches any of them
+
+
+def control_tokens(tokenizer):
+    ids = {}
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            ids[token.content] = token_id
+    texts = sorted(ids, key=len, reverse=True)
+    matches_nothing = "(?!)"
+    pattern = re.compile("|".join(map(re.escape, texts)) or matches_nothing)
+    return ControlTokens(list(ids.values()), texts, pattern)
+
+
+def split_control_tokens(example, control):
+    """Returns an example with a BOUNDARY in every control token that its texts contain."""
+    # Values that JSON cannot hold, such as the bytes of an image, become null.
+    written = json.dumps(example, ensure_ascii=False, default=lambda value: None)
+    if NOT_TEXT.search(written):
+        raise ValueError(f"the row contains {BOUNDARY!r} or half of a surrogate pair, which are "
+                         "no text: remove them")
+
+    def split(match):
+        token = match[0]
+        return token[0] + BOUNDARY + token[1:]
+
+    return json.loads(control.pattern.sub(split, written))
+
+
+def write_tools_as_text(messages, tools, template):
+    """Returns the messages, with tools and tool calls as text where the template omits them."""
+    if tools and "tools" not in template:
+        lines = ["Tools:", as_json_lines(tools)]
+        if messages[0]["role"] == "system":
+            lines.insert(0, messages[0]["content"])
+            messages = messages[1:]
+        messages = [{"role": "system", "content": "\n".join(lines)}, *messages]
+    if "tool_calls" not in template:
+        for message in messages:
+            calls = message.pop("tool_calls", ())
+            message["content"] += as_json_lines(call["function"] for call in calls)
+    return messages
+
+
+def as_json_lines(objects):
+    return "\n".join(json.dumps(item, ensure_ascii=False) for item in objects)
+
+
+def choose_answers(messages, mask_history):
+    """Returns the indices of the assistant's messages, and of those of them that are trained."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    candidates = answers[-1:] if mask_history else answers
+    chosen = [i for i in candidates if messages[i]["trained"]]
+    if not chosen:
+        raise ValueError(f"0 of {len(answers)} assistant turns are to be trained: add one, or "
+                         "remove the row")
+    return answers, chosen
+
+
+def find_start(text, i, render, control):
+    """Returns where message i begins in the text; len(text) if it is not found."""
+    prompt, _ = render(i, add_generation_prompt=True)
+    start = len(prompt) if text.startswith(prompt) else len(text)
+    if start < len(text) or i == 0:
+        return start
+
+    # The generation prompt may open a thought that this answer does not have. The answer then
+    # begins after the last line break or control token that is common to both texts.
+    history, _ = render(i)
+    if not text.startswith(history):
+        return len(text)
+    common = os.path.commonprefix([text, prompt])
+    candidates = [match.end() for match in control.pattern.finditer(common)]
+    return max([common.rfind("\n") + 1, *candidates])
+
+
+def find_end(text, start, end, through_turn, control):
+    """Returns the end of a span, moved to include the token that ends the turn.
+
+    through_turn is the text up to and including the turn. Returns start if the end is not found.
+    """
+    end_of_turn = ""
+    for token in control.texts:
+        if through_turn.endswith(token):
+            end_of_turn = token
+            break
+    if text[start:end].rstrip().endswith(end_of_turn):
+        return end
+
+    # Generation markers may not include it. And a template may write a turn differently once
+    # others follow, as Qwen3's removes earlier thoughts. The turn then ends at the next control
+    # token, if through_turn ends with the same text.
+    match = control.pattern.search(text, end)
+    if match and through_turn.endswith(text[start:match.end()]):
+        return match.end()
+    return start
+
+
+# ------------------------------------------------------------------------------------- encoding
+
 class Encoder:
-    """Rows -> token ids, with the tokenizer and the chat template of a Hugging Face folder."""
+    """Turns examples into tokens with the tokenizer and chat template of a Hugging Face folder.
+
+    cap: the number of tokens above which OVERLONG applies, unless OVERLONG is "split".
+    """
+
     def __init__(self, folder, append_eos, train_on_prompt, mask_history, overlong, cap):
         from transformers import AutoTokenizer
-        self.tokenizer = t = AutoTokenizer.from_pretrained(folder)
-        self.train_on_prompt, self.mask_history, self.overlong, self.cap = train_on_prompt, mask_history, overlong, cap
-        self.all = train_on_prompt and overlong != "truncate_middle"    # and no answer to be told from its question
-        self.bos = t.bos_token if t("a").input_ids[:1] == [t.bos_token_id] else ""
-        self.eos = t.eos_token if append_eos and t.eos_token else ""
-        control = {a.content: i for i, a in t.added_tokens_decoder.items() if a.special}
-        self.control, self.control_ids = sorted(control, key=len, reverse=True), [~i for i in control.values()]
-        self.is_control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
 
-    def __call__(self, row):
-        """A parsed row -> its ids, int32, ~id (negative) where a token is not trained; its length before OVERLONG."""
-        row = {k: v for k, v in row.items() if v is not None} if isinstance(row, dict) else {}
-        kind, *more = [kind for kind in FORMATS if row.keys() >= {*kind.split()}] or ["no format"]
-        if more or kind not in FORMATS:
-            raise ValueError(f"keys {sorted(row)} match {[kind, *more]}: a row is an object with one of {FORMATS}")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        begins_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        self.tokenizer = tokenizer
+        self.bos = tokenizer.bos_token if begins_with_bos else ""
+        self.eos = tokenizer.eos_token if append_eos and tokenizer.eos_token else ""
+        self.control = control_tokens(tokenizer)
+        self.train_on_prompt = train_on_prompt
+        self.mask_history = mask_history
+        self.overlong = overlong
+        self.cap = cap
+        # Where every token is trained, answers need not be located. But truncate_middle must know
+        # them, as it removes nothing of an answer.
+        self.locates_answers = not train_on_prompt or overlong == "truncate_middle"
+
+    def __call__(self, example):
+        """Returns the tokens (int32) of an example, and their number before OVERLONG."""
+        if not isinstance(example, dict):
+            example = {}
+        example = {key: value for key, value in example.items() if value is not None}
+        kind = find_format(example)
         if kind == "input_ids":
-            pairs = [*zip(row["input_ids"], row.get("labels", row["input_ids"]), strict=True)]
-            if not all(type(i) is int and 0 <= i < 2**31 and label in (i, IGNORE) for i, label in pairs):
-                raise ValueError(f"labels are the ids at their own places in input_ids, not the next ones, or {IGNORE}")
-            found = [np.array([i if i == label else ~i for i, label in pairs], np.int32)]
+            tokens = read_input_ids(example)
         else:
-            found, (text, spans) = [np.array([], np.int32)], self.write(row, kind)
-            cuts = sorted({0, len(text), *itertools.chain(*spans or ())})   # an answer is tokenized apart, as later
-            for piece in itertools.chain(*(PIECE.finditer(text, *cut) for cut in itertools.pairwise(cuts))):
-                encoding = self.tokenizer.backend_tokenizer.encode(piece[0], add_special_tokens=False)
-                ids, trained = np.array(encoding.ids, np.int32), any(a <= piece.start() < b for a, b in spans or ())
-                found.append(ids if trained or spans is None else ~ids)
-        ids = np.concatenate(found)
-        all_of_them = self.train_on_prompt and kind != "input_ids"
-        return self.shorten(np.maximum(ids, ~ids) if all_of_them else ids, ids), len(ids)
+            text, spans = self.write(example, kind)
+            tokens = self.encode(text, spans)
 
-    def shorten(self, ids, told):
-        """What OVERLONG leaves of a document. truncate_middle takes out the middle of a text, or of a chat's longest
-        stretch in a turn that is no answer (told < 0), 8 tokens from its ends; or else the document is dropped."""
-        extra = len(ids) - self.cap
-        if extra <= 0 or self.overlong in ("split", "truncate"):
-            return ids if self.overlong == "split" else ids[:self.cap]
-        chat = (told[1:] < 0).any()
-        free = (told < 0) & ~np.isin(told, self.control_ids) if chat else told >= 0
-        edges = np.flatnonzero(np.diff(free, prepend=False, append=False)).reshape(-1, 2)
-        start, end = max(edges.tolist(), key=lambda edge: edge[1] - edge[0], default=(0, 0))
-        if self.overlong == "drop" or end - start < extra + 16 * chat:
-            return ids[:0]
-        at = (start + end - extra) // 2
-        ids = np.delete(ids, slice(at, at + extra))
-        ids[at:at + 1] = np.minimum(ids[at:at + 1], ~ids[at:at + 1])    # what led to it is gone: no target
-        return ids
+        start, end = range_to_remove(tokens, self.overlong, self.cap, self.control.ids)
+        kept = tokens
+        if self.train_on_prompt and kind != "input_ids":
+            kept = token_ids(kept)
+        if end > start:
+            kept = np.delete(kept, slice(start, end))
+            if start < len(kept):  # the tokens that led to this one are gone: it is no target
+                kept[start] = mask(kept[start])
+        return kept, len(tokens)
 
-    def write(self, row, kind):
-        """A row -> its text as the model reads it, and the spans of it that are trained; None: all."""
-        written = json.dumps(row, ensure_ascii=False, default=lambda _: None)
-        if re.search(f"[{SEAM}\ud800-\udfff]", written):
-            raise ValueError(f"holds {SEAM!r} or half of a surrogate pair, which are no text: remove them")
-        row = json.loads(self.is_control.sub(lambda m: m[0][0] + SEAM + m[0][1:], written))
-        if kind not in ("text", "prompt completion"):
-            return self.chat(to_messages(row, kind), row.get("tools"))
-        prompt, answer = ("", row["text"]) if kind == "text" else (row["prompt"], row["completion"])
-        if not (isinstance(prompt, str) and isinstance(answer, str)):
-            raise ValueError(f"{written[:60]}: text, prompt and completion are strings: mend or remove the row")
-        before = self.bos + SEAM + prompt + SEAM
-        text = before + answer + SEAM + self.eos if prompt + answer else ""
-        return text, [(len(before), len(text))] if prompt and not self.all else None
+    def write(self, example, kind):
+        """Returns an example as text, and the spans (start, end) of it to train; None for all."""
+        example = split_control_tokens(example, self.control)
+        if kind in ("text", "prompt completion"):
+            return self.write_text(example, kind)
+        messages = to_messages(example, kind)
+        return self.write_chat(messages, example.get("tools"))
 
-    def chat(self, messages, tools):
-        """Messages -> the template's text and the spans to train: what it writes for an assistant's turn after the
-        generation prompt, with the end of the turn; told by its generation markers, or by rendering prefixes."""
+    def write_text(self, example, kind):
+        for key in kind.split():
+            if not isinstance(example[key], str):
+                raise ValueError(f"{key} {str(example[key])[:60]} is not a string: text, prompt "
+                                 "and completion must be strings; fix or remove the row")
+        if kind == "text":
+            prompt = ""
+            answer = example["text"]
+        else:
+            prompt = example["prompt"]
+            answer = example["completion"]
+        if not prompt and not answer:
+            return "", None
+
+        context = self.bos + BOUNDARY + prompt + BOUNDARY
+        text = context + answer + BOUNDARY + self.eos
+        if prompt and self.locates_answers:
+            return text, [(len(context), len(text))]
+        return text, None
+
+    def write_chat(self, messages, tools):
         from transformers.utils.chat_template_utils import render_jinja_template
-        tools = json.loads(tools or "null") if isinstance(tools, str) else tools
-        template = self.tokenizer.get_chat_template(None, tools)
-        as_text = lambda objects: "\n".join(json.dumps(it, ensure_ascii=False) for it in objects)
-        if tools and "tools" not in template:  # what a template has no words for becomes text: nothing is lost
-            said = [messages.pop(0)["content"]] if messages[0]["role"] == "system" else []
-            messages.insert(0, {"role": "system", "content": "\n".join([*said, "Tools:", as_text(tools)])})
-        for m in messages if "tool_calls" not in template else ():
-            m["content"] += as_text(call["function"] for call in m.pop("tool_calls", ()))
-        tools = [t if "function" in t else {"type": "function", "function": t} for t in tools or ()] or None
-        marked = bool(re.search(r"{%-?\s*generation\b", template))
 
-        def render(upto, prompt=False):
-            with naming(f"the chat template, up to message {upto - 1}"):
-                return render_jinja_template([messages[:upto]], tools, chat_template=template,
-                                             return_assistant_tokens_mask=marked, add_generation_prompt=prompt,
-                                             **self.tokenizer.special_tokens_map)
-        (text,), marks = render(len(messages))
-        if self.all:
+        if isinstance(tools, str):
+            tools = json.loads(tools or "null")
+        template = self.tokenizer.get_chat_template(None, tools)
+        messages = write_tools_as_text(messages, tools, template)
+        functions = []
+        for tool in tools or ():
+            functions.append(tool if "function" in tool else {"type": "function", "function": tool})
+        has_markers = re.search(r"{%-?\s*generation\b", template) is not None
+
+        def render(n_messages, add_generation_prompt=False):
+            """Returns the text of the first messages, and the spans of the generation markers."""
+            with naming(f"the chat template, up to message {n_messages - 1}"):
+                texts, marked = render_jinja_template(
+                    [messages[:n_messages]],
+                    functions or None,
+                    chat_template=template,
+                    return_assistant_tokens_mask=has_markers,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.tokenizer.special_tokens_map,
+                )
+            return texts[0], marked[0] if has_markers else None
+
+        text, marked = render(len(messages))
+        if not self.locates_answers:
             return text, None
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        chosen = [i for i in (answers[-1:] if self.mask_history else answers) if messages[i]["trained"]]
-        if not chosen or marked and len(marks[0]) != len(answers):
-            raise ValueError(f"{len(chosen)} of {len(answers)} assistant turns to train, the template marks {marks}")
+        return text, self.find_answers(text, marked, messages, render)
+
+    def find_answers(self, text, marked, messages, render):
+        """Returns the spans of the assistant's messages to train.
+
+        marked: the spans of the generation markers; None if the template has none.
+        """
+        answers, chosen = choose_answers(messages, self.mask_history)
+        if marked is not None and len(marked) != len(answers):
+            raise ValueError("the generation markers of the chat template enclose "
+                             f"{len(marked)} of {len(answers)} assistant turns: correct them, or "
+                             "remove them all")
+
         spans = []
         for i in chosen:
-            after = render(i + 1)[0][0].rstrip()
-            if marked:
-                start, end = marks[0][answers.index(i)]
+            through_turn, _ = render(i + 1)
+            through_turn = through_turn.rstrip()
+            if marked is not None:
+                start, end = marked[answers.index(i)]
             else:
-                before = render(i, True)[0][0]
-                start = len(before) if text.startswith(before) else len(text)
-                if start == len(text) and i and text.startswith(render(i)[0][0]):   # it prompts to think: up to there
-                    common = os.path.commonprefix([text, before])
-                    start = max([common.rfind("\n") + 1, *(m.end() for m in self.is_control.finditer(common))])
-                end = len(after) if text.startswith(after) else start   # or written otherwise once others follow
-            closing = next((token for token in self.control if after.endswith(token)), "")
-            if not text[start:end].rstrip().endswith(closing):  # then it is what the template writes next
-                control = self.is_control.search(text, end)
-                end = control.end() if control and after.endswith(text[start:control.end()]) else start
+                start = find_start(text, i, render, self.control)
+                end = len(through_turn) if text.startswith(through_turn) else start
+            end = find_end(text, start, end, through_turn, self.control)
             if end <= start:
-                raise ValueError(f"message {i}: the template writes it otherwise before others: set MASK_HISTORY=True")
+                raise ValueError(f"message {i}: the chat template writes it differently when other "
+                                 "messages follow: set MASK_HISTORY=True")
             spans.append((start, end))
-        return text, spans
+        return spans
 
-# --------------------------------------------------------------------------------------------------------- token cache
+    def encode(self, text, spans):
+        """Returns the tokens of a text, trained inside the spans only, or everywhere if None."""
+        # A span is tokenized separately from the text before it, as in use, where the model
+        # continues a prompt that was tokenized without the answer.
+        edges = {0, len(text)}
+        for span in spans or ():
+            edges.update(span)
+
+        parts = [np.array([], np.int32)]
+        for start, end in itertools.pairwise(sorted(edges)):
+            trained = spans is None or any(a <= start < b for a, b in spans)
+            for part in TEXT_PART.finditer(text, start, end):
+                backend = self.tokenizer.backend_tokenizer
+                encoding = backend.encode(part[0], add_special_tokens=False)
+                ids = np.array(encoding.ids, np.int32)
+                parts.append(ids if trained else mask(ids))
+        return np.concatenate(parts)
+
+
+def range_to_remove(tokens, overlong, cap, control_ids):
+    """Returns (start, end): OVERLONG removes tokens[start:end] of a document."""
+    n = len(tokens)
+    extra = n - cap
+    if overlong == "split" or extra <= 0:
+        return 0, 0
+    if overlong == "truncate":
+        return cap, n
+    if overlong == "drop":
+        return 0, n
+
+    # "truncate_middle" removes from the middle of a text, or of the longest part of a conversation
+    # that is inside one turn and not trained. There 8 tokens must remain at both ends.
+    trained = is_trained(tokens)
+    is_chat = not trained[1:].all()
+    if is_chat:
+        removable = ~trained & ~np.isin(token_ids(tokens), control_ids)
+        margin = 8
+    else:
+        removable = trained
+        margin = 0
+    start, end = longest_run(removable)
+    if end - start < extra + 2 * margin:
+        return 0, n  # it cannot be shortened in this way, and is dropped
+    middle = (start + end - extra) // 2
+    return middle, middle + extra
+
+
+def longest_run(flags):
+    """Returns (start, end) of the first longest run of True; (0, 0) if there is none."""
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
+    starts = edges[0::2]
+    ends = edges[1::2]
+    if len(starts) == 0:
+        return 0, 0
+    longest = np.argmax(ends - starts)
+    return int(starts[longest]), int(ends[longest])
+
+
+# ---------------------------------------------------------------------------------- token cache
+
+CACHE_VERSION = 4  # part of every key: raise it when the same files would give other tokens
+TOKENIZER_FILE = re.compile("token|vocab|merges|template")
+BLOCK_BYTES = 8 * 2**20  # what a core tokenizes at a time, as the data may be larger than memory
+
+# The record of one document in documents.bin.
+DOCUMENT = np.dtype([
+    ("length", np.int64),
+    ("targets", np.int64),      # trained tokens, except the first, which no token precedes
+    ("full_length", np.int64),  # before OVERLONG
+    ("largest_id", np.int64),
+    ("source", np.int64),       # index of its source in DATA
+])
+
+
 class Corpus(NamedTuple):
-    """Tokenized documents, memory-mapped. Document i is tokens[offsets[i]:offsets[i + 1]]."""
-    tokens: np.ndarray      # int32; ~id where the token is not trained. "synthetic": the size of the vocabulary
-    offsets: np.ndarray     # (documents + 1,) int64
-    targets: np.ndarray     # (documents,) int64: trained tokens but a first one, which nothing precedes
-    full: np.ndarray        # (documents,) int64: lengths before OVERLONG
-    sources: list           # (first document, last + 1, how often an epoch sees them)
-    key: str                # hash of files, tokenizer and settings; or "synthetic"
+    """Tokenized documents, memory-mapped. Document i is tokens[offsets[i]:offsets[i + 1]].
+
+    If the key is "synthetic", documents are random, and `tokens` is the size of the vocabulary.
+    """
+    tokens: np.ndarray   # int32; see `mask`
+    offsets: np.ndarray  # (documents + 1,) int64
+    targets: np.ndarray  # (documents,) int64: trained tokens, except the first of a document
+    full: np.ndarray     # (documents,) int64: lengths before OVERLONG
+    sources: list        # (first document, last + 1, epochs) of each source
+    key: str             # hash of files, tokenizer and settings; or "synthetic"
 
     def read(self, document, start, end):
-        """Tokens start to end of a document, fewer where it ends before; of a synthetic one, random and made now."""
+        """Returns tokens [start, end) of a document; fewer if the document ends before."""
         first, last = self.offsets[document:document + 2]
         if self.key == "synthetic":
-            return np.random.default_rng(int(document)).integers(0, self.tokens, last - first, np.int32)[start:end]
+            generator = np.random.default_rng(int(document))
+            tokens = generator.integers(0, self.tokens, last - first, np.int32)
+            return tokens[start:end]
         return self.tokens[first + start:min(first + end, last)]
 
-@contextmanager
-def locked(path):
-    """One process of this host at a time; the others wait, before any process group exists to run into a timeout."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 def build_corpus(data, folder, cache, *settings, vocab_size=None):
-    """-> Corpus of DATA, tokenized with the tokenizer of the Hugging Face folder by whichever process comes first.
-    settings: those of Encoder. The key holds the content of files and tokenizer: a changed file is another corpus."""
-    (sources, epochs), memory = find_files(data), Path(cache) / "hashes.json"
-    content, tokenizer = [4, settings, [len(files) for files in sources]], re.compile("token|vocab|merges|template")
-    files = sum(sources, []) + sorted(f for f in Path(folder).iterdir() if tokenizer.search(f.name) and f.is_file())
-    with locked(memory.with_suffix(".lock")):  # a file's hash is remembered by its size and time of change
-        known = json.loads(memory.read_text()) if memory.exists() else {}
-        for f in files:
-            stamp = f"{os.path.abspath(f)} {os.stat(f).st_size} {os.stat(f).st_mtime_ns}"
-            with open(f, "rb") as opened:
-                known[stamp] = known.get(stamp) or hashlib.file_digest(opened, "sha256").hexdigest()
-            content.append(known[stamp])
-        memory.with_suffix(".part").write_text(json.dumps(known))
-        memory.with_suffix(".part").rename(memory)
-    home = memory.with_name(hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16])
-    with locked(home.with_suffix(".lock")):
+    """Returns the Corpus of DATA, tokenized with the tokenizer of a Hugging Face folder.
+
+    settings: the arguments of Encoder after the folder.
+    """
+    sources, epochs = find_files(data)
+    key = cache_key(sources, folder, cache, settings)
+    home = Path(cache) / key
+    # The first process tokenizes and the others wait for this lock. They do so before the process
+    # group exists, where no collective can time out.
+    with FileLock(home.with_suffix(".lock")):
         if not home.exists():
             tokenize(sources, home, (str(folder), *settings))
-    lengths, targets, full, largest, source = np.fromfile(home / "documents.bin", np.int64).reshape(-1, 5).T
-    if not targets.any():
+
+    documents = np.fromfile(home / "documents.bin", DOCUMENT)
+    if not documents["targets"].any():
         raise ValueError(f"DATA {data} holds no token to train: name other files")
-    if vocab_size and largest.max() >= vocab_size:
-        raise ValueError(f"token {largest.max()} is beyond the vocabulary of {vocab_size}: use the model's tokenizer")
-    ends = np.searchsorted(source, range(len(sources)), "right").tolist()
-    return Corpus(np.memmap(home / "tokens.bin", np.int32, "r"), np.insert(np.cumsum(lengths), 0, 0), targets, full,
-                  [*zip([0, *ends], ends, epochs)], home.name)
+    largest = documents["largest_id"].max()
+    if vocab_size and largest >= vocab_size:
+        raise ValueError(f"token {largest} is beyond the vocabulary of {vocab_size} tokens: use "
+                         "the tokenizer of the model")
 
-encoder = functools.cache(Encoder)      # of each worker, which has it from the process that it is forked from
+    # Documents are stored in the order of their sources.
+    ends = np.searchsorted(documents["source"], range(len(sources)), "right").tolist()
+    firsts = [0, *ends[:-1]]
+    return Corpus(
+        tokens=np.memmap(home / "tokens.bin", np.int32, "r"),
+        offsets=np.insert(np.cumsum(documents["length"]), 0, 0),
+        targets=documents["targets"],
+        full=documents["full_length"],
+        sources=list(zip(firsts, ends, epochs)),
+        key=key,
+    )
 
-def encode_row(settings, row):
-    """-> token ids of a row; their number, targets, number before OVERLONG, largest; the row's source."""
-    where, content, source = row
-    with naming(where):
-        content = json.loads(content.decode("utf-8-sig")) if isinstance(content, bytes) else content
-        ids, full = encoder(*settings)(content)
-    return ids, np.array([len(ids), (ids[1:] >= 0).sum(), full, np.maximum(ids, ~ids).max(initial=0), source])
+
+def cache_key(sources, folder, cache, settings):
+    """Returns a hash of the contents of all files, of the tokenizer, and of the settings."""
+    files = list(itertools.chain.from_iterable(sources))
+    for path in sorted(Path(folder).iterdir()):
+        if TOKENIZER_FILE.search(path.name) and path.is_file():
+            files.append(path)
+    hashes = hash_files(files, Path(cache) / "hashes.json")
+    files_of_source = [len(source) for source in sources]
+    content = [CACHE_VERSION, settings, files_of_source, *hashes]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def hash_files(files, memory):
+    """Returns the hash of each file. Those in the file `memory` are not computed again."""
+    with FileLock(memory.with_suffix(".lock")):
+        known = json.loads(memory.read_text()) if memory.exists() else {}
+        hashes = []
+        for path in files:
+            # A file of the same path, size and time of change is taken to be the same.
+            status = os.stat(path)
+            stamp = f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+            if stamp not in known:
+                with open(path, "rb") as file:
+                    known[stamp] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes.append(known[stamp])
+
+        part = memory.with_suffix(".part")
+        part.write_text(json.dumps(known))
+        part.rename(memory)  # a killed process leaves no half of it
+    return hashes
+
 
 def tokenize(sources, home, settings):
-    """Write the corpus `home` with all cores. After a kill it goes on behind the last document that is whole."""
-    part, total = home.with_suffix(".part"), sum(os.path.getsize(f) for files in sources for f in files)
+    """Writes the documents of all files to the folder `home`, using all cores.
+
+    settings: all arguments of Encoder. A call that was killed is continued by the next one.
+    """
+    part = home.with_suffix(".part")
     part.mkdir(exist_ok=True)
-    rows = ((*row, number) for number, files in enumerate(sources) for f in files for row in read_rows(f))
-    encoder(*settings)
-    pool = ProcessPoolExecutor(cores := len(os.sched_getaffinity(0)), multiprocessing.get_context("fork"))
-    bar = tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, mininterval=2)
-    with bar, pool, open(part / "tokens.bin", "ab") as tokens, open(part / "documents.bin", "ab") as documents:
-        documents.truncate(documents.tell() // 40 * 40)
-        had = np.fromfile(documents.name, np.int64).reshape(-1, 5)
-        tokens.truncate(4 * int(had[:, 0].sum()))
-        def stretch(row):  # 8 MiB a core at a time: the corpus may be larger than memory
-            bar.update(len(row[1] if isinstance(row[1], bytes) else str(row[1])))
-            return bar.n // (2**23 * cores)
-        for _, some in itertools.groupby(itertools.islice(rows, len(had), None), stretch):
-            few, abouts = 1 + len(some := list(some)) // (64 * cores), []
-            for ids, about in pool.map(functools.partial(encode_row, settings), some, chunksize=few):
-                tokens.write(ids), abouts.append(about)
-            tokens.flush(), documents.write(np.stack(abouts)), documents.flush()    # a full disk stops it before
+    total_bytes = sum(os.path.getsize(path) for path in itertools.chain.from_iterable(sources))
+    n_cores = len(os.sched_getaffinity(0))
+
+    # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
+    encoder = Encoder(*settings)
+    fork = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(n_cores, fork, initializer=start_worker, initargs=(encoder,))
+    bar = tqdm(total=total_bytes, desc="tokenizing", unit="B", unit_scale=True, mininterval=2)
+    tokens_file = open(part / "tokens.bin", "ab")
+    documents_file = open(part / "documents.bin", "ab")
+    with bar, pool, tokens_file, documents_file:
+        n_done = drop_incomplete(tokens_file, documents_file)
+        rows = itertools.islice(read_sources(sources), n_done, None)
+        for block, n_bytes in split_into_blocks(rows, BLOCK_BYTES * n_cores):
+            records = []
+            chunksize = 1 + len(block) // (64 * n_cores)
+            for tokens, record in pool.map(encode_in_worker, block, chunksize=chunksize):
+                tokens_file.write(tokens)
+                records.append(record)
+            # A document counts as done when its record is written, so its tokens come first.
+            tokens_file.flush()
+            documents_file.write(np.array(records, DOCUMENT))
+            documents_file.flush()
+            bar.update(n_bytes)
     part.rename(home)
 
-# ------------------------------------------------------------------------------------------------------ packing, order
+
+def drop_incomplete(tokens_file, documents_file):
+    """Truncates the files of a killed build after the last complete document; returns how many."""
+    n_documents = documents_file.tell() // DOCUMENT.itemsize
+    documents_file.truncate(n_documents * DOCUMENT.itemsize)
+    documents = np.fromfile(documents_file.name, DOCUMENT)
+    n_tokens = int(documents["length"].sum())
+    tokens_file.truncate(n_tokens * np.dtype(np.int32).itemsize)
+    return n_documents
+
+
+def read_sources(sources):
+    """Yields (place, row, index of the source) for all rows of all files."""
+    for source, files in enumerate(sources):
+        for path in files:
+            for place, row in read_rows(path):
+                yield place, row, source
+
+
+def split_into_blocks(rows, block_bytes):
+    """Yields (rows, their bytes) for consecutive blocks of about block_bytes."""
+    block = []
+    n_bytes = 0
+    for place, row, source in rows:
+        block.append((place, row, source))
+        n_bytes += len(row) if isinstance(row, bytes) else len(str(row))
+        if n_bytes >= block_bytes:
+            yield block, n_bytes
+            block = []
+            n_bytes = 0
+    if block:
+        yield block, n_bytes
+
+
+# Each worker process sets this once. As an argument, it would be pickled with every call.
+worker_encoder = None
+
+
+def start_worker(encoder):
+    global worker_encoder
+    worker_encoder = encoder
+
+
+def encode_in_worker(row):
+    return encode_row(worker_encoder, row)
+
+
+def encode_row(encoder, row):
+    """Returns the tokens of a row (place, content, source), and the fields of its DOCUMENT."""
+    place, content, source = row
+    with naming(place):
+        if isinstance(content, bytes):
+            rule = "each line must be one JSON object in UTF-8; fix or remove the line"
+            content = parse_json(content, rule)
+        tokens, full_length = encoder(content)
+    targets = int(is_trained(tokens[1:]).sum())
+    largest_id = int(token_ids(tokens).max(initial=0))
+    return tokens, (len(tokens), targets, full_length, largest_id, source)
+
+
+# -------------------------------------------------------------------------------------- packing
+# A piece is a part of a document that lies in one row. Each pack function takes the lengths of
+# the documents in their order. It returns the pieces of all rows, one row after the other, and the
+# index of the first piece of each row.
+
+PIECE = np.dtype([("document", np.int64), ("start", np.int64), ("length", np.int64)])
+
+
+def make_pieces(document, start, length):
+    pieces = np.empty(len(document), PIECE)
+    pieces["document"] = document
+    pieces["start"] = start
+    pieces["length"] = length
+    return pieces
+
+
+def pack_split(lengths, max_length):
+    """Concatenates the documents, and cuts this stream of tokens after every max_length."""
+    document_starts = np.cumsum(lengths) - lengths
+    row_starts = np.arange(0, lengths.sum(), max_length)
+    # A piece begins where a document or a row begins.
+    position = np.union1d(document_starts, row_starts)  # in the stream, (pieces,)
+    document = np.searchsorted(document_starts, position, "right") - 1
+    start = position - document_starts[document]
+    left_in_document = lengths[document] - start
+    left_in_row = max_length - position % max_length
+    pieces = make_pieces(document, start, np.minimum(left_in_document, left_in_row))
+    first_of_row = np.flatnonzero(position % max_length == 0)
+    return pieces, first_of_row
+
+
+def pack_whole(lengths, max_length):
+    """Fills rows with uncut documents; those of more than max_length come in pieces."""
+    pieces = cut_documents(lengths, max_length)
+    order, first_of_row = knapsack(pieces["length"], max_length)
+    return pieces[order], first_of_row
+
+
+def pack_none(lengths, max_length, batch_size):
+    """Puts batch_size documents into each row; those of more than max_length come in pieces."""
+    pieces = cut_documents(lengths, max_length)
+    first_of_row = np.arange(0, len(pieces), batch_size)
+    return pieces, first_of_row
+
+
+def cut_documents(lengths, max_length):
+    """Returns the pieces of all documents, of max_length except for the last of a document."""
+    n_pieces = -(-lengths // max_length)
+    document = np.repeat(np.arange(len(lengths)), n_pieces)
+    first_piece = np.cumsum(n_pieces) - n_pieces
+    number_in_document = np.arange(len(document)) - first_piece[document]
+    start = number_in_document * max_length
+    length = np.minimum(lengths[document] - start, max_length)
+    return make_pieces(document, start, length)
+
+
 def knapsack(lengths, capacity):
-    """-> indices of lengths, bin after bin; where each bin begins. A bin takes the longest that still fits until none
-    does, and is repeated while its lengths last: the work grows with the number of distinct lengths."""
-    order, indices, sizes = np.argsort(lengths, kind="stable"), [], []
-    values, first = np.unique(lengths[order], return_index=True)
-    having = dict(zip(left := values.tolist(), np.split(order, first[1:])))     # length: its indices; left: its keys
-    while left:
-        room, at, take = capacity, len(left), {}
-        while (at := bisect.bisect_right(left, room, 0, at) - 1) >= 0:
-            take[left[at]] = n = min(len(having[left[at]]), room // left[at])
-            room -= n * left[at]
-        times = min(len(having[length]) // n for length, n in take.items())
-        indices.append(np.hstack([having[length][:n * times].reshape(times, n) for length, n in take.items()]).ravel())
-        sizes += [sum(take.values())] * times
-        for length, n in take.items():
-            having[length] = having[length][n * times:]
-            if not len(having[length]):
-                left.pop(bisect.bisect_left(left, length))
-    return np.concatenate(indices), np.cumsum(sizes) - sizes
+    """Packs lengths into bins. Each bin takes the longest that still fits until none fits.
+
+    Returns the indices of the lengths, bin after bin, and where each bin begins among them.
+    """
+    order = np.argsort(lengths, kind="stable")
+    distinct, first = np.unique(lengths[order], return_index=True)
+    distinct = distinct.tolist()
+    left = dict(zip(distinct, np.split(order, first[1:])))  # length: indices not packed yet
+    packed = []
+    bin_sizes = []
+    while distinct:
+        taken = fill_bin(distinct, left, capacity)
+        # The same bin is repeated while there are lengths for it. So the work grows with the
+        # number of distinct lengths, not with the number of documents.
+        repeats = min(len(left[length]) // n for length, n in taken.items())
+        columns = []
+        for length, n in taken.items():
+            columns.append(left[length][:n * repeats].reshape(repeats, n))
+            left[length] = left[length][n * repeats:]
+            if len(left[length]) == 0:
+                del distinct[bisect.bisect_left(distinct, length)]
+        bins = np.hstack(columns)  # (repeats, lengths in a bin)
+        packed.append(bins.ravel())
+        bin_sizes += [bins.shape[1]] * repeats
+    first_of_bin = np.cumsum(bin_sizes) - bin_sizes
+    return np.concatenate(packed), first_of_bin
+
+
+def fill_bin(distinct, left, capacity):
+    """Returns {length: how many of it} for one bin. distinct: the lengths in `left`, sorted."""
+    taken = {}
+    free = capacity
+    i = bisect.bisect_right(distinct, free) - 1  # the longest that fits
+    while i >= 0:
+        length = distinct[i]
+        n = min(len(left[length]), free // length)
+        taken[length] = n
+        free -= n * length
+        i = bisect.bisect_right(distinct, free, 0, i) - 1
+    return taken
+
 
 def group_by_length(lengths, step, rng, at=0):
-    """-> indices in XTuner's order of `step` documents a step, but the steps of a stretch of 50 are shuffled, or the
-    loss would swing. The longest comes first of all; the first step has `at` documents already."""
-    at, mega = at + np.arange(len(lengths)), max(1, min(len(lengths) // (4 * step), 50)) * step
-    order = np.lexsort((-lengths, at // mega))
+    """Returns the indices of lengths in an order where those of one step are similar.
+
+    step: documents in a step. at: documents that the first step has already.
+    """
+    # As in XTuner, lengths are sorted within stretches of up to 50 steps.
+    position = at + np.arange(len(lengths))
+    steps_per_stretch = max(1, min(len(lengths) // (4 * step), 50))
+    stretch = position // (steps_per_stretch * step)
+    order = np.lexsort((-lengths, stretch))
+    # The longest of all comes first: if memory is too small, this shows at once.
     longest = np.argmax(lengths[order])
     order[[0, longest]] = order[[longest, 0]]
-    draw = rng.random(at[-1] // step + 1)
-    draw[-1], draw[0] = 2, -1
-    return order[np.lexsort((draw[at // step], at // mega))]
+
+    # The steps of a stretch are shuffled, as a loss that follows the lengths would swing. The
+    # first step stays first, and the last step, which may be incomplete, stays last.
+    draw = rng.random(position[-1] // step + 1)  # (steps,)
+    draw[-1] = 2
+    draw[0] = -1
+    return order[np.lexsort((draw[position // step], stretch))]
+
+
+# ----------------------------------------------------------------------------------------- rows
+
+WEIGHT_EXPONENT = {"token": 0.0, "sample": -1.0, "square": -0.5}  # of the targets of a document
+
+
+class Epoch(NamedTuple):
+    """The rows of one epoch in the order of training. Row i is pieces[first[i]:end[i]]."""
+    pieces: np.ndarray  # (pieces,) PIECE
+    first: np.ndarray   # (rows,) int64
+    end: np.ndarray     # (rows,) int64
+
 
 class Rows:
-    """The rows of a run, those of its epochs end to end. Epoch e's order is drawn from (seed, e) alone."""
-    def __init__(self, corpus, packing, max_length, seed, batch_size=1, use_varlen_attn=True, loss_weight="token",
-                 grouped_rows=0):
-        self.corpus, self.packing, self.max_length, self.seed = corpus, packing, max_length, seed
-        self.batch_size = batch_size if packing == "none" else 1
-        self.varlen, self.loss_weight = use_varlen_attn, loss_weight
-        self.grouped = grouped_rows * batch_size * (packing == "none")      # documents of a step, or 0: not grouped
+    """The rows of a run: those of epoch 0, of epoch 1, and so on.
+
+    The order of an epoch depends on the seed and its number only: there is no state to save.
+    """
+
+    def __init__(self, corpus, packing, max_length, seed, batch_size=1, use_varlen_attn=True,
+                 loss_weight="token", grouped_rows=0):
+        self.corpus = corpus
+        self.packing = packing
+        self.max_length = max_length
+        self.seed = seed
+        self.use_varlen_attn = use_varlen_attn
+        self.loss_weight = loss_weight
+        if packing == "none":
+            self.batch_size = batch_size
+            self.documents_per_step = grouped_rows * batch_size  # 0: not grouped by length
+        else:
+            self.batch_size = 1
+            self.documents_per_step = 0
         self.lengths = np.diff(corpus.offsets)
-        self.epoch = functools.lru_cache(2)(self._pack)     # a step may see two
-        self.size = functools.cache(lambda epoch: len(self.epoch(epoch)[1]))
+        self.sizes = {}  # epoch: its number of rows
+        self.epoch = functools.lru_cache(maxsize=2)(self.pack)  # a step may have rows of two
         self.per_epoch = self.size(0)
 
     def documents(self, epoch):
-        """-> the documents of an epoch: of each source, which is a circle, as many as its epochs say, going round."""
+        """Returns the documents of an epoch: of each source, as many as its epochs say."""
         chosen = []
-        for first, last, epochs in self.corpus.sources:
-            n, line = last - first, np.random.default_rng((self.seed, first)).permutation(last - first)
-            chosen.append(first + line[np.arange(round(epoch * epochs * n), round((epoch + 1) * epochs * n)) % n])
+        for first, end, epochs in self.corpus.sources:
+            n = end - first
+            # A source of 0.3 epochs cycles through its documents in a fixed random order, so that
+            # all of them are seen before any is seen again.
+            order = np.random.default_rng((self.seed, first)).permutation(n)
+            position = np.arange(round(epoch * epochs * n), round((epoch + 1) * epochs * n))
+            chosen.append(first + order[position % n])
         return np.concatenate(chosen)
 
-    def _pack(self, epoch):
-        """-> pieces (n, 3): document, start, length; rows (r, 2): its first piece, its last + 1."""
-        rng, room = np.random.default_rng((self.seed, epoch)), self.max_length
-        order = rng.permutation(self.documents(epoch))
-        order = order[self.lengths[order] > 0]
-        lengths = self.lengths[order]
-        if not len(order):
-            raise ValueError(f"epoch {epoch} of DATA holds no token: raise the epochs of its sources")
-        space = lengths if self.packing == "split" else -(-lengths // room) * room
-        begins = np.cumsum(space) - space   # of documents, on a line that is cut at every multiple of `room`
-        cuts = np.union1d(begins, np.arange(0, begins[-1] + space[-1], room))
-        which = np.searchsorted(begins, cuts, "right") - 1
-        start = cuts - begins[which]
-        length = np.minimum(lengths[which] - start, room - cuts % room)
-        chosen, first = slice(None), np.arange(0, len(which), self.batch_size)
-        if self.packing == "split":
-            first = np.flatnonzero(cuts % room == 0)
-        elif self.packing == "whole":
-            chosen, first = knapsack(length, room)
-        elif self.grouped:
-            before = self.batch_size * sum(map(self.size, range(epoch)))
-            chosen = group_by_length(length, self.grouped, rng, before % self.grouped)
-        rows = np.stack([first, np.append(first[1:], len(which))], axis=1)
-        return (np.stack([order[which], start, length], axis=1)[chosen],
-                rows if self.grouped else rng.permutation(rows))
+    def pack(self, epoch):
+        """Packs the documents of an epoch. Returns its Epoch; self.epoch remembers the last two."""
+        rng = np.random.default_rng((self.seed, epoch))
+        documents = rng.permutation(self.documents(epoch))
+        documents = documents[self.lengths[documents] > 0]
+        if len(documents) == 0:
+            raise ValueError(f"epoch {epoch} of DATA holds no token: raise the epochs of its "
+                             "sources")
 
-    def count(self, epochs):    # of rows
-        return math.ceil(sum(min(epochs - epoch, 1) * self.size(epoch) for epoch in range(math.ceil(epochs))))
+        lengths = self.lengths[documents]
+        if self.packing == "split":
+            pieces, first = pack_split(lengths, self.max_length)
+        elif self.packing == "whole":
+            pieces, first = pack_whole(lengths, self.max_length)
+        else:
+            pieces, first = pack_none(lengths, self.max_length, self.batch_size)
+        pieces["document"] = documents[pieces["document"]]
+        end = np.append(first[1:], len(pieces))
+
+        if self.documents_per_step > 0:
+            rows_before = sum(self.size(earlier) for earlier in range(epoch))
+            at = rows_before * self.batch_size % self.documents_per_step
+            order = group_by_length(pieces["length"], self.documents_per_step, rng, at)
+            return Epoch(pieces[order], first, end)
+        order = rng.permutation(len(first))
+        return Epoch(pieces, first[order], end[order])
+
+    def size(self, epoch):
+        """Returns the number of rows of an epoch."""
+        if epoch not in self.sizes:
+            self.sizes[epoch] = len(self.epoch(epoch).first)
+        return self.sizes[epoch]
+
+    def count(self, epochs):
+        """Returns the number of rows of so many epochs, which may be a fraction."""
+        rows = 0
+        for epoch in range(math.ceil(epochs)):
+            rows += min(epochs - epoch, 1) * self.size(epoch)
+        return math.ceil(rows)
 
     def find(self, row):
-        """Row of the run -> its pieces (n, 3): document, start, length."""
+        """Returns the pieces of a row of the run, an array of PIECE."""
         epoch = 0
         while row >= self.size(epoch):
-            row, epoch = row - self.size(epoch), epoch + 1
-        pieces, rows = self.epoch(epoch)
-        return pieces[slice(*rows[row])]
+            row -= self.size(epoch)
+            epoch += 1
+        pieces, first, end = self.epoch(epoch)
+        return pieces[first[row]:end[row]]
 
     def batch(self, row, sp, sp_rank):
-        """Row `row` of the run, or None for a row of padding -> this rank's share of it."""
-        pieces = self.find(row) if row is not None else np.empty((0, 3), int)
-        # one token more than the piece has, the last one's target; ~0 at the document's end
-        tokens = [np.append(self.corpus.read(d, start, start + n + 1), ~0)[:n + 1] for d, start, n in pieces]
-        counts, T = self.corpus.targets[pieces[:, 0]].clip(1), pieces[:, 2].sum()
-        if fill := -T % sp if T else sp:    # a segment of its own, of tokens that are not trained
-            tokens, counts, T = [*tokens, np.full(fill + 1, ~0)], np.append(counts, 1), T + fill
-        following, lengths = np.concatenate([t[1:] for t in tokens]), np.array([len(t) - 1 for t in tokens])
-        weights = np.repeat(counts ** {"token": 0.0, "sample": -1.0, "square": -0.5}[self.loss_weight], lengths)
-        lengths = lengths if self.varlen else T[None]
-        ids = np.concatenate([t[:-1] for t in tokens])
-        share = slice(T // sp * sp_rank, T // sp * (sp_rank + 1))
-        ids, labels, positions, weights = (torch.from_numpy(field[share]) for field in (
-            np.maximum(ids, ~ids), np.where(following >= 0, following, IGNORE),
-            np.concatenate([np.arange(n) for n in lengths]), weights * (following >= 0)))
-        edges = torch.from_numpy(np.cumsum([0, *lengths])).int()
-        return Batch(ids, labels, positions, edges, int(max(lengths)), weights.float())
+        """Returns the shard of rank sp_rank of a row of the run, or of a row of padding if None."""
+        pieces = np.empty(0, PIECE) if row is None else self.find(row)
+        segments = [self.read_with_next(*piece) for piece in pieces]
+        lengths = pieces["length"]
+        n_targets = self.corpus.targets[pieces["document"]].clip(1)
+
+        # T must be a multiple of sp. The padding is a segment of its own, without targets.
+        T = int(lengths.sum())
+        padding = -T % sp if T > 0 else sp
+        if padding > 0:
+            segments.append(np.full(padding + 1, NO_TARGET))
+            lengths = np.append(lengths, padding)
+            n_targets = np.append(n_targets, 1)
+            T += padding
+
+        # Labels are made before the row is cut into shards: the target of the last position of a
+        # shard is the first token of the next shard.
+        tokens = np.concatenate([segment[:-1] for segment in segments])  # (T,)
+        next_tokens = np.concatenate([segment[1:] for segment in segments])  # (T,)
+        has_target = is_trained(next_tokens)
+        labels = np.where(has_target, next_tokens, IGNORE)
+        weights = np.repeat(n_targets ** WEIGHT_EXPONENT[self.loss_weight], lengths) * has_target
+        if not self.use_varlen_attn:
+            lengths = np.array([T])  # one segment: tokens attend across documents
+        position_ids = np.concatenate([np.arange(length) for length in lengths])  # (T,)
+        cu_seqlens = np.cumsum([0, *lengths])  # (n+1,)
+
+        t = T // sp
+        shard = slice(t * sp_rank, t * (sp_rank + 1))
+        return Batch(
+            input_ids=torch.from_numpy(token_ids(tokens)[shard]),  # (t,)
+            labels=torch.from_numpy(labels[shard]),
+            position_ids=torch.from_numpy(position_ids[shard]),
+            cu_seqlens=torch.from_numpy(cu_seqlens).int(),  # (n+1,)
+            max_seqlen=int(max(lengths)),
+            weights=torch.from_numpy(weights[shard]).float(),
+        )
+
+    def read_with_next(self, document, start, length):
+        """Returns the tokens of a piece and the one that follows it, (length + 1,) int64."""
+        tokens = self.corpus.read(document, start, start + length + 1)
+        # At the end of a document, read returns one token less, and no target follows.
+        return np.append(tokens, NO_TARGET)[:length + 1]
 
     def step(self, step, global_batch_size, dp, dp_rank, sp, sp_rank, total):
-        """The micro-batches of optimizer step `step` (from 1) for one rank; rows past the run's `total` are padding. As
-        ranks wait for one another, the dp heaviest rows come first, the heaviest to who has the least so far."""
-        first, mine, load = (step - 1) * global_batch_size, [], np.zeros(dp)
-        work = {row: (self.find(row)[:, 2] ** 2).sum() for row in range(first, min(first + global_batch_size, total))}
-        rows = sorted(work, key=work.get, reverse=True) + [None] * (global_batch_size - len(work))
+        """Returns the micro-batches of optimizer step `step` (from 1) for one rank.
+
+        total: the number of rows of the run; later ones are padding.
+        """
+        first = (step - 1) * global_batch_size
+        end = min(first + global_batch_size, total)
+        work = {}  # of a row: attention grows with the square of the length of a piece
+        for row in range(first, end):
+            work[row] = (self.find(row)["length"] ** 2).sum()
+
+        # Ranks wait for one another. So the dp heaviest rows are dealt first, then the next dp,
+        # each time the heaviest to the rank with the least work so far.
+        rows = sorted(work, key=work.get, reverse=True)
+        rows += [None] * (global_batch_size - len(rows))
+        mine = []
+        load = np.zeros(dp)
         for i in range(0, global_batch_size, dp):
-            for rank, row in zip(np.argsort(load, kind="stable"), rows[i:i + dp]):
-                load[rank] += work.get(row, 0)
-                mine += [row] if rank == dp_rank else []
+            lightest_first = np.argsort(load, kind="stable")
+            for rank, row in zip(lightest_first, rows[i:i + dp]):
+                if row is not None:
+                    load[rank] += work[row]
+                if rank == dp_rank:
+                    mine.append(row)
         return [self.batch(row, sp, sp_rank) for row in mine]
 
     def accounting(self):
-        """Of the first epoch. Padding is what rows lack to max_length (x batch_size); it is never computed."""
-        documents, (pieces, rows) = self.documents(0), self.epoch(0)
-        full, kept, targets = (of[documents] for of in (self.corpus.full, self.lengths, self.corpus.targets))
-        document, start, length = pieces.T
-        sizes, room = np.add.reduceat(length, np.sort(rows[:, 0])), len(rows) * self.max_length * self.batch_size
-        histogram = enumerate(np.bincount(np.log2(full[full > 0]).astype(int)))
-        return {"documents": len(full), "empty": (full == 0).sum(), "without_target": (kept[targets == 0] > 0).sum(),
-                "dropped_documents": (full[kept == 0] > 0).sum(), "shortened": (kept < full)[kept > 0].sum(),
-                "tokens": full.sum(), "trained": targets.sum(), "masked": (kept - targets).sum(),
-                "dropped": (full - kept).sum(), "rows": len(rows), "padding": room - kept.sum(),
-                "fill": kept.sum() / room, "pieces_a_row": len(pieces) / len(rows),
-                "cut_documents": ((start == 0) & (length < self.lengths[document])).sum(),
-                "attention": (length ** 2).sum() / (sizes ** 2).sum(), "lengths": {2**i: n for i, n in histogram if n}}
+        """Returns counts of the first epoch: where its tokens go, and how its rows are filled.
+
+        Padding is what rows lack to max_length (times batch_size); it is not computed.
+        """
+        documents = self.documents(0)
+        full = self.corpus.full[documents]
+        kept = self.lengths[documents]
+        targets = self.corpus.targets[documents]
+
+        pieces, first, _ = self.epoch(0)
+        lengths = pieces["length"]
+        row_lengths = np.add.reduceat(lengths, np.sort(first))
+        capacity = len(first) * self.max_length * self.batch_size
+        is_beginning = pieces["start"] == 0
+        is_part = lengths < self.lengths[pieces["document"]]
+        return {
+            "documents": len(documents),
+            "empty": (full == 0).sum(),
+            "without_target": ((kept > 0) & (targets == 0)).sum(),
+            "dropped_documents": ((full > 0) & (kept == 0)).sum(),
+            "shortened": ((kept > 0) & (kept < full)).sum(),
+            "tokens": full.sum(),
+            "trained": targets.sum(),
+            "masked": (kept - targets).sum(),
+            "dropped": (full - kept).sum(),
+            "rows": len(first),
+            "padding": capacity - kept.sum(),
+            "fill": kept.sum() / capacity,
+            "pieces_a_row": len(pieces) / len(first),
+            "cut_documents": (is_beginning & is_part).sum(),
+            "attention": (lengths ** 2).sum() / (row_lengths ** 2).sum(),
+            "lengths": length_histogram(full),
+        }
 
     def describe(self):
-        most = max((a := self.accounting())["lengths"].values())
-        bars = "  ".join(f"{n:,} {'▁▂▃▄▅▆▇█'[7 * count // most]}" for n, count in a["lengths"].items())
-        return ("{documents:,} documents, of them {empty:,} empty, {without_target:,} without a target, "
-                "{dropped_documents:,} dropped, {shortened:,} shortened, {cut_documents:,} cut by rows\n"
-                "{tokens:,} tokens = {trained:,} trained + {masked:,} masked or first + {dropped:,} dropped\n"
-                "{rows:,} rows, {fill:.2%} full, the rest {padding:,} of padding; {pieces_a_row:.1f} pieces each, "
-                "{attention:.1%} of a whole row's attention\ntokens of a document, from: {bars}").format(**a, bars=bars)
+        """Returns the accounting as a few lines of text."""
+        counts = self.accounting()
+        histogram = counts.pop("lengths")
+        tallest = max(histogram.values())
+        bars = []
+        for length, count in histogram.items():
+            bars.append(f"{length:,} {'▁▂▃▄▅▆▇█'[7 * count // tallest]}")
+        text = (
+            "{documents:,} documents: {empty:,} empty, {without_target:,} without a target, "
+            "{dropped_documents:,} dropped, {shortened:,} shortened, {cut_documents:,} cut by "
+            "rows\n"
+            "{tokens:,} tokens = {trained:,} trained + {masked:,} masked or first + {dropped:,} "
+            "dropped\n"
+            "{rows:,} rows, {fill:.2%} full, {padding:,} tokens of padding; {pieces_a_row:.1f} "
+            "pieces in each, with {attention:.1%} of the attention of undivided rows\n"
+            "lengths of documents, in tokens from: {bars}"
+        )
+        return text.format(**counts, bars="  ".join(bars))
 
-def show(rows, row, sp, decode):
-    """Print a row of the run: trained tokens in green, where documents and the shares of ranks begin."""
-    shares = [rows.batch(row, sp, rank) for rank in range(sp)]
-    ids, labels, positions = (torch.cat([share[field] for share in shares]).tolist() for field in range(3))
-    pieces, trained = rows.find(row), [False, *(label != IGNORE for label in labels)]
-    marks = [(len(ids) // sp * rank, f"\n=== share of rank {rank}") for rank in range(sp) if sp > 1]
-    marks += [(i, "\033[32m" if trained[i] else "\033[0m") for i in range(1, len(ids)) if trained[i] != trained[i - 1]]
-    marks += [(at, f"\n--- document {d}, {n} tokens from {i} of {rows.lengths[d]}, positions from {positions[at]}\n")
-              for at, (d, i, n) in zip(np.cumsum([0, *pieces[:, 2]]), pieces)]
-    marks += [(n, "\n--- padding\n") for n in [pieces[:, 2].sum()] if n < len(ids)]
-    for (a, mark), (b, _) in itertools.pairwise([*sorted(marks, key=lambda mark: mark[0]), (len(ids), "")]):
-        print(mark + decode(ids[a:b]), end="")
-    print("\033[0m")
 
-def main(arguments):
-    from transformers import AutoTokenizer
-    import train
-    train.override([a for a in arguments if not a.startswith(("SHOW=", "--lengths"))])
-    folder, config, sp, _ = train.plan(max(train.SEQUENCE_PARALLEL_SIZE, 1) * train.REPLICAS)
-    rows = train.open_data(train.DATA, folder, config)
-    print(rows.describe())
-    for row in (int(n) for a in arguments if a.startswith("SHOW=") for n in a[5:].split(",")):
-        show(rows, row, sp, AutoTokenizer.from_pretrained(folder).decode)
-    if "--lengths" in arguments:
-        from matplotlib import pyplot
-        pyplot.hist(rows.corpus.full, bins=100), pyplot.xlabel("tokens of a document"), pyplot.savefig("lengths.png")
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def length_histogram(lengths):
+    """Returns {2**i: how many lengths are from 2**i to below 2**(i+1)}, without zeros."""
+    counts = np.bincount(np.log2(lengths[lengths > 0]).astype(int))
+    return {2**i: count for i, count in enumerate(counts) if count > 0}

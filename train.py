@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 import convert
 import data
@@ -132,7 +133,7 @@ def plan(world):
     if OFFLOAD_ACTIVATIONS and RECOMPUTE == "none":
         raise ValueError("OFFLOAD_ACTIVATIONS moves nothing with RECOMPUTE 'none': use 'all_but_attention' or 'all'")
     demo = Path(CACHE_DIR) / "demo"
-    with data.locked(demo.with_suffix(".lock")):
+    with FileLock(demo.with_suffix(".lock")):
         if "demo" in (MODEL, DATA, EVAL_DATA) and not (demo / "model.safetensors").exists():
             convert.write_demo(demo)
     folder = demo if MODEL == "demo" else Path(MODEL)

@@ -16,6 +16,7 @@ from tokenizers import decoders, pre_tokenizers
 import convert
 import data
 import train
+from tools import show
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]", "<|eot_id|>",
             "<|start_header_id|>", "<|end_header_id|>", "<|User|>", "<|Assistant|>", "<|end_of_sentence|>"]
@@ -148,14 +149,14 @@ def test_control_tokens_in_a_text_are_text(encoder, row, every):
     assert read(row).replace("«", "").replace("»", "") == read(plain).replace("«", "").replace("»", "").replace("(|", "<|").replace("|)", "|>")
 
 BAD = [(ask("uHi"), "0 of . assistant turns"), ({"messages": [{"role": "robot", "content": "a"}]}, "message 0.*role"),
-       ({"messages": [{"role": "user"}]}, "message 0.*content is text"), ({"text": None}, "no format"), ({"text": 5}, "strings"),
+       ({"messages": [{"role": "user"}]}, "message 0.*content None is not text"), ({"text": None}, "no format"), ({"text": 5}, "is not a string"),
        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "message 0.*'text'"),
        ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "message 0.*weight"),
        ({"messages": [{"role": "assistant", "content": "a", "train": False}]}, "0 of . assistant turns"),
        ({"messages": None}, "no format"), ({"messages": []}, "0 of . assistant turns"), ({"a": 1}, "no format"), ([1], "no format"),
-       ({"text": "a", "messages": []}, "'text', 'messages'"), ({"input_ids": [1, 2], "labels": [2, 3]}, "own places"),
-       ({"input_ids": [1, "a"]}, "own places"), ({"input_ids": [1, 2], "labels": [1]}, "shorter"),
-       ({"text": b"a"}, "strings"), ({"text": "a\ufdd0"}, "no text"), ({"text": "a\ud800"}, "no text"),
+       ({"text": "a", "messages": []}, "'text', 'messages'"), ({"input_ids": [1, 2], "labels": [2, 3]}, "own place"),
+       ({"input_ids": [1, "a"]}, "own place"), ({"input_ids": [1, 2], "labels": [1]}, "1 labels for 2 input_ids"),
+       ({"text": b"a"}, "is not a string"), ({"text": "a\ufdd0"}, "no text"), ({"text": "a\ud800"}, "no text"),
        ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "message 0.*JSONDecodeError"),
        ({"instruction": "a", "output": None}, "no format")]
 
@@ -242,8 +243,9 @@ def test_folders_globs_lists_and_epochs(corpus, tmp_path):
     rows = data.Rows(both, "none", 10, seed=0)
     assert sorted(rows.documents(0)) in ([0, 0, 1, 1, 2], [0, 0, 1, 1, 3])
     assert sorted([*rows.documents(0), *rows.documents(1)]) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 3]
-    for wrong in (str(tmp_path / "books/*"), str(tmp_path / "nothing"), {str(tmp_path / "c.*"): 0}):
-        with pytest.raises(ValueError, match="DATA '.*matches no file"):
+    for wrong, message in ((str(tmp_path / "books/*"), "matches README.md"), (str(tmp_path / "nothing"), "matches no file"),
+                           ({str(tmp_path / "c.*"): 0}, "is set to 0 epochs: use more than 0")):
+        with pytest.raises(ValueError, match=f"DATA '.*{message}"):
             corpus(wrong)
 
 BROKEN = [("a.jsonl", b'{"text": "a"}\n{"text": "b', "a.jsonl:2: .*JSON"), ("a.json", b'[{"text": "a"}, {"text', "a.json: .*JSON"),
@@ -276,9 +278,9 @@ def test_a_killed_tokenization_goes_on(corpus, tmp_path, monkeypatch, torn):
     (tmp_path / "cache" / whole.key).rename(tmp_path / "whole")
     part = tmp_path / "cache" / f"{whole.key}.part"
     part.mkdir()
-    lengths = np.fromfile(tmp_path / "whole/documents.bin", np.int64).reshape(-1, 5)
+    lengths = np.fromfile(tmp_path / "whole/documents.bin", data.DOCUMENT)
     (part / "documents.bin").write_bytes(lengths[:170].tobytes() + b"x" * torn)
-    (part / "tokens.bin").write_bytes((tmp_path / "whole/tokens.bin").read_bytes()[:4 * (int(lengths[:170, 0].sum()) + torn)])
+    (part / "tokens.bin").write_bytes((tmp_path / "whole/tokens.bin").read_bytes()[:4 * (int(lengths["length"][:170].sum()) + torn)])
     (tmp_path / "done").mkdir()
     encode = data.Encoder.__call__
     monkeypatch.setattr(data.Encoder, "__call__", lambda self, row: encode(self, row)
@@ -347,14 +349,14 @@ def test_grouped_documents_waste_less():
     useful = lambda rows: sum(map(sum, rows)) / sum(max(row) * len(row) for row in rows)
     assert useful([(2, 9), (3, 7)]) == pytest.approx(0.656, abs=1e-3)
     rows = data.Rows(Lengths([2, 3, 7, 9]), "none", 10, seed=0, batch_size=2, grouped_rows=2)
-    assert useful([rows.find(row)[:, 2] for row in range(rows.per_epoch)]) == 0.875
+    assert useful([rows.find(row)["length"] for row in range(rows.per_epoch)]) == 0.875
 
 def test_groups_are_steps_in_every_epoch():
     lengths = log_normal(1001)
     rows = data.Rows(Lengths(lengths), "none", 2**20, seed=0, grouped_rows=8)
     for epoch in range(3):
         steps = range(-(-rows.count(epoch) // 8), rows.count(epoch + 1) // 8)
-        found = [[rows.find(row)[:, 2].sum() for row in range(8 * step, 8 * step + 8)] for step in steps]
+        found = [[rows.find(row)["length"].sum() for row in range(8 * step, 8 * step + 8)] for step in steps]
         assert np.mean([np.mean(step) / max(step) for step in found]) > 0.85
 
 @settings(deadline=None, max_examples=50)
@@ -435,7 +437,7 @@ def test_ranks_get_even_work():
     lengths = log_normal(100_000, sigma=1.8)
     corpus = data.Corpus(None, np.cumsum([0, *lengths]), lengths - 1, lengths, [(0, len(lengths), 1.0)], "")
     rows = data.Rows(corpus, "whole", 2**17, seed=0)
-    work, dp, G = np.array([(rows.find(row)[:, 2] ** 2).sum() for row in range(rows.per_epoch)]), 8, 32
+    work, dp, G = np.array([(rows.find(row)["length"] ** 2).sum() for row in range(rows.per_epoch)]), 8, 32
     rows.batch = lambda row, sp, rank: row
     excess = {"even": [], "in order": []}
     for step in range(1, 1 + min(100, rows.per_epoch // G)):
@@ -456,11 +458,11 @@ def test_rows_can_be_looked_at(tmp_path, tokenizer_files, hf_folder, capsys, mon
     monkeypatch.chdir(tmp_path)
     for name in train.CONSTANTS:
         monkeypatch.setattr(train, name, getattr(train, name))
-    data.main([f"MODEL={folder}", f"DATA={path}", "PACKING=whole", f"CACHE_DIR={tmp_path}/cache", "SHOW=0", "--lengths",
+    show.main([f"MODEL={folder}", f"DATA={path}", "PACKING=whole", f"CACHE_DIR={tmp_path}/cache", "SHOW=0", "--lengths",
                "SEQUENCE_PARALLEL_SIZE=2", "MAX_LENGTH=256"])
     out = capsys.readouterr().out
     assert "\033[32mTherefore<|im_end|>\033[0m" in out and "\033[32mYes<|im_end|>\033[0m" in out and "rank 1" in out
-    data.main(["SEQUENCE_PARALLEL_SIZE=8", "SHOW=0"])
+    show.main(["SEQUENCE_PARALLEL_SIZE=8", "SHOW=0"])
     assert "--- padding" in capsys.readouterr().out and "padding\n" not in out and "\033[32mHi" not in out
     assert "2 documents" in out and "document 0" in out and "document 1" in out and "Hi" in out
     assert (tmp_path / "lengths.png").stat().st_size > 5000

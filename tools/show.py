@@ -1,0 +1,104 @@
+"""Shows what train.py, with the same settings, would train on.
+
+    python tools/show.py [NAME=VALUE ...] [SHOW=0,5] [--lengths]
+
+Prints where the tokens of DATA go. SHOW prints rows of the run as text, with trained tokens in
+green. --lengths draws a histogram of the documents' lengths, lengths.png.
+"""
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import data  # noqa: E402
+import train  # noqa: E402
+
+GREEN = "\033[32m"
+PLAIN = "\033[0m"
+
+
+def show_row(rows, row, sp, decode):
+    """Prints a row of the run: its tokens, its documents, and the shards of the sp ranks."""
+    shards = [rows.batch(row, sp, rank) for rank in range(sp)]
+    ids = torch.cat([shard.input_ids for shard in shards]).tolist()
+    labels = torch.cat([shard.labels for shard in shards]).tolist()
+    positions = torch.cat([shard.position_ids for shard in shards]).tolist()
+
+    marks = []  # (index of a token, what to print before it)
+    if sp > 1:
+        for rank in range(sp):
+            marks.append((len(ids) // sp * rank, f"\n=== shard of rank {rank}"))
+    marks += color_marks(labels)
+    marks += document_marks(rows, row, positions)
+    marks.sort(key=lambda mark: mark[0])
+    marks.append((len(ids), PLAIN + "\n"))
+
+    for (start, text), (end, _) in itertools.pairwise(marks):
+        print(text + decode(ids[start:end]), end="")
+    print(marks[-1][1], end="")
+
+
+def color_marks(labels):
+    """Marks where trained tokens begin and end: a token is trained if it is the label before it."""
+    trained = [False] + [label != data.IGNORE for label in labels[:-1]]
+    marks = []
+    for i in range(1, len(trained)):
+        if trained[i] != trained[i - 1]:
+            marks.append((i, GREEN if trained[i] else PLAIN))
+    return marks
+
+
+def document_marks(rows, row, positions):
+    """Marks where the pieces of documents and the padding begin."""
+    pieces = rows.find(row)
+    ends = np.cumsum(pieces["length"])
+    marks = []
+    for (document, start, n), end in zip(pieces, ends):
+        first = end - n
+        text = (f"\n--- document {document}, {n} tokens from {start} of {rows.lengths[document]}, "
+                f"positions from {positions[first]}\n")
+        marks.append((first, text))
+    if ends[-1] < len(positions):
+        marks.append((ends[-1], "\n--- padding\n"))
+    return marks
+
+
+def draw_lengths(lengths):
+    from matplotlib import pyplot
+
+    pyplot.hist(lengths, bins=100)
+    pyplot.xlabel("tokens of a document")
+    pyplot.savefig("lengths.png")
+    pyplot.close()
+
+
+def main(arguments):
+    from transformers import AutoTokenizer
+
+    shown = []
+    settings = []
+    for argument in arguments:
+        if argument.startswith("SHOW="):
+            numbers = argument.removeprefix("SHOW=").split(",")
+            shown += [int(number) for number in numbers]
+        elif argument != "--lengths":
+            settings.append(argument)
+    train.override(settings)
+
+    # As many processes as the rows need, and as one of them would see them.
+    world = max(train.SEQUENCE_PARALLEL_SIZE, 1) * train.REPLICAS
+    folder, config, sp, _ = train.plan(world)
+    rows = train.open_data(train.DATA, folder, config)
+    print(rows.describe())
+    for row in shown:
+        show_row(rows, row, sp, AutoTokenizer.from_pretrained(folder).decode)
+    if "--lengths" in arguments:
+        draw_lengths(rows.corpus.full)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
