@@ -1,12 +1,13 @@
-"""longspan: train a Llama-shaped model on very long sequences.
+"""Train a Llama-style model on very long sequences.
 
     torchrun --nproc_per_node 8 train.py [NAME=VALUE ...]
 
-Edit the constants, or set any of them on the command line. main() reads downwards: plan, data, model, loop, export.
+Edit the constants below, or set any of them on the command line. Then read main() from top to
+bottom: plan, data, process groups, model, resume, training loop, export, samples.
 """
 import ast
+import contextlib
 import difflib
-import fcntl
 import json
 import math
 import os
@@ -15,363 +16,772 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 import convert
 import data
 import parallel
-from model import Execution, Transformer, attention_kernel, attention_pairs, explaining, flops, memory
+from model import Config, Execution, Transformer, attention_kernel, attention_pairs, flops, memory
 
-# What to train, on what, where to
-MODEL = "demo"              # Hugging Face folder; "demo": a small Llama of our own, made on first use
-INIT = "weights"            # "weights": the folder's; "random": from its config.json alone
-DATA = "demo"               # files, globs, folders (README); a list, or {each: epochs}; or "demo", or "synthetic"
-SYNTHETIC_DOCUMENT = 0      # tokens of each document of DATA="synthetic"; 0: MAX_LENGTH
-RUN_DIR = "runs/demo"       # checkpoints, metrics and the trained hf/ folder
-CACHE_DIR = "runs/cache"    # tokenized data and the demo, shared between runs
+# What to train, on what data, and where the results go
+MODEL = "demo"                  # Hugging Face folder; "demo": a small Llama, made on first use
+INIT = "weights"                # "weights": start from those of MODEL; "random": new weights
+DATA = "demo"                   # files, globs or folders; a list or {path: epochs}; "synthetic"
+SYNTHETIC_DOCUMENT = 0          # tokens per document of DATA="synthetic"; 0: MAX_LENGTH
+RUN_DIR = "runs/demo"           # checkpoints, metrics and the trained hf/ folder of one run
+CACHE_DIR = "runs/cache"        # tokenized data and the demo; can be shared by all runs
 
-# Rows
-MAX_LENGTH = 1024           # tokens of a row, and of the longest piece of a document
-PACKING = "split"           # "split": concatenate and cut; "whole": fill rows with uncut documents; "none"
-USE_VARLEN_ATTN = True      # a token attends to its own document only; False: to all before it in the row
-BATCH_SIZE = 1              # documents of a row, PACKING "none" only
-GROUP_BY_LENGTH = False     # PACKING "none": documents of one step are of like length
-OVERLONG = "split"          # documents longer than MAX_LENGTH: in pieces; or "truncate", "truncate_middle", "drop"
-APPEND_EOS = True           # a plain text ends with the tokenizer's eos, and it is trained
-TRAIN_ON_PROMPT = False     # chat: every token is trained, not the assistant's only
-MASK_HISTORY = False        # chat: the assistant's last turn only
-MAX_POSITION_EMBEDDINGS = 0 # positions of a model that is to be extended; 0: the checkpoint's
-ROPE_SCALING = None         # how: "linear" (None), "dynamic", "yarn", "llama3", {"factor": ...}, {"rope_theta": ...}
-LOSS_WEIGHT = "token"       # of a target: "token" 1, "sample" 1/n, "square" 1/sqrt(n), n the targets of its document
+# How documents become rows
+MAX_LENGTH = 1024               # tokens per row, and at most per document or piece of one
+PACKING = "split"               # "split": concatenate and cut; "whole": uncut documents; "none"
+USE_VARLEN_ATTN = True          # tokens attend within their document; False: to the whole row
+BATCH_SIZE = 1                  # documents per row, used with PACKING="none" only
+GROUP_BY_LENGTH = False         # with PACKING="none": steps of documents of similar length
+OVERLONG = "split"              # if over MAX_LENGTH: "split", "truncate", "truncate_middle", "drop"
+APPEND_EOS = True               # plain text ends with the tokenizer's eos, which is a target
+TRAIN_ON_PROMPT = False         # chat: train all tokens; False: the assistant's only
+MASK_HISTORY = False            # chat: train the last assistant turn only
+MAX_POSITION_EMBEDDINGS = 0     # extend the context to so many tokens; 0: as in the checkpoint
+ROPE_SCALING = None             # how: "linear", "dynamic", "yarn", "llama3" or a dict; None: linear
+LOSS_WEIGHT = "token"           # n targets of a document count n; "sample": 1; "square": sqrt(n)
 
-# Spreading the work: world = replicas x dp x sp
-SEQUENCE_PARALLEL_SIZE = 0  # ranks that share one row; 0: all (of a replica)
-GLOBAL_BATCH_SIZE = 4       # rows of an optimizer step, whatever the ranks
-ZERO_STAGE = 2              # 3: parameters freed after forward; 2: gradients sharded; 1: gradients whole until the last
-REPLICAS = 1                # copies of the sharded states, for several hosts
-RECOMPUTE = "all_but_attention"  # in backward: this, "all", or "none"; less memory, more work
-KEEP_LAYERS = 0             # last layers that recompute nothing all the same: raise it until memory is full
-OFFLOAD_ACTIVATIONS = False # what is kept for backward waits in host memory; a number: that of the first n layers only
-OFFLOAD_OPTIMIZER = False   # parameters and optimizer states live in host memory
-MLP_CHUNK = 0               # tokens that pass the MLP at a time; 0: all of a rank's
-LOSS_CHUNK = 8192           # tokens whose logits exist at a time
-COMPILE = True              # torch.compile on a GPU
-ATTENTION = "auto"          # or flash_attn_4, flash_attn_3, flash_attn_2, torch_varlen, sdpa
-DTYPE = "bfloat16"          # of matrix products; "float32" for exact tests
+# How the work is divided: world = REPLICAS x data parallel x SEQUENCE_PARALLEL_SIZE
+SEQUENCE_PARALLEL_SIZE = 0      # ranks that share one row; 0: all ranks of a replica
+GLOBAL_BATCH_SIZE = 4           # rows per optimizer step, independent of the number of ranks
+ZERO_STAGE = 2                  # 2 shards gradients; 3 also frees weights after forward; 1 neither
+REPLICAS = 1                    # copies of the sharded states; raise where hosts are slowly linked
+RECOMPUTE = "all_but_attention"  # in backward: this, "all" (less memory) or "none" (faster)
+KEEP_LAYERS = 0                 # last layers exempt from RECOMPUTE; raise while memory is free
+OFFLOAD_ACTIVATIONS = 0         # first layers whose kept activations go to CPU memory; -1: all
+OFFLOAD_OPTIMIZER = False       # keep parameters and optimizer states in CPU memory
+MLP_CHUNK = 0                   # tokens per pass through an MLP; 0: all; lower to save memory
+LOSS_CHUNK = 8192               # tokens whose logits exist at a time; lower to save memory
+COMPILE = True                  # use torch.compile on a GPU
+ATTENTION = "auto"              # flash_attn_4, flash_attn_3, flash_attn_2, torch_varlen, sdpa
+DTYPE = "bfloat16"              # of the matrix products; "float32" for exact tests
 
 # Optimization
-LEARNING_RATE = 6e-3        # peak
-MIN_LEARNING_RATE = 3e-4    # at the end of the schedule
-LR_SCHEDULE = "cosine"      # "linear", "constant", or "wsd": constant, then linear over the last fifth
-WARMUP_RATIO = 0.05         # of all steps
-BETAS = (0.9, 0.95)         # AdamW's
-WEIGHT_DECAY = 0.1          # on matrices
-MAX_GRAD_NORM = 1.0         # global norm that gradients are clipped to; 0: never
-EPOCHS = 1.0                # passes over the data
-MAX_STEPS = 360             # optimizer steps; -1: as EPOCHS gives; 0: load, check, export
-SEED = 0                    # of the order of the data and of INIT="random"
+LEARNING_RATE = 6e-3            # peak, reached after the warm-up
+MIN_LEARNING_RATE = 3e-4        # at the end of the schedule
+LR_SCHEDULE = "cosine"          # "linear", "constant", "wsd": constant, then linear in the last 20%
+WARMUP_RATIO = 0.05             # fraction of all steps
+BETAS = (0.9, 0.95)             # of AdamW
+WEIGHT_DECAY = 0.1              # of matrices; norms and biases have none
+MAX_GRAD_NORM = 1.0             # gradients are clipped to this global norm; 0: no clipping
+EPOCHS = 1.0                    # passes over DATA, used if MAX_STEPS is -1
+MAX_STEPS = 360                 # optimizer steps; -1: follow EPOCHS; 0: load, check and export
+SEED = 0                        # of the data order, of INIT="random" and of the samples
 
-# Along the way
-EVAL_DATA = ""              # like DATA; "": none
-EVAL_EVERY = 0              # steps between evaluations; the last step is evaluated too
-SAMPLE_PROMPTS = ["def __init__(self, ", "import os\nimport sys\n\ndef main(", "class Error("]    # continued at the end
-SAMPLE_TOKENS = 80          # tokens of each continuation
-SAVE_EVERY = 200            # steps between checkpoints; the last step is always saved; -1: write none, nor hf/
-KEEP_CHECKPOINTS = 2        # newest ones
-RESUME = "auto"             # "auto": from the newest checkpoint of RUN_DIR; "never"; or the path of one
+# Evaluation, samples and checkpoints
+EVAL_DATA = ""                  # like DATA; "": no evaluation
+EVAL_EVERY = 0                  # steps between evaluations; 0: after the last step only
+SAMPLE_PROMPTS = ["def __init__(self, ", "import os\nimport sys\n\ndef main(", "class Error("]
+SAMPLE_TOKENS = 80              # tokens to sample after each of SAMPLE_PROMPTS, at the end of a run
+SAVE_EVERY = 200                # steps between checkpoints; 0: last step only; -1: none, no hf/
+KEEP_CHECKPOINTS = 2            # number of newest checkpoints to keep
+RESUME = "auto"                 # "auto": newest checkpoint in RUN_DIR; "never"; or a checkpoint
 
+# The names of the constants above, which the command line can set and every run records.
 CONSTANTS = [name for name in globals() if name.isupper()]
-CHOICES = {"INIT": ("weights", "random"), "PACKING": ("split", "whole", "none"), "ZERO_STAGE": (1, 2, 3),
-           "OVERLONG": ("split", "truncate", "truncate_middle", "drop"), "LOSS_WEIGHT": ("token", "sample", "square"),
-           "RECOMPUTE": ("all_but_attention", "all", "none"), "DTYPE": ("bfloat16", "float32"),
-           "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd")}
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}    # dense bfloat16 FLOP/s
-LOG = {"step": "step {:>6}", "epoch": "epoch {:6.3f}", "loss": "loss {:8.4f}", "eval_loss": "eval_loss {:8.4f}",
-       "grad_norm": "norm {:8.3f}", "learning_rate": "lr {:.2e}", "seconds": "{:7.2f} s", "mfu": "mfu {:5.1%}",
-       "tokens_per_second_per_gpu": "{:9,.0f} tok/s/rank", "peak_memory_gib": "{:6.1f} GiB", "skipped": "SKIPPED"}
+
+# Constants that take one of a few values.
+CHOICES = {
+    "INIT": ("weights", "random"),
+    "PACKING": ("split", "whole", "none"),
+    "OVERLONG": ("split", "truncate", "truncate_middle", "drop"),
+    "LOSS_WEIGHT": ("token", "sample", "square"),
+    "ZERO_STAGE": (1, 2, 3),
+    "RECOMPUTE": ("all_but_attention", "all", "none"),
+    "DTYPE": ("bfloat16", "float32"),
+    "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd"),
+}
+
+# Constants that must be greater than zero.
+POSITIVE = ("MAX_LENGTH", "BATCH_SIZE", "GLOBAL_BATCH_SIZE", "REPLICAS", "LOSS_CHUNK", "EPOCHS")
+
+# Constants whose value may be of another type than the default: a path or a list of paths.
+ANY_TYPE = ("DATA", "EVAL_DATA", "BETAS", "ROPE_SCALING")
+
+# FLOP/s of dense bfloat16 matrix products, by a part of the GPU's name. MFU is relative to it.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}
+
+# The line that is printed for each step: keys of metrics.jsonl, in this order and format.
+LOG_FORMAT = {
+    "step": "step {:>6}",
+    "epoch": "epoch {:6.3f}",
+    "loss": "loss {:8.4f}",
+    "eval_loss": "eval_loss {:8.4f}",
+    "grad_norm": "norm {:8.3f}",
+    "learning_rate": "lr {:.2e}",
+    "seconds": "{:7.2f} s",
+    "mfu": "mfu {:5.1%}",
+    "tokens_per_second_per_gpu": "{:9,.0f} tok/s/rank",
+    "peak_memory_gib": "{:6.1f} GiB",
+    "skipped": "SKIPPED",
+}
+
+# A run ends with an error after this many consecutive steps whose loss or gradient is not finite.
+MAX_SKIPPED_STEPS = 5
+
+
+class Plan(NamedTuple):
+    """What follows from the constants and the number of processes."""
+    folder: Path        # Hugging Face folder of the model
+    config: Config      # with the context length that the trained model will have
+    sp: int             # sequence-parallel size: ranks that share one row
+    dp: int             # data-parallel size: rows processed at the same time, in all replicas
+
+
+class StepSums(NamedTuple):
+    """Sums over all ranks and micro-batches of one optimizer step."""
+    weight: float           # loss weights of all targets; the loss is divided by it
+    targets: float          # tokens that are trained
+    tokens: float
+    attention_pairs: float  # pairs of a query and a key that it attends to, for the FLOPs
+    stop_requests: float    # ranks that have received SIGTERM
+
+
+def main():
+    # Plan. Wrong constants are reported before any process waits for another.
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    folder, config, sp, dp = plan(world)
+    dtype = getattr(torch, DTYPE)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    kernel_name, _ = attention_kernel(ATTENTION, device_type, dtype)
+
+    # Data. It is tokenized before the process groups exist, so that no collective can time out.
+    rows = open_data(DATA, folder, config)
+    eval_rows = open_data(EVAL_DATA, folder, config) if EVAL_DATA else None
+    total_rows = rows.count(EPOCHS) if MAX_STEPS < 0 else MAX_STEPS * GLOBAL_BATCH_SIZE
+    steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
+
+    # Process groups, model and optimizer
+    grid = parallel.init(REPLICAS, sp)
+    execution = execution_settings(config, device_type)
+    model = build_model(folder, config, grid, execution, dtype)
+    optimizer = build_optimizer(model)
+    expected_memory = describe_memory(config, grid, execution)
+    print_once(grid, describe(model, kernel_name, grid))
+    print_once(grid, f"{rows.describe()}\n{steps:,} steps")
+    print_once(grid, f"expected peak memory of a GPU: {expected_memory}")
+
+    # Resume
+    notes = manifest_notes(folder, config, rows)
+    steps_done = resume(notes, model, optimizer, grid)
+
+    # Train, export and sample. The lock keeps other runs out of RUN_DIR.
+    run_lock = FileLock(Path(RUN_DIR) / "lock")
+    try:
+        accounting = rows.accounting()
+        parallel.together("RUN_DIR", open_run, run_lock, notes, steps_done, accounting, only=0)
+        with explain_out_of_memory(expected_memory):
+            stopped = training_loop(
+                model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes)
+        if not stopped:
+            finish(model, folder, grid, trained=steps > steps_done)
+    finally:
+        run_lock.release()
+    parallel.close()
+
+
+# --------------------------------------------------------------------------------------------- plan
 
 def override(arguments):
-    """Set constants from NAME=VALUE: a Python literal or a bare string, of the default's type."""
+    """Set constants from NAME=VALUE arguments, where VALUE is a Python literal or a bare string.
+
+    Raises ValueError for an unknown name and for a value of another type than the default.
+    """
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if name not in CONSTANTS or not equals:
-            near = difflib.get_close_matches(name, CONSTANTS, 1, 0) or CONSTANTS
-            raise ValueError(f"{argument!r} sets no constant of train.py: NAME=VALUE, the nearest name is {near[0]}")
-        default, value = globals()[name], text
-        with suppress(ValueError, SyntaxError):
+            nearest = difflib.get_close_matches(name, CONSTANTS, n=1, cutoff=0)[0]
+            raise ValueError(f"{argument!r} does not set a constant of train.py: write NAME=VALUE. "
+                             f"The nearest name is {nearest}.")
+        try:
             value = ast.literal_eval(text)
-        if isinstance(default, float) and type(value) is int:
-            value = float(value)
-        if type(value) is not type(default) and name not in ("DATA", "EVAL_DATA", "BETAS", "OFFLOAD_ACTIVATIONS",
-                                                            "ROPE_SCALING"):
-            raise ValueError(f"{name}={text} is no {type(default).__name__}: give one, like {default!r}")
+        except (ValueError, SyntaxError):
+            value = text  # a bare string
+        default = globals()[name]
+        if type(default) is float and type(value) is int:
+            value = float(value)  # LEARNING_RATE=1
+        if type(value) is not type(default) and name not in ANY_TYPE:
+            raise ValueError(f"{name}={text} is not of type {type(default).__name__}: "
+                             f"use a value like {default!r}.")
         globals()[name] = value
 
-def learning_rate(step, steps):
-    """Of optimizer step `step` (from 1): warm-up, then the schedule. A function of the step alone."""
-    warmup = round(WARMUP_RATIO * steps)
-    if step <= warmup:
-        return LEARNING_RATE * step / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
-    down = {"cosine": (1 - math.cos(math.pi * done)) / 2, "linear": done, "constant": 0.0,
-            "wsd": max(0.0, (done - 0.8) / 0.2)}[LR_SCHEDULE]
-    return LEARNING_RATE + (MIN_LEARNING_RATE - LEARNING_RATE) * down
+
+def check_constants():
+    """Raise ValueError for a constant whose value no run can use."""
+    for name, choices in CHOICES.items():
+        value = globals()[name]
+        if value not in choices:
+            known = ", ".join(str(choice) for choice in choices)
+            raise ValueError(f"{name} {value!r} is unknown: use one of {known}.")
+    for name in POSITIVE:
+        value = globals()[name]
+        if value <= 0:
+            raise ValueError(f"{name} {value} is not positive: use a number greater than 0.")
+    if OFFLOAD_ACTIVATIONS < -1:
+        raise ValueError(f"OFFLOAD_ACTIVATIONS {OFFLOAD_ACTIVATIONS} is not a number of layers: "
+                         "use 0 for none, -1 for all, or the number of first layers to offload.")
+    if OFFLOAD_ACTIVATIONS != 0 and RECOMPUTE == "none":
+        raise ValueError(f"OFFLOAD_ACTIVATIONS {OFFLOAD_ACTIVATIONS} has no effect with RECOMPUTE "
+                         "'none': use RECOMPUTE 'all_but_attention' or 'all'.")
+
 
 def plan(world):
-    """Check what the constants say before any process waits for another. -> folder, Config, sp, dp."""
-    for name, values in CHOICES.items():
-        if globals()[name] not in values:
-            raise ValueError(f"{name} {globals()[name]!r} is unknown: use one of {', '.join(map(str, values))}")
-    for name in ("MAX_LENGTH", "BATCH_SIZE", "GLOBAL_BATCH_SIZE", "REPLICAS", "LOSS_CHUNK", "EPOCHS"):
-        if globals()[name] <= 0:
-            raise ValueError(f"{name} {globals()[name]} is not positive: use 1 or more")
-    if OFFLOAD_ACTIVATIONS and RECOMPUTE == "none":
-        raise ValueError("OFFLOAD_ACTIVATIONS moves nothing with RECOMPUTE 'none': use 'all_but_attention' or 'all'")
+    """Check the constants and return the Plan for `world` processes.
+
+    Raises ValueError or FileNotFoundError that names the constant, the rule and the remedy.
+    """
+    check_constants()
     demo = Path(CACHE_DIR) / "demo"
-    with FileLock(demo.with_suffix(".lock")):
-        if "demo" in (MODEL, DATA, EVAL_DATA) and not (demo / "model.safetensors").exists():
-            convert.write_demo(demo)
+    if "demo" in (MODEL, DATA, EVAL_DATA):
+        make_demo(demo)
+
     folder = demo if MODEL == "demo" else Path(MODEL)
     config = convert.load_config(folder)
     convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, MAX_LENGTH)
-    sp = SEQUENCE_PARALLEL_SIZE or max(world // REPLICAS, 1)
-    dp = parallel.check(world, REPLICAS, sp, config.num_attention_heads, config.num_key_value_heads)
-    if GLOBAL_BATCH_SIZE % dp:
-        raise ValueError(f"GLOBAL_BATCH_SIZE {GLOBAL_BATCH_SIZE} is not a multiple of the {dp} rows in flight ({world} "
-                         f"processes / SEQUENCE_PARALLEL_SIZE {sp}): use {-(-GLOBAL_BATCH_SIZE // dp) * dp}")
     if config.sliding_window and config.sliding_window >= MAX_LENGTH:
-        config.sliding_window = None  # no query is far enough from any key
-    return folder, config, sp, dp
+        config.sliding_window = None  # it covers every row; kernels are faster without a window
+
+    # The largest sequence-parallel size, unless the constant gives one.
+    sp = SEQUENCE_PARALLEL_SIZE or max(world // REPLICAS, 1)
+    dp = parallel.check(
+        world, REPLICAS, sp, config.num_attention_heads, config.num_key_value_heads)
+    if GLOBAL_BATCH_SIZE % dp != 0:
+        next_multiple = ceil_div(GLOBAL_BATCH_SIZE, dp) * dp
+        raise ValueError(
+            f"GLOBAL_BATCH_SIZE {GLOBAL_BATCH_SIZE} is not a multiple of the data-parallel size "
+            f"{dp} ({world} processes / SEQUENCE_PARALLEL_SIZE {sp}): use {next_multiple}.")
+    return Plan(folder, config, sp, dp)
+
+
+def make_demo(folder):
+    """Write the demo model and its corpus to `folder` unless it is there. Other processes wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "model.safetensors").exists():
+            convert.write_demo(folder)
+
+
+def ceil_div(a, b):
+    """a / b, rounded up to an integer."""
+    return -(-a // b)
+
+
+# --------------------------------------------------------------------------------------------- data
 
 def open_data(source, folder, config):
-    """DATA or EVAL_DATA -> its data.Rows, tokenized now if they never were."""
+    """Return the data.Rows of `source`, which is a value of DATA or EVAL_DATA.
+
+    Files are tokenized with the tokenizer of `folder` unless they are in CACHE_DIR already.
+    """
     if source == "synthetic":
-        length = SYNTHETIC_DOCUMENT or MAX_LENGTH
-        n = -(-max(MAX_STEPS, 1) * GLOBAL_BATCH_SIZE * MAX_LENGTH // length)
-        lengths, offsets = np.full(n, length), np.arange(n + 1) * length
-        corpus = data.Corpus(config.vocab_size, offsets, lengths - 1, lengths, [(0, n, 1.0)], source)
+        corpus = synthetic_corpus(config.vocab_size)
     else:
         files = f"{CACHE_DIR}/demo/demo.jsonl" if source == "demo" else source
-        corpus = data.build_corpus(files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG,
-                                   MAX_LENGTH * (OVERLONG != "split"), vocab_size=config.vocab_size)
-    return data.Rows(corpus, PACKING, MAX_LENGTH, SEED, BATCH_SIZE, USE_VARLEN_ATTN, LOSS_WEIGHT,
-                     GROUP_BY_LENGTH * GLOBAL_BATCH_SIZE)
+        cap = 0 if OVERLONG == "split" else MAX_LENGTH  # tokens per document; 0: no limit
+        corpus = data.build_corpus(
+            files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG, cap,
+            vocab_size=config.vocab_size)
+    grouped_rows = GLOBAL_BATCH_SIZE if GROUP_BY_LENGTH else 0
+    return data.Rows(
+        corpus, PACKING, MAX_LENGTH, SEED, BATCH_SIZE, USE_VARLEN_ATTN, LOSS_WEIGHT, grouped_rows)
 
-def main():
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    folder, config, sp, dp = plan(world)
-    cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if DTYPE == "bfloat16" else torch.float32
-    kernel, _ = attention_kernel(ATTENTION, "cuda" if cuda else "cpu", dtype)
-    rows = open_data(DATA, folder, config)
-    held_out = open_data(EVAL_DATA, folder, config) if EVAL_DATA else None
-    total_rows = rows.count(EPOCHS) if MAX_STEPS < 0 else MAX_STEPS * GLOBAL_BATCH_SIZE
-    steps = -(-total_rows // GLOBAL_BATCH_SIZE)
 
-    grid = parallel.init(REPLICAS, sp)
-    first = grid.rank == 0
-    say = print if first else lambda *_, **__: None
-    offload = config.num_hidden_layers if OFFLOAD_ACTIVATIONS is True else int(OFFLOAD_ACTIVATIONS)
-    execution = Execution(ATTENTION, RECOMPUTE, KEEP_LAYERS, offload, MLP_CHUNK, LOSS_CHUNK, COMPILE and cuda)
-    with torch.device("meta"):
-        model = Transformer(config, grid.sp_group, execution)
-    parallel.shard(model, model.model["layers"], grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
-    convert.load_weights(model, folder) if INIT == "weights" else model.init_weights(SEED)
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-              {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
-    parts = memory(config, -(-MAX_LENGTH // sp), world // REPLICAS, execution, ZERO_STAGE, GLOBAL_BATCH_SIZE // dp)
-    parts["optimizer states"] *= not OFFLOAD_OPTIMIZER
-    needs = f"{sum(parts.values()):.1f} GiB = " + " + ".join(f"{size:.1f} {part}" for part, size in parts.items())
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{config.architecture} of {parameters / 1e6:,.1f}M parameters, {kernel}, {DTYPE}, {grid.device.type}\n"
-        f"{config.max_position_embeddings:,} positions, theta {config.rope_theta:,.0f}, scaling {config.rope_scaling}\n"
-        f"{world} ranks = {REPLICAS} replicas x {dp // REPLICAS} dp x {sp} sp\n"
-        f"{GLOBAL_BATCH_SIZE} rows a step = {dp} in flight x accumulative_counts {GLOBAL_BATCH_SIZE // dp}; at most "
-        f"{GLOBAL_BATCH_SIZE * MAX_LENGTH:,} tokens a step\n"
-        f"{rows.describe()}\n{steps:,} steps\nmemory at the peak, on a GPU: {needs}")
+def synthetic_corpus(vocab_size):
+    """Documents of random tokens, all of the same length, enough for MAX_STEPS steps."""
+    length = SYNTHETIC_DOCUMENT or MAX_LENGTH
+    n = ceil_div(max(MAX_STEPS, 1) * GLOBAL_BATCH_SIZE * MAX_LENGTH, length)
+    offsets = np.arange(n + 1) * length
+    lengths = np.full(n, length)
+    sources = [(0, n, 1.0)]  # one source of n documents, seen once per epoch
+    return data.Corpus(vocab_size, offsets, lengths - 1, lengths, sources, "synthetic")
 
-    notes = json.loads(json.dumps({     # as a checkpoint's manifest will give it back
-        "model": str(folder.resolve()), "config": vars(config), "data": [rows.corpus.key, rows.corpus.sources],
-        "constants": {name: globals()[name] for name in CONSTANTS}}))
-    done = resume(notes, model, optimizer, say)
-    parallel.together("RUN_DIR", open_run, notes, done, rows.accounting(), only=0)
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("second SIGTERM") if stop else stop.append(True))
 
-    def prepare(step):
-        """The step's micro-batches on the device, and over all ranks the sums of: weights, targets, tokens, pairs of
-        attention, requests to stop. The sums go by the host, so that the GPU is not waited for."""
-        batches = rows.step(step, GLOBAL_BATCH_SIZE, dp, grid.dp_rank, sp, grid.sp_rank, total_rows)
-        sums = [(b.weights.double().sum().item(), (b.labels != data.IGNORE).sum().item(), len(b.input_ids),
-                 attention_pairs(b.cu_seqlens.tolist(), config.sliding_window) / sp, 0) for b in batches]
-        sums = parallel.all_sum(torch.tensor([*sums, (0, 0, 0, 0, len(stop))], dtype=torch.float64).sum(0)).tolist()
-        return [to_device(b, grid.device) for b in batches], sums
+def load_step(step, rows, total_rows, grid, config, stop_requests):
+    """Return this rank's micro-batches of a step, on its device, and the StepSums of all ranks.
 
-    gpu = torch.cuda.get_device_name() if cuda and DTYPE == "bfloat16" else ""
-    peak = next((rate for name, rate in PEAK.items() if name in gpu), None)
-    skipped, began = 0, time.time()
-    ahead = prepare(done + 1) if done < steps else None
-    with explaining(needs):
-        for step in range(done + 1, steps + 1):
-            batches, (weight, targets, tokens, pairs, stopping) = ahead
-            loss = torch.zeros((), device=grid.device)
-            for i, b in enumerate(batches):
-                parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
-                # sum of weight x cross entropy over this rank's targets / weights of all the step's targets
-                share = b.weights / max(weight, 1e-9)
-                part = model(b.input_ids, b.position_ids, b.cu_seqlens, b.max_seqlen, b.labels, share)
-                part.backward()
-                loss += part.detach()
-                del part  # and with it the graph
-            parallel.all_sum(loss)
-            norm = parallel.grad_norm(model.parameters())
-            ahead = prepare(step + 1) if step < steps else None
-            lr = learning_rate(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, norm = loss.item(), norm.item()   # the step's only wait for the device
-            skip = not (targets and math.isfinite(loss) and math.isfinite(norm))
-            if not skip:
-                if 0 < MAX_GRAD_NORM < norm:
-                    torch._foreach_mul_([p.grad for p in model.parameters()], MAX_GRAD_NORM / norm)
-                optimizer.step()
-            optimizer.zero_grad()
-            skipped = skipped + 1 if skip and targets else 0
-            now = time.time()
-            seconds, began = now - began, now
-            if first:
-                work = flops(config, tokens, pairs, RECOMPUTE, KEEP_LAYERS)
-                mfu, hfu = (peak and w / seconds / world / peak for w in work)
-                log({"step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss, "grad_norm": norm,
-                     "learning_rate": lr, "tokens": int(tokens), "target_tokens": int(targets), "seconds": seconds,
-                     "tokens_per_second_per_gpu": tokens / seconds / world, "mfu": mfu, "hfu": hfu,
-                     "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None, "skipped": skip,
-                     "peak_host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
-            if skipped == 5:
-                raise RuntimeError(f"5 steps in a row had a loss or gradient that is not finite, up to step {step}: "
-                                   f"lower LEARNING_RATE {LEARNING_RATE}, or look at their data. Nothing was saved")
-            if held_out and (step == steps or stopping or EVAL_EVERY and step % EVAL_EVERY == 0):
-                evaluate(model, held_out, grid, step)
-                began = time.time()
-            if SAVE_EVERY >= 0 and (step == steps or stopping or SAVE_EVERY and step % SAVE_EVERY == 0):
-                parallel.save_checkpoint(Path(RUN_DIR) / "checkpoints", step, model, optimizer, notes, KEEP_CHECKPOINTS)
-                began = time.time()
-            if stopping:
-                say(f"stopped by SIGTERM after step {step}; the same command resumes")
-                return parallel.close()
-    if first and steps > done:
-        plot()
-    if SAVE_EVERY >= 0:
-        parallel.together("export", convert.save_weights, model, folder, Path(RUN_DIR) / "hf")
-        say(f"{RUN_DIR}/hf is a Hugging Face folder")
-    if SAMPLE_PROMPTS and DATA != "synthetic":
-        sample(model, folder, grid, say)
-    parallel.close()
+    The sums are reduced on the CPU, so that nothing waits for the GPU.
+    """
+    batches = rows.step(
+        step, GLOBAL_BATCH_SIZE, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, total_rows)
+    parts = []
+    for batch in batches:
+        pairs = attention_pairs(batch.cu_seqlens.tolist(), config.sliding_window)
+        parts.append(StepSums(
+            weight=batch.weights.double().sum().item(),
+            targets=(batch.labels != data.IGNORE).sum().item(),
+            tokens=len(batch.input_ids),
+            attention_pairs=pairs / grid.sp,  # cu_seqlens describe the whole row on every rank
+            stop_requests=0))
+    # A request counts once per rank, not once per micro-batch.
+    parts.append(StepSums(0, 0, 0, 0, stop_requests=len(stop_requests)))
+
+    sums = torch.tensor(parts, dtype=torch.float64).sum(0)
+    parallel.all_sum(sums)
+    return [to_device(batch, grid.device) for batch in batches], StepSums(*sums.tolist())
+
 
 def to_device(batch, device):
-    """Without waiting: from pinned memory, which the kernels of the step before hide."""
-    move = lambda t: t.pin_memory().to(device, non_blocking=True) if torch.is_tensor(t) else t
-    return data.Batch(*map(move, batch)) if device.type == "cuda" else batch
+    """Copy a batch to a GPU. Pinned memory lets the copy overlap with the kernels before it."""
+    if device.type != "cuda":
+        return batch
+    fields = {}
+    for name, value in batch._asdict().items():
+        if torch.is_tensor(value):
+            value = value.pin_memory().to(device, non_blocking=True)
+        fields[name] = value
+    return data.Batch(**fields)
+
+
+# ------------------------------------------------------------------------------ model and optimizer
+
+def execution_settings(config, device_type):
+    """Collect the constants that change speed and memory, but no result."""
+    offload_layers = OFFLOAD_ACTIVATIONS
+    if OFFLOAD_ACTIVATIONS == -1:
+        offload_layers = config.num_hidden_layers
+    return Execution(
+        attention=ATTENTION,
+        recompute=RECOMPUTE,
+        keep_layers=KEEP_LAYERS,
+        offload_layers=offload_layers,
+        mlp_chunk=MLP_CHUNK,
+        loss_chunk=LOSS_CHUNK,
+        compile=COMPILE and device_type == "cuda")
+
+
+def build_model(folder, config, grid, execution, dtype):
+    """Return the model, sharded over the ranks, with its first weights."""
+    with torch.device("meta"):  # a rank allocates memory for its own shard only
+        model = Transformer(config, grid.sp_group, execution)
+    parallel.shard(model, model.model["layers"], grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
+    if INIT == "weights":
+        convert.load_weights(model, folder)
+    else:
+        model.init_weights(SEED)
+    return model
+
+
+def build_optimizer(model):
+    """Return AdamW with weight decay on matrices, not on norms and biases."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
+
+
+def learning_rate(step, steps):
+    """Return the learning rate of optimizer step `step`, counted from 1, of a run of `steps`."""
+    warmup = round(WARMUP_RATIO * steps)
+    if step <= warmup:
+        return LEARNING_RATE * step / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    if LR_SCHEDULE == "cosine":
+        decay = (1 - math.cos(math.pi * progress)) / 2
+    elif LR_SCHEDULE == "linear":
+        decay = progress
+    elif LR_SCHEDULE == "wsd":
+        decay = max(0.0, (progress - 0.8) / 0.2)
+    else:
+        decay = 0.0
+    return LEARNING_RATE + (MIN_LEARNING_RATE - LEARNING_RATE) * decay
+
+
+# -------------------------------------------------------------------------- what a run prints first
+
+def print_once(grid, text):
+    """Print on the first rank only."""
+    if grid.rank == 0:
+        print(text, flush=True)
+
+
+def describe(model, kernel_name, grid):
+    """Return what is trained and how the work is divided, for the first lines of a run."""
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    accumulation = GLOBAL_BATCH_SIZE // grid.dp
+    return (
+        f"{config.architecture}, {parameters / 1e6:,.1f}M parameters, "
+        f"attention by {kernel_name}, {DTYPE} on {grid.device.type}\n"
+        f"{config.max_position_embeddings:,} positions, RoPE theta {config.rope_theta:,.0f}, "
+        f"RoPE scaling {config.rope_scaling}\n"
+        f"{grid.world} ranks = {REPLICAS} replicas x {grid.dp // REPLICAS} data parallel "
+        f"x {grid.sp} sequence parallel\n"
+        f"{GLOBAL_BATCH_SIZE} rows per step = {grid.dp} at a time x {accumulation} accumulated "
+        f"(accumulative_counts); at most {GLOBAL_BATCH_SIZE * MAX_LENGTH:,} tokens per step")
+
+
+def describe_memory(config, grid, execution):
+    """Return the expected peak memory of a GPU in GiB as a sum of its parts."""
+    tokens = ceil_div(MAX_LENGTH, grid.sp)
+    shards = grid.world // REPLICAS
+    accumulation = GLOBAL_BATCH_SIZE // grid.dp
+    parts = memory(config, tokens, shards, execution, ZERO_STAGE, accumulation)
+    if OFFLOAD_OPTIMIZER:
+        parts["optimizer states"] = 0.0
+    terms = " + ".join(f"{size:.1f} {part}" for part, size in parts.items())
+    return f"{sum(parts.values()):.1f} GiB = {terms}"
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(expected):
+    """Add to an out-of-memory error what was expected and which constants to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"{error}\n"
+            f"The expected peak was {expected}.\n"
+            "Change these constants one after the other, in this order, until the run fits: "
+            "RECOMPUTE=all_but_attention, KEEP_LAYERS=0, ZERO_STAGE=3, MLP_CHUNK=32768, "
+            "OFFLOAD_ACTIVATIONS=-1, RECOMPUTE=all, OFFLOAD_OPTIMIZER=True. If it still does not "
+            "fit, raise SEQUENCE_PARALLEL_SIZE or lower MAX_LENGTH. "
+            "The last checkpoint is complete.") from error
+
+
+# ----------------------------------------------------------------------------------- files of a run
+
+def manifest_notes(folder, config, rows):
+    """Return what a checkpoint records about its run, as reading the JSON gives it back."""
+    notes = {
+        "model": str(folder.resolve()),
+        "config": vars(config),
+        "data": [rows.corpus.key, rows.corpus.sources],
+        "constants": {name: globals()[name] for name in CONSTANTS},
+    }
+    return json.loads(json.dumps(notes))  # tuples become lists
+
+
+def resume(notes, model, optimizer, grid):
+    """Load the checkpoint that RESUME selects and return how many steps it has done, or 0.
+
+    Raises ValueError if the checkpoint is of another model or data, or if RUN_DIR has a newer one.
+    """
+    checkpoints = Path(RUN_DIR) / "checkpoints"
+    folder, manifest = parallel.find_checkpoint(checkpoints, RESUME)
+    steps_done = 0 if folder is None else manifest["step"]
+
+    # A later step would not be saved where a checkpoint of its name exists.
+    published = sorted(checkpoints.glob(parallel.STEP))
+    newest = published[-1].name if published else "step-00000000"
+    if int(newest.removeprefix("step-")) > steps_done:
+        raise ValueError(
+            f"{RUN_DIR} holds {newest}, but this run would start after step {steps_done}: set "
+            "RUN_DIR to a new folder, or RESUME=auto to continue from it.")
+    if folder is None:
+        return 0
+
+    # Another model or other data cannot be continued. Changes of other constants are reported.
+    for key in ("config", "data"):
+        if notes[key] != manifest[key]:
+            raise ValueError(
+                f"The {key} of {folder}, {manifest[key]}, differs from the {key} of this run, "
+                f"{notes[key]}: set RUN_DIR to a new folder.")
+    for name, value in notes["constants"].items():
+        old_value = manifest["constants"].get(name)
+        if old_value != value:
+            print_once(grid, f"{name} was {old_value!r} in {folder.name} and is now {value!r}")
+
+    parallel.load_checkpoint(folder, model, optimizer)
+    print_once(grid, f"resumed from {folder}")
+    return steps_done
+
+
+def open_run(lock, notes, steps_done, accounting):
+    """Acquire `lock` for this process and write config.json, env.json and owner to RUN_DIR.
+
+    metrics.jsonl keeps the steps up to `steps_done`. Raises ValueError if another run has the lock.
+    """
+    run = Path(RUN_DIR)
+    run.mkdir(parents=True, exist_ok=True)
+    owner = run / "owner"
+    try:
+        lock.acquire(timeout=0)  # the system releases it when the process ends, however it ends
+    except Timeout:
+        name = owner.read_text() if owner.exists() else "another process"
+        raise ValueError(
+            f"{run} is in use by {name}: stop that run, or set another RUN_DIR.") from None
+    owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+
+    (run / "config.json").write_text(json.dumps(notes["constants"], indent=2))
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    environment = {
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "git": git.stdout.strip(),
+        "data": notes["data"],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accounting": accounting,
+    }
+    (run / "env.json").write_text(json.dumps(environment, indent=2, default=int))
+
+    # Steps after the checkpoint will be run again.
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= steps_done]
+    metrics.write_text("".join(kept))
+
+
+# ------------------------------------------------------------------------------------ training loop
+
+def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes):
+    """Run the steps after `steps_done`. Return True if SIGTERM stopped the run."""
+    steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
+    stop_requests = collect_sigterms()
+    not_finite = 0  # consecutive steps
+    began = time.time()
+    if steps_done < steps:
+        upcoming = load_step(steps_done + 1, rows, total_rows, grid, model.config, stop_requests)
+
+    for step in range(steps_done + 1, steps + 1):
+        batches, sums = upcoming
+
+        # The loss of the step is sum(weight x cross entropy) / sum(weight) over its targets on all
+        # ranks. So each micro-batch is divided by the weight of the whole step, and losses and
+        # gradients are summed over micro-batches and ranks, never averaged.
+        loss_sum = torch.zeros((), device=grid.device)
+        for i, batch in enumerate(batches):
+            parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
+            weights = batch.weights / max(sums.weight, 1e-9)
+            batch_loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens,
+                               batch.max_seqlen, batch.labels, weights)
+            batch_loss.backward()
+            loss_sum += batch_loss.detach()
+            del batch_loss  # free the graph before the next forward
+        parallel.all_sum(loss_sum)
+        norm = parallel.grad_norm(model.parameters())
+
+        # The CPU prepares the next step while the GPU works on this one.
+        if step < steps:
+            upcoming = load_step(step + 1, rows, total_rows, grid, model.config, stop_requests)
+
+        # Only here does the CPU wait for the GPU. All ranks have the same values, so that all of
+        # them skip a step, or none.
+        loss = loss_sum.item()
+        grad_norm = norm.item()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        skip = not finite or sums.targets == 0
+        lr = learning_rate(step, steps)
+        update(model, optimizer, lr, grad_norm, skip)
+
+        now = time.time()
+        seconds = now - began
+        began = now
+        if grid.rank == 0:
+            log({"step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss,
+                 "grad_norm": grad_norm, "learning_rate": lr, "seconds": seconds, "skipped": skip,
+                 **speed_and_memory(model.config, sums, seconds, grid)})
+        not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
+        stop_if_diverged(step, not_finite)
+
+        stopping = sums.stop_requests > 0
+        last = step == steps or stopping
+        eval_due = last or (EVAL_EVERY > 0 and step % EVAL_EVERY == 0)
+        if eval_rows is not None and eval_due:
+            evaluate(model, eval_rows, grid, step)
+            began = time.time()  # evaluation is not part of the next step's time, nor is saving
+        save_due = last or (SAVE_EVERY > 0 and step % SAVE_EVERY == 0)
+        if SAVE_EVERY >= 0 and save_due:
+            checkpoints = Path(RUN_DIR) / "checkpoints"
+            parallel.save_checkpoint(checkpoints, step, model, optimizer, notes, KEEP_CHECKPOINTS)
+            began = time.time()
+        if stopping:
+            print_once(grid, f"stopped by SIGTERM after step {step}: the same command resumes")
+            return True
+    return False
+
+
+def collect_sigterms():
+    """Return a list that grows when this process receives SIGTERM. A second one ends the process.
+
+    Ranks receive the signal at different times. They stop together, after the step for which the
+    sum of their requests is not zero.
+    """
+    requests = []
+
+    def handle(signal_number, frame):
+        if requests:
+            sys.exit("second SIGTERM")
+        requests.append(signal_number)
+
+    signal.signal(signal.SIGTERM, handle)
+    return requests
+
+
+def update(model, optimizer, lr, grad_norm, skip):
+    """Clip the gradients, update the weights unless `skip`, and free the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if not skip:
+        if 0 < MAX_GRAD_NORM < grad_norm:
+            gradients = [p.grad for p in model.parameters()]
+            torch._foreach_mul_(gradients, MAX_GRAD_NORM / grad_norm)  # few kernels for all
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def stop_if_diverged(step, not_finite):
+    """Raise RuntimeError after MAX_SKIPPED_STEPS consecutive steps that were not finite."""
+    if not_finite == MAX_SKIPPED_STEPS:
+        raise RuntimeError(
+            f"The loss or gradient of {not_finite} consecutive steps, up to step {step}, was not "
+            f"finite: lower LEARNING_RATE {LEARNING_RATE}, or inspect the data of these steps. "
+            "Since then no checkpoint was saved.")
+
 
 @torch.no_grad()
 def evaluate(model, rows, grid, step):
-    """sum of weight x cross entropy / sum of weights, over all rows of EVAL_DATA."""
-    sums = torch.zeros(2, dtype=torch.float64, device=grid.device)
-    for i in range(-(-rows.per_epoch // grid.dp)):
-        b, = rows.step(i + 1, grid.dp, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, rows.per_epoch)
-        b = to_device(b, grid.device)
-        loss = model(b.input_ids, b.position_ids, b.cu_seqlens, b.max_seqlen, b.labels, b.weights)
-        sums += torch.stack([loss, b.weights.sum()])
-    loss, weight = parallel.all_sum(sums).tolist()
+    """Log the loss over all rows of EVAL_DATA: sum(weight x cross entropy) / sum(weight)."""
+    sums = torch.zeros(2, dtype=torch.float64, device=grid.device)  # weighted loss, weight
+    for i in range(ceil_div(rows.per_epoch, grid.dp)):
+        # One row for each data-parallel rank; past the last row it is padding of weight 0.
+        [batch] = rows.step(
+            i + 1, grid.dp, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, rows.per_epoch)
+        batch = to_device(batch, grid.device)
+        loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen,
+                     batch.labels, batch.weights)
+        sums += torch.stack([loss, batch.weights.sum()])
+    parallel.all_sum(sums)
+    loss_sum, weight = sums.tolist()
     if grid.rank == 0:
-        log({"step": step, "eval_loss": loss / weight})
+        log({"step": step, "eval_loss": loss_sum / weight})
 
-def plot():
-    """RUN_DIR/loss.png, from metrics.jsonl."""
-    from matplotlib import pyplot
-    lines = [json.loads(line) for line in (Path(RUN_DIR) / "metrics.jsonl").read_text().splitlines()]
-    for key in ("loss", "eval_loss"):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        pyplot.plot(*zip(*points), label=key) if points else None
-    pyplot.xlabel("step"), pyplot.ylabel("loss a target"), pyplot.grid(alpha=0.3), pyplot.legend()
-    pyplot.savefig(Path(RUN_DIR) / "loss.png", dpi=120), pyplot.close()
 
-def resume(notes, model, optimizer, say):
-    """Load the checkpoint that RESUME names. -> the steps it has done."""
-    home = Path(RUN_DIR) / "checkpoints"
-    folder, manifest = parallel.find_checkpoint(home, RESUME)
-    done = manifest["step"] if manifest else 0
-    newer = sorted(f.name for f in home.glob(parallel.STEP) if int(f.name[5:]) > done)
-    if newer:
-        raise ValueError(f"{RUN_DIR} holds {newer[-1]}, which this run from step {done} would meet again: set RUN_DIR "
-                         "to a new folder, or RESUME=auto to go on from there")
-    if folder is None:
-        return 0
-    for key in ("config", "data"):
-        if notes[key] != manifest[key]:
-            raise ValueError(f"{folder} has another {key}, {manifest[key]}, not {notes[key]}: set RUN_DIR to a new one")
-    for name, now in notes["constants"].items():
-        if (then := manifest["constants"].get(name)) != now:
-            say(f"since {folder.name}, {name} changed from {then!r} to {now!r}")
-    parallel.load_checkpoint(folder, model, optimizer)
-    say(f"resumed from {folder}")
-    return done
+# ------------------------------------------------------------------------------------------ metrics
 
-def open_run(notes, done, accounting):
-    """RUN_DIR is this process's until it ends: config.json, env.json, metrics.jsonl of the steps up to `done`."""
-    run = Path(RUN_DIR)
-    run.mkdir(parents=True, exist_ok=True)
-    lock = open_run.lock = open(run / "lock", "a+")     # and lets go of the one before
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{run} is in use by {(run / 'lock').read_text()}: stop it, or set another RUN_DIR") from None
-    (run / "lock").write_text(f"process {os.getpid()} of {os.uname().nodename}")
-    (run / "config.json").write_text(json.dumps(notes["constants"], indent=2))
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    (run / "env.json").write_text(json.dumps({
-        "torch": torch.__version__, "python": sys.version.split()[0], "git": git.stdout.strip(), "data": notes["data"],
-        "gpu": gpu, "accounting": accounting}, indent=2, default=int))
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    metrics.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= done))
+def speed_and_memory(config, sums, seconds, grid):
+    """Return the entries of metrics.jsonl that tell how well a step used the hardware."""
+    model_flops, hardware_flops = flops(
+        config, sums.tokens, sums.attention_pairs, RECOMPUTE, KEEP_LAYERS)
+    mfu = None
+    hfu = None
+    peak = peak_flops(grid)
+    if peak is not None:
+        mfu = model_flops / seconds / grid.world / peak
+        hfu = hardware_flops / seconds / grid.world / peak
+
+    gpu_memory = None
+    if grid.device.type == "cuda":
+        gpu_memory = torch.cuda.max_memory_allocated() / 2**30
+    cpu_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
+    return {
+        "tokens": int(sums.tokens),
+        "target_tokens": int(sums.targets),
+        "tokens_per_second_per_gpu": sums.tokens / seconds / grid.world,
+        "mfu": mfu,
+        "hfu": hfu,
+        "peak_memory_gib": gpu_memory,
+        "peak_host_memory_gib": cpu_memory,
+    }
+
+
+def peak_flops(grid):
+    """Return the bfloat16 FLOP/s of this GPU, or None if DTYPE is another or it is not known."""
+    if grid.device.type == "cuda" and DTYPE == "bfloat16":
+        gpu_name = torch.cuda.get_device_name()
+        for name, peak in PEAK_FLOPS.items():
+            if name in gpu_name:
+                return peak
+    return None
+
 
 def log(line):
-    """A line of metrics.jsonl, and the same on the screen."""
+    """Append the dict `line` to metrics.jsonl and print it as LOG_FORMAT says."""
     with open(Path(RUN_DIR) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
-    shown = (form.format(line[key]) for key, form in LOG.items() if line.get(key) not in (None, False))
+    shown = []
+    for key, template in LOG_FORMAT.items():
+        value = line.get(key)
+        if value is not None and value is not False:
+            shown.append(template.format(value))
     print("  ".join(shown), flush=True)
 
+
+def plot():
+    """Draw the losses in metrics.jsonl to RUN_DIR/loss.png."""
+    from matplotlib import pyplot
+    text = (Path(RUN_DIR) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    for key in ("loss", "eval_loss"):
+        steps = [line["step"] for line in lines if key in line]
+        losses = [line[key] for line in lines if key in line]
+        if steps:
+            pyplot.plot(steps, losses, label=key)
+    pyplot.xlabel("step")
+    pyplot.ylabel("loss per target")
+    pyplot.grid(alpha=0.3)
+    pyplot.legend()
+    pyplot.savefig(Path(RUN_DIR) / "loss.png", dpi=120)
+    pyplot.close()
+
+
+# ------------------------------------------------------------------------------- export and samples
+
+def finish(model, folder, grid, trained):
+    """Plot the losses if steps were `trained`, export the model and print samples."""
+    if grid.rank == 0 and trained:
+        plot()
+    if SAVE_EVERY >= 0:
+        hf_folder = Path(RUN_DIR) / "hf"
+        parallel.together("export", convert.save_weights, model, folder, hf_folder)
+        print_once(grid, f"the trained model is in {hf_folder}, a Hugging Face folder")
+    if SAMPLE_PROMPTS and DATA != "synthetic":
+        sample(model, folder, grid)
+
+
 @torch.no_grad()
-def sample(model, folder, grid, say, temperature=0.5):
-    """Print continuations of SAMPLE_PROMPTS: a whole forward for each token."""
+def sample(model, folder, grid, temperature=0.5):
+    """Print continuations of SAMPLE_PROMPTS. Each token takes a forward over the whole text."""
     from transformers import AutoTokenizer
-    tokenizer, generator = AutoTokenizer.from_pretrained(folder), torch.Generator().manual_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(SEED)
     for prompt in SAMPLE_PROMPTS:
         ids = tokenizer(prompt).input_ids
         for _ in range(SAMPLE_TOKENS):
-            row = torch.tensor(ids + [0] * (-len(ids) % (128 * grid.sp)), device=grid.device)   # the text, and filling
-            edges = torch.tensor([0, len(row)], dtype=torch.int32, device=grid.device)
-            share = torch.arange(len(row), device=grid.device).chunk(grid.sp)[grid.sp_rank]
-            logits = model(row[share], share, edges, len(row)).float()[share == len(ids) - 1].sum(0)    # or 0
-            if grid.sp > 1:
-                parallel.all_sum(logits, grid.sp_group)
-            ids += torch.multinomial(torch.softmax(logits.cpu() / temperature, dim=-1), 1, generator=generator).tolist()
-        say("-" * 80 + "\n" + tokenizer.decode(ids).split(tokenizer.eos_token or "\0")[0])
+            logits = next_token_logits(model, ids, grid)                            # (V,)
+            probabilities = torch.softmax(logits.cpu() / temperature, dim=-1)
+            ids += torch.multinomial(probabilities, 1, generator=generator).tolist()
+        text = tokenizer.decode(ids)
+        if tokenizer.eos_token:
+            text = text.split(tokenizer.eos_token)[0]
+        print_once(grid, "-" * 80 + "\n" + text)
+
+
+def next_token_logits(model, ids, grid):
+    """Return the logits (V,) of the token after `ids`, on all ranks of a row."""
+    # Padding after the text does not change its logits, as attention is causal.
+    padding = -len(ids) % (128 * grid.sp)
+    row = torch.tensor(ids + [0] * padding, device=grid.device)                     # (T,)
+    cu_seqlens = torch.tensor([0, len(row)], dtype=torch.int32, device=grid.device)
+    positions = torch.arange(len(row), device=grid.device)
+    positions = positions.chunk(grid.sp)[grid.sp_rank]                              # (t,)
+    logits = model(row[positions], positions, cu_seqlens, len(row)).float()         # (t, V)
+
+    # One rank has the last token. The others add zeros.
+    logits = logits[positions == len(ids) - 1].sum(0)                               # (V,)
+    if grid.sp > 1:
+        parallel.all_sum(logits, grid.sp_group)
+    return logits
+
 
 if __name__ == "__main__":
     try:
         override(sys.argv[1:])
         main()
     except Exception:
-        if int(os.environ.get("LOCAL_RANK", 0)):
-            time.sleep(2)  # torchrun ends the others when one fails: let the first process speak
+        # torchrun ends all processes when one of them fails: let the first rank print its error.
+        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+            time.sleep(2)
         raise
