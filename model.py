@@ -11,7 +11,6 @@ are float32, because their sums and exponentials lose too much in bfloat16. RoPE
 in float64: near position one million a float32 angle is up to 0.03 radians off. FSDP2 keeps the
 master weights in float32 (parallel.py).
 """
-import contextlib
 import functools
 import importlib
 import math
@@ -831,14 +830,3 @@ def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1):
         "transient activations": max(transient_block, transient_loss),
     }
     return {part: size / 2**30 for part, size in parts.items()}
-
-
-@contextlib.contextmanager
-def explaining(needs):
-    """Out of memory on a GPU: the arithmetic, and what to change."""
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        raise RuntimeError(f"{e}\nExpected was {needs}. In this order set RECOMPUTE=all_but_attention, KEEP_LAYERS=0, "
-                           "ZERO_STAGE=3, MLP_CHUNK=32768, OFFLOAD_ACTIVATIONS=True, RECOMPUTE=all, OFFLOAD_OPTIMIZER="
-                           "True, a lower MAX_LENGTH or more ranks a row. The last checkpoint is whole") from e
