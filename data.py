@@ -2,8 +2,8 @@
 
 A row of a file is one example: a text or a conversation. It is tokenized once into a document, and
 the documents are stored in a memory-mapped cache. A row of the run holds up to MAX_LENGTH tokens:
-pieces of documents, side by side. Which rows a step sees depends on the seed and the step alone.
-Parallelism appears as integers only: the number of ranks and the rank that asks.
+pieces of documents, side by side. The rows of a step depend on the seed and the step alone. Ranks
+appear as integers only: how many there are, and which one asks for its shard of a row.
 """
 import bisect
 import functools
@@ -121,7 +121,7 @@ def read_rows(path):
         elif beginning.startswith(b"["):
             rows = parse_json(file.read(), "the file must be one JSON array in UTF-8; fix it")
         else:
-            rows = file  # its lines, which the worker processes parse
+            rows = file  # its lines; parsing them is left to the worker processes
 
         for number, row in enumerate(rows, 1):
             is_blank = isinstance(row, bytes) and not row.strip()
@@ -137,7 +137,7 @@ def read_parquet(file):
 
 
 def parse_json(content, rule):
-    """Returns the object that bytes hold. The rule is told when they hold none."""
+    """Returns the object that bytes hold. The error message ends with the rule."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except ValueError as error:  # of JSON or of UTF-8
@@ -150,6 +150,7 @@ def parse_json(content, rule):
 FORMATS = ("text", "messages", "conversations", "instruction output", "prompt completion",
            "input_ids")
 
+# The names of roles in files (of OpenAI, then of ShareGPT), and those that chat templates expect.
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
@@ -181,9 +182,9 @@ def read_input_ids(example):
     for token, label in zip(ids, labels):
         is_id = type(token) is int and 0 <= token < 2**31
         if not is_id or label not in (token, IGNORE):
-            raise ValueError(f"input_ids has {token!r} where labels has {label!r}: an id must be an "
-                             "integer, and a label must be the id at its own place, not the next "
-                             f"one, or {IGNORE}")
+            raise ValueError(f"input_ids has {token!r} where labels has {label!r}: an id must be "
+                             "an integer, and a label must be the id at its own place, not the "
+                             f"next one, or {IGNORE}")
         tokens.append(token if label == token else ~token)
     return np.array(tokens, np.int32)
 
@@ -221,7 +222,8 @@ def alpaca_turns(example):
 
 
 def to_message(turn):
-    """Returns one turn, written as by OpenAI or ShareGPT, in the form that OpenAI uses."""
+    """Returns one turn of OpenAI's or ShareGPT's format as a message that chat templates expect."""
+    # A table such as .parquet has every column in every row: null is the same as a missing key.
     message = {key: value for key, value in turn.items() if value is not None}
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
@@ -235,6 +237,7 @@ def to_message(turn):
         message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         content = ""
     for call in message.get("tool_calls", ()):
+        # OpenAI gives the arguments as a string of JSON, and chat templates expect an object.
         function = call["function"]
         if isinstance(function["arguments"], str):
             function["arguments"] = json.loads(function["arguments"])
@@ -262,13 +265,13 @@ def join_parts(parts):
 
 
 # ------------------------------------------------------------------------ chat: what is trained
-# Trained is what the chat template writes for an assistant's message after the generation prompt,
-# including the token that ends the turn. Where that begins and ends in the text is marked by the
-# template's generation markers if it has them. If not, it is found from the text of the first
-# messages: a conversation up to a message should be a prefix of the whole conversation.
+# The trained part of a conversation is what the chat template writes for the assistant after the
+# generation prompt, including the token that ends the turn. If the template has generation
+# markers, they say where that is in the text. Otherwise it is found by rendering the first
+# messages alone, as their text should be a prefix of the text of the whole conversation.
 
 class ControlTokens(NamedTuple):
-    """Tokens such as <|im_end|> that separate turns. They must never come out of a row's text."""
+    """Tokens such as <|im_end|>, which the chat template may write and a user may not."""
     ids: list            # of all of them
     texts: list          # the longest first, as one may be the beginning of another
     pattern: re.Pattern  # matches any of them
@@ -319,19 +322,41 @@ def as_json_lines(objects):
     return "\n".join(json.dumps(item, ensure_ascii=False) for item in objects)
 
 
-def choose_answers(messages, mask_history):
-    """Returns the indices of the assistant's messages, and of those of them that are trained."""
+def find_answers(text, marked, messages, render, mask_history, control):
+    """Returns the spans (start, end) of the text to train, one for each chosen assistant turn.
+
+    marked: the spans of the generation markers; None if the template has none.
+    render: see Encoder.write_chat.
+    """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     candidates = answers[-1:] if mask_history else answers
     chosen = [i for i in candidates if messages[i]["trained"]]
     if not chosen:
         raise ValueError(f"0 of {len(answers)} assistant turns are to be trained: add one, or "
                          "remove the row")
-    return answers, chosen
+    if marked is not None and len(marked) != len(answers):
+        raise ValueError(f"the generation markers of the chat template enclose {len(marked)} of "
+                         f"{len(answers)} assistant turns: correct them, or remove them all")
+
+    spans = []
+    for i in chosen:
+        through_turn, _ = render(i + 1)
+        through_turn = through_turn.rstrip()  # white space after the end of the turn is no answer
+        if marked is not None:
+            start, end = marked[answers.index(i)]
+        else:
+            start = find_start(text, i, render, control)
+            end = len(through_turn) if text.startswith(through_turn) else start
+        end = find_end(text, start, end, through_turn, control)
+        if end <= start:
+            raise ValueError(f"message {i}: the chat template writes it differently when other "
+                             "messages follow: set MASK_HISTORY=True")
+        spans.append((start, end))
+    return spans
 
 
 def find_start(text, i, render, control):
-    """Returns where message i begins in the text; len(text) if it is not found."""
+    """Returns where the answer of turn i begins in the text; len(text) if it is not found."""
     prompt, _ = render(i, add_generation_prompt=True)
     start = len(prompt) if text.startswith(prompt) else len(text)
     if start < len(text) or i == 0:
@@ -360,9 +385,9 @@ def find_end(text, start, end, through_turn, control):
     if text[start:end].rstrip().endswith(end_of_turn):
         return end
 
-    # Generation markers may not include it. And a template may write a turn differently once
-    # others follow, as Qwen3's removes earlier thoughts. The turn then ends at the next control
-    # token, if through_turn ends with the same text.
+    # Generation markers may not include the end of the turn. And a template may write a turn
+    # differently once others follow, as that of Qwen3 removes earlier thoughts. The turn then ends
+    # at the next control token, if through_turn ends with the same text.
     match = control.pattern.search(text, end)
     if match and through_turn.endswith(text[start:match.end()]):
         return match.end()
@@ -381,6 +406,7 @@ class Encoder:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Many tokenizers have a bos token, and only some begin a text with it.
         begins_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
         self.tokenizer = tokenizer
         self.bos = tokenizer.bos_token if begins_with_bos else ""
@@ -390,8 +416,8 @@ class Encoder:
         self.mask_history = mask_history
         self.overlong = overlong
         self.cap = cap
-        # Where every token is trained, answers need not be located. But truncate_middle must know
-        # them, as it removes nothing of an answer.
+        # Where every token is trained, answers need not be located, unless truncate_middle must
+        # know them: it removes nothing of an answer.
         self.locates_answers = not train_on_prompt or overlong == "truncate_middle"
 
     def __call__(self, example):
@@ -438,6 +464,7 @@ class Encoder:
         if not prompt and not answer:
             return "", None
 
+        # The boundaries keep control tokens from forming where two of these texts meet.
         context = self.bos + BOUNDARY + prompt + BOUNDARY
         text = context + answer + BOUNDARY + self.eos
         if prompt and self.locates_answers:
@@ -451,6 +478,7 @@ class Encoder:
             tools = json.loads(tools or "null")
         template = self.tokenizer.get_chat_template(None, tools)
         messages = write_tools_as_text(messages, tools, template)
+        # Templates expect the tools as OpenAI writes them. ShareGPT gives the functions alone.
         functions = []
         for tool in tools or ():
             functions.append(tool if "function" in tool else {"type": "function", "function": tool})
@@ -472,34 +500,8 @@ class Encoder:
         text, marked = render(len(messages))
         if not self.locates_answers:
             return text, None
-        return text, self.find_answers(text, marked, messages, render)
-
-    def find_answers(self, text, marked, messages, render):
-        """Returns the spans of the assistant's messages to train.
-
-        marked: the spans of the generation markers; None if the template has none.
-        """
-        answers, chosen = choose_answers(messages, self.mask_history)
-        if marked is not None and len(marked) != len(answers):
-            raise ValueError("the generation markers of the chat template enclose "
-                             f"{len(marked)} of {len(answers)} assistant turns: correct them, or "
-                             "remove them all")
-
-        spans = []
-        for i in chosen:
-            through_turn, _ = render(i + 1)
-            through_turn = through_turn.rstrip()
-            if marked is not None:
-                start, end = marked[answers.index(i)]
-            else:
-                start = find_start(text, i, render, self.control)
-                end = len(through_turn) if text.startswith(through_turn) else start
-            end = find_end(text, start, end, through_turn, self.control)
-            if end <= start:
-                raise ValueError(f"message {i}: the chat template writes it differently when other "
-                                 "messages follow: set MASK_HISTORY=True")
-            spans.append((start, end))
-        return spans
+        spans = find_answers(text, marked, messages, render, self.mask_history, self.control)
+        return text, spans
 
     def encode(self, text, spans):
         """Returns the tokens of a text, trained inside the spans only, or everywhere if None."""
@@ -513,6 +515,7 @@ class Encoder:
         for start, end in itertools.pairwise(sorted(edges)):
             trained = spans is None or any(a <= start < b for a, b in spans)
             for part in TEXT_PART.finditer(text, start, end):
+                # The text has its bos and eos already, or the template decides about them.
                 backend = self.tokenizer.backend_tokenizer
                 encoding = backend.encode(part[0], add_special_tokens=False)
                 ids = np.array(encoding.ids, np.int32)
@@ -634,6 +637,7 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None):
 
 def cache_key(sources, folder, cache, settings):
     """Returns a hash of the contents of all files, of the tokenizer, and of the settings."""
+    # The names of files do not matter: a moved file is recognized, and a changed one is not.
     files = list(itertools.chain.from_iterable(sources))
     for path in sorted(Path(folder).iterdir()):
         if TOKENIZER_FILE.search(path.name) and path.is_file():
@@ -818,6 +822,7 @@ def knapsack(lengths, capacity):
 
     Returns the indices of the lengths, bin after bin, and where each bin begins among them.
     """
+    # Equal lengths keep their order, which was drawn at random.
     order = np.argsort(lengths, kind="stable")
     distinct, first = np.unique(lengths[order], return_index=True)
     distinct = distinct.tolist()
@@ -946,6 +951,8 @@ class Rows:
         pieces["document"] = documents[pieces["document"]]
         end = np.append(first[1:], len(pieces))
 
+        # Grouping replaces the shuffling of rows. An epoch may end within a step, so the first step
+        # of this one may have documents of the epoch before.
         if self.documents_per_step > 0:
             rows_before = sum(self.size(earlier) for earlier in range(epoch))
             at = rows_before * self.batch_size % self.documents_per_step
@@ -962,6 +969,7 @@ class Rows:
 
     def count(self, epochs):
         """Returns the number of rows of so many epochs, which may be a fraction."""
+        # Epochs may differ by some rows, as they pack other documents, or in another order.
         rows = 0
         for epoch in range(math.ceil(epochs)):
             rows += min(epochs - epoch, 1) * self.size(epoch)
@@ -981,6 +989,7 @@ class Rows:
         pieces = np.empty(0, PIECE) if row is None else self.find(row)
         segments = [self.read_with_next(*piece) for piece in pieces]
         lengths = pieces["length"]
+        # Documents without targets have no weights, but 0 ** -1 must not be computed.
         n_targets = self.corpus.targets[pieces["document"]].clip(1)
 
         # T must be a multiple of sp. The padding is a segment of its own, without targets.
@@ -1018,7 +1027,7 @@ class Rows:
     def read_with_next(self, document, start, length):
         """Returns the tokens of a piece and the one that follows it, (length + 1,) int64."""
         tokens = self.corpus.read(document, start, start + length + 1)
-        # At the end of a document, read returns one token less, and no target follows.
+        # At the end of a document, read returns one token less, and NO_TARGET takes its place.
         return np.append(tokens, NO_TARGET)[:length + 1]
 
     def step(self, step, global_batch_size, dp, dp_rank, sp, sp_rank, total):
@@ -1032,8 +1041,9 @@ class Rows:
         for row in range(first, end):
             work[row] = (self.find(row)["length"] ** 2).sum()
 
-        # Ranks wait for one another. So the dp heaviest rows are dealt first, then the next dp,
-        # each time the heaviest to the rank with the least work so far.
+        # Which rows a step has does not depend on the ranks, but who computes them does. As ranks
+        # wait for one another, the dp heaviest rows are dealt first, then the next dp, each time
+        # the heaviest to the rank with the least work so far.
         rows = sorted(work, key=work.get, reverse=True)
         rows += [None] * (global_batch_size - len(rows))
         mine = []
@@ -1057,6 +1067,8 @@ class Rows:
         kept = self.lengths[documents]
         targets = self.corpus.targets[documents]
 
+        # The attention of a row is the sum of its squared piece lengths. Without the boundaries of
+        # documents it would be the square of the row's length.
         pieces, first, _ = self.epoch(0)
         lengths = pieces["length"]
         row_lengths = np.add.reduceat(lengths, np.sort(first))

@@ -409,7 +409,7 @@ def test_control_tokens_in_a_text_are_text(reader, row, train_on_prompt):
 
 BAD_ROWS = [
     (chat(user("Hi")), "0 of 0 assistant turns"),
-    (chat({"role": "robot", "content": "a"}), "message 0.*'robot' is unknown: use one of system, user"),
+    (chat({"role": "robot", "content": "a"}), "message 0.*'robot' is unknown: use one of system"),
     (chat({"role": "user"}), "message 0.*content None is not text"),
     (chat(user([{"type": "image_url"}])), "message 0.*has no 'text'.*remove the part or the row"),
     (chat(assistant("a", weight=0.5)), "message 0.*weight is 0.5: use 0 or 1"),
@@ -783,7 +783,7 @@ def test_groups_are_steps_in_every_epoch():
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 900), st.integers(1, 6), st.integers(0, 9))
 def test_grouped_order(n, step, seed):
-    """Each document once, the longest first; the steps of a stretch are parts of a falling order."""
+    """Each document once, the longest first; steps of a stretch are parts of a falling order."""
     lengths = np.random.default_rng(n).integers(1, 10**6, n)
     order = data.group_by_length(lengths, step, np.random.default_rng(seed))
     assert sorted(order) == list(range(n))
@@ -871,9 +871,36 @@ def test_the_same_rows_for_any_ranks(lengths, max_length, packing, batch_size, s
     rows = data.Rows(corpus_of_tokens(lengths), packing, max_length, seed, batch_size)
     total = rows.count(2.5)
     for step in range(1, -(-total // 4) + 1):
-        alone = rows_of_step(rows, step, 1, 1, total)
-        for dp, sp in ((2, 1), (4, 1), (2, 2)):
-            assert rows_of_step(rows, step, dp, sp, total) == alone
+        expected = []
+        for row in range(4 * step - 4, 4 * step):
+            if row < total:
+                expected.append(without_padding([rows.batch(row, 1, 0).input_ids]))
+            else:
+                expected.append([])
+        for dp, sp in ((1, 1), (2, 1), (4, 1), (2, 2)):
+            assert rows_of_step(rows, step, dp, sp, total) == sorted(expected)
+
+
+@pytest.mark.parametrize("loss_weight,weight_of_document", [
+    ("token", lambda n_targets: n_targets),
+    ("sample", lambda n_targets: 1),
+    ("square", lambda n_targets: n_targets ** 0.5),
+])
+def test_weights_of_targets(loss_weight, weight_of_document):
+    """Their sum over a document, also where rows and shards cut it; 0 where there is no target."""
+    lengths = [1, 2, 9, 40, 17]
+    untrained = [(3, t) for t in range(10)]
+    n_targets = [0, 1, 8, 30, 16]
+    corpus = corpus_of_tokens(lengths, untrained)
+    rows = data.Rows(corpus, "split", 12, seed=0, loss_weight=loss_weight)
+    weights = np.zeros(len(lengths))
+    for row in range(rows.per_epoch):
+        for sp_rank in range(5):
+            batch = rows.batch(row, 5, sp_rank)
+            assert (batch.weights[batch.labels == data.IGNORE] == 0).all()
+            np.add.at(weights, batch.input_ids.numpy() // 1000, batch.weights.numpy())
+    expected = [weight_of_document(n) if n > 0 else 0 for n in n_targets]
+    assert weights == pytest.approx(expected, rel=1e-6)
 
 
 def test_epochs_differ_and_repeat():

@@ -28,7 +28,8 @@ def show_row(rows, row, sp, decode):
     labels = torch.cat([shard.labels for shard in shards]).tolist()
     positions = torch.cat([shard.position_ids for shard in shards]).tolist()
 
-    marks = []  # (index of a token, what to print before it)
+    # A mark is what to print before a token: (its index, text).
+    marks = []
     if sp > 1:
         for rank in range(sp):
             marks.append((len(ids) // sp * rank, f"\n=== shard of rank {rank}"))
@@ -37,6 +38,7 @@ def show_row(rows, row, sp, decode):
     marks.sort(key=lambda mark: mark[0])
     marks.append((len(ids), PLAIN + "\n"))
 
+    # The tokens between two marks are decoded together, as one character may have several tokens.
     for (start, text), (end, _) in itertools.pairwise(marks):
         print(text + decode(ids[start:end]), end="")
     print(marks[-1][1], end="")
@@ -89,7 +91,7 @@ def main(arguments):
             settings.append(argument)
     train.override(settings)
 
-    # As many processes as the rows need, and as one of them would see them.
+    # The rows do not depend on the number of processes. Plan for as few as these settings allow.
     world = max(train.SEQUENCE_PARALLEL_SIZE, 1) * train.REPLICAS
     folder, config, sp, _ = train.plan(world)
     rows = train.open_data(train.DATA, folder, config)
