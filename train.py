@@ -39,16 +39,16 @@ CACHE_DIR = "runs/cache"        # tokenized data and the demo; can be shared by 
 # How documents become rows
 MAX_LENGTH = 1024               # tokens per row, and at most per document or piece of one
 PACKING = "split"               # "split": concatenate and cut; "whole": uncut documents; "none"
-USE_VARLEN_ATTN = True          # tokens attend within their document; False: to the whole row
+USE_VARLEN_ATTN = True          # attention within documents; False: within the whole row
 BATCH_SIZE = 1                  # documents per row, used with PACKING="none" only
 GROUP_BY_LENGTH = False         # with PACKING="none": steps of documents of similar length
-OVERLONG = "split"              # if over MAX_LENGTH: "split", "truncate", "truncate_middle", "drop"
+OVERLONG = "split"              # longer documents: "split", "truncate", "truncate_middle", "drop"
 APPEND_EOS = True               # plain text ends with the tokenizer's eos, which is a target
 TRAIN_ON_PROMPT = False         # chat: train all tokens; False: the assistant's only
 MASK_HISTORY = False            # chat: train the last assistant turn only
 MAX_POSITION_EMBEDDINGS = 0     # extend the context to so many tokens; 0: as in the checkpoint
 ROPE_SCALING = None             # how: "linear", "dynamic", "yarn", "llama3" or a dict; None: linear
-LOSS_WEIGHT = "token"           # n targets of a document count n; "sample": 1; "square": sqrt(n)
+LOSS_WEIGHT = "token"           # n targets in a document count n; "sample": 1; "square": sqrt(n)
 
 # How the work is divided: world = REPLICAS x data parallel x SEQUENCE_PARALLEL_SIZE
 SEQUENCE_PARALLEL_SIZE = 0      # ranks that share one row; 0: all ranks of a replica
@@ -147,14 +147,16 @@ class StepSums(NamedTuple):
 
 
 def main():
+    """Train MODEL on DATA as the constants say, and export it to RUN_DIR."""
     # Plan. Wrong constants are reported before any process waits for another.
     world = int(os.environ.get("WORLD_SIZE", 1))
-    folder, config, sp, dp = plan(world)
-    dtype = getattr(torch, DTYPE)
+    folder, config, sp, _ = plan(world)
+    dtype = getattr(torch, DTYPE)  # of the matrix products; master weights are float32
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     kernel_name, _ = attention_kernel(ATTENTION, device_type, dtype)
 
     # Data. It is tokenized before the process groups exist, so that no collective can time out.
+    # The last step may have fewer rows than the others. Padding fills it.
     rows = open_data(DATA, folder, config)
     eval_rows = open_data(EVAL_DATA, folder, config) if EVAL_DATA else None
     total_rows = rows.count(EPOCHS) if MAX_STEPS < 0 else MAX_STEPS * GLOBAL_BATCH_SIZE
@@ -285,6 +287,7 @@ def open_data(source, folder, config):
     if source == "synthetic":
         corpus = synthetic_corpus(config.vocab_size)
     else:
+        # The hash of the files is the key of the token cache, so changed files are tokenized again.
         files = f"{CACHE_DIR}/demo/demo.jsonl" if source == "demo" else source
         cap = 0 if OVERLONG == "split" else MAX_LENGTH  # tokens per document; 0: no limit
         corpus = data.build_corpus(
@@ -383,10 +386,12 @@ def build_optimizer(model):
 
 def learning_rate(step, steps):
     """Return the learning rate of optimizer step `step`, counted from 1, of a run of `steps`."""
+    # It depends on the step alone, so that a resumed run needs no state of a scheduler.
     warmup = round(WARMUP_RATIO * steps)
     if step <= warmup:
         return LEARNING_RATE * step / warmup
     progress = (step - warmup) / max(steps - warmup, 1)
+    # From 0 at the peak to 1 at the end.
     if LR_SCHEDULE == "cosine":
         decay = (1 - math.cos(math.pi * progress)) / 2
     elif LR_SCHEDULE == "linear":
@@ -424,6 +429,7 @@ def describe(model, kernel_name, grid):
 
 def describe_memory(config, grid, execution):
     """Return the expected peak memory of a GPU in GiB as a sum of its parts."""
+    # A rank holds its part of a row, and its shard of the states of one replica.
     tokens = ceil_div(MAX_LENGTH, grid.sp)
     shards = grid.world // REPLICAS
     accumulation = GLOBAL_BATCH_SIZE // grid.dp
@@ -468,6 +474,7 @@ def resume(notes, model, optimizer, grid):
 
     Raises ValueError if the checkpoint is of another model or data, or if RUN_DIR has a newer one.
     """
+    # All ranks verify the files of a checkpoint before any of them loads it.
     checkpoints = Path(RUN_DIR) / "checkpoints"
     folder, manifest = parallel.find_checkpoint(checkpoints, RESUME)
     steps_done = 0 if folder is None else manifest["step"]
@@ -665,6 +672,7 @@ def speed_and_memory(config, sums, seconds, grid):
     """Return the entries of metrics.jsonl that tell how well a step used the hardware."""
     model_flops, hardware_flops = flops(
         config, sums.tokens, sums.attention_pairs, RECOMPUTE, KEEP_LAYERS)
+    # MFU counts what the model needs, HFU also what backward recomputes.
     mfu = None
     hfu = None
     peak = peak_flops(grid)
@@ -701,6 +709,7 @@ def log(line):
     """Append the dict `line` to metrics.jsonl and print it as LOG_FORMAT says."""
     with open(Path(RUN_DIR) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
+    # What a line does not have, or has as None or False, is not shown.
     shown = []
     for key, template in LOG_FORMAT.items():
         value = line.get(key)
@@ -749,6 +758,7 @@ def sample(model, folder, grid, temperature=0.5):
     generator = torch.Generator().manual_seed(SEED)
     for prompt in SAMPLE_PROMPTS:
         ids = tokenizer(prompt).input_ids
+        # All ranks draw the same tokens: they have the same logits and the same seed.
         for _ in range(SAMPLE_TOKENS):
             logits = next_token_logits(model, ids, grid)                            # (V,)
             probabilities = torch.softmax(logits.cpu() / temperature, dim=-1)
