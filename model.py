@@ -13,6 +13,7 @@ master weights in float32 (parallel.py).
 """
 import functools
 import importlib
+import itertools
 import math
 import zlib
 from dataclasses import dataclass
@@ -226,24 +227,34 @@ class SavedTensor:
 
 
 class AttendWithRecompute(torch.autograd.Function):
-    """kernel(q, k, v) that keeps the log-sum-exp for backward, but not q, k, v and the output.
+    """kernel(q, k, v) of each of `kernels`, whose q, k, v and outputs are not kept for backward.
 
-    `recompute()` returns the four of them in backward. So the kernel's forward runs only once."""
+    `recompute()` returns them in backward: a list of (q, k, v), and a list of outputs. What is kept
+    is the log-sum-exp. So the forward of each kernel runs only once."""
 
     @staticmethod
-    def forward(ctx, q, k, v, kernel, recompute):
-        ctx.graph = KernelGraph()
+    def forward(ctx, recompute, kernels, *qkv):
+        """qkv: q, k, v of the first kernel, then of the next. -> the outputs."""
         ctx.recompute = recompute
-        return ctx.graph.forward(kernel, q, k, v)
+        ctx.graphs = []
+        outputs = []
+        for i, kernel in enumerate(kernels):
+            graph = KernelGraph()
+            q, k, v = qkv[3 * i:3 * i + 3]
+            outputs.append(graph.forward(kernel, q, k, v))
+            ctx.graphs.append(graph)
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, grad_out):
-        q, k, v, out = ctx.recompute()
-        grad_q, grad_k, grad_v = ctx.graph.backward(q, k, v, out, grad_out.contiguous())
+    def backward(ctx, *grad_outputs):
+        inputs, outputs = ctx.recompute()
+        gradients = []
+        for graph, (q, k, v), out, grad_out in zip(ctx.graphs, inputs, outputs, grad_outputs):
+            gradients.extend(graph.backward(q, k, v, out, grad_out.contiguous()))
         # This node lives as long as the loss. Let go of what was kept for its backward now.
-        ctx.graph = None
+        ctx.graphs = None
         ctx.recompute = None
-        return grad_q, grad_k, grad_v, None, None
+        return None, None, *gradients
 
 
 # ---------------------------------------------------------------------------------- RoPE and norm
@@ -410,11 +421,11 @@ class Attention(nn.Module):
             self.q_norm = Norm((H, D), config)
             self.k_norm = Norm((G, D), config)
 
-    def project(self, x, cos, sin):
+    def project(self, x, cos, sin, split):
         """x (t, C) -> q (t, H, D), k and v (t, G, D) of this rank's tokens, rotated.
 
-        With P > 1 they are one tensor (P, t, H/P + 2 G/P, D), ordered by the rank that needs it:
-        torch.compile fuses this copy with the rotation."""
+        split: as one tensor (P, t, H/P + 2 G/P, D), ordered by the rank that needs it. torch.compile
+        fuses this copy with the rotation."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
@@ -423,33 +434,70 @@ class Attention(nn.Module):
             k = self.k_norm(k)
         q = rotate(q, cos, sin, self.interleaved)
         k = rotate(k, cos, sin, self.interleaved)
-        if self.P == 1:
-            return q, k, v
-        return split_heads_by_rank((q, k, v), self.P)
-
-    def exchange(self, qkv):
-        """What `project` returned -> q (T, H/P, D), k and v (T, G/P, D): all tokens, some heads."""
-        if self.P == 1:
-            return qkv
-        row = seq_to_heads(qkv, self.sp_group)                  # (T, H/P + 2 G/P, D), one message
-        q, k, v = row.split((self.q_heads, self.kv_heads, self.kv_heads), dim=1)
-        if row.numel() >= 2**31:  # some kernels compute offsets into a view in 32 bits
-            return q.contiguous(), k.contiguous(), v.contiguous()
+        if split:
+            return split_heads_by_rank((q, k, v), self.P)
         return q, k, v
 
-    def forward(self, qkv, cu_seqlens, max_seqlen, recompute=None):
+    def exchange(self, qkv, segments):
+        """What `project` returned -> [(q, k, v) of local documents, (q, k, v) of crossing ones].
+
+        Local: all heads of this rank's tokens, q (t - n, H, D). Crossing: this rank's heads of the
+        tokens of all ranks, q (N, H/P, D). Either is left out if there are no such documents."""
+        inputs = []
+        if not segments.all_crossing:
+            if segments.any_local:
+                inputs.append(tuple(x[segments.local] for x in qkv))
+            if segments.any_crossing:
+                qkv = split_heads_by_rank([segments.take_crossing(x) for x in qkv], self.P)
+        if segments.any_crossing:
+            exchanged = seq_to_heads(qkv, self.sp_group, segments.crossing_tokens)
+            q, k, v = exchanged.split((self.q_heads, self.kv_heads, self.kv_heads), dim=1)
+            if exchanged.numel() >= 2**31:  # some kernels compute offsets into a view in 32 bits
+                q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+            inputs.append((q, k, v))
+        return inputs
+
+    def exchange_outputs(self, a, segments):
+        """Attention's output a (t, H, D) -> the outputs of the kernels for `exchange`'s inputs."""
+        outputs = []
+        if segments.any_local:
+            outputs.append(a[segments.local])
+        if segments.any_crossing:
+            crossing = segments.take_crossing(a)
+            outputs.append(seq_to_heads(crossing, self.sp_group, segments.crossing_tokens))
+        return outputs
+
+    def forward(self, qkv, segments, recompute=None):
         """What `project` returned -> attention's output for this rank's tokens (t, H*D).
 
-        recompute: for AttendWithRecompute; None: the kernel keeps q, k, v and its output."""
-        q, k, v = self.exchange(qkv)            # (T, H/P, D), (T, G/P, D), (T, G/P, D)
-        _, kernel = attention_kernel(self.kernel_choice, q.device.type, q.dtype)
-        kernel = functools.partial(
-            kernel, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window)
+        recompute: for AttendWithRecompute; None: the kernels keep their inputs and outputs."""
+        inputs = self.exchange(qkv, segments)
+        kernels = self.kernels(segments, inputs[0][0])
         if recompute is None:
-            out = kernel(q, k, v)                                               # (T, H/P, D)
+            outputs = [kernel(q, k, v) for kernel, (q, k, v) in zip(kernels, inputs)]
         else:
-            out = AttendWithRecompute.apply(q, k, v, kernel, recompute)         # (T, H/P, D)
-        return heads_to_seq(out, self.sp_group).flatten(1)                      # (t, H*D)
+            outputs = AttendWithRecompute.apply(recompute, kernels, *itertools.chain(*inputs))
+
+        if not segments.any_crossing:
+            [a] = outputs                                                       # (t, H, D)
+        else:
+            crossing = heads_to_seq(outputs[-1], self.sp_group, segments.crossing_tokens)
+            a = segments.join(outputs[0], crossing)                             # (t, H, D)
+        return a.flatten(1)                                                     # (t, H*D)
+
+    def kernels(self, segments, q):
+        """-> the attention kernel for local documents, and for crossing ones, where there are any."""
+        _, kernel = attention_kernel(self.kernel_choice, q.device.type, q.dtype)
+        kernels = []
+        if segments.any_local:
+            kernels.append(functools.partial(
+                kernel, cu_seqlens=segments.local_cu_seqlens,
+                max_seqlen=segments.local_max_seqlen, window=self.window))
+        if segments.any_crossing:
+            kernels.append(functools.partial(
+                kernel, cu_seqlens=segments.crossing_cu_seqlens,
+                max_seqlen=segments.crossing_max_seqlen, window=self.window))
+        return kernels
 
 
 class MLP(nn.Module):
@@ -496,18 +544,17 @@ class Block(nn.Module):
     forward                                     kept for backward
         x                                       x (t, C), or offloaded
         q, k, v = pre_attention(x)
-        q, k, v to all tokens, some heads
-        out = kernel(q, k, v)                   the log-sum-exp (H/P, T)
-        a = out to its tokens, all heads        a (t, H*D), or offloaded
+        exchange(q, k, v) of crossing documents
+        outputs = kernels(q, k, v)              the log-sum-exps
+        a = outputs, exchanged back             a (t, H*D), or offloaded
         y = post_attention(x, a)
 
     backward
         post_attention(x, a) again          ->  gradients of a, x and of its weights
-        gradient of a to all tokens, some heads
-        q, k, v = pre_attention(x) again, to all tokens, some heads
-        out = a to all tokens, some heads
-        backward of the kernel              ->  gradients of q, k, v; then q, k, v, out, a are freed
-        gradients of q, k, v to their tokens, all heads
+        exchange the gradient of a
+        pre_attention(x) and exchange(q, k, v) again, and exchange_outputs(a)
+        backward of the kernels             ->  gradients of q, k, v; then q, k, v and a are freed
+        exchange the gradients of q, k, v back
         norm(x) again                       ->  gradients of x and of the weights; then x is freed
     """
 
@@ -523,9 +570,9 @@ class Block(nn.Module):
         self.mlp_chunk = execution.mlp_chunk
         self.run_half = compiled_run if execution.compile else run
 
-    def pre_attention(self, x, cos, sin):
+    def pre_attention(self, x, cos, sin, split):
         """x (t, C) -> q, k and v as Attention.project returns them."""
-        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+        return self.self_attn.project(self.input_layernorm(x), cos, sin, split)
 
     def post_attention(self, x, a):
         """x (t, C), attention's output a (t, H*D) -> the block's output (t, C)."""
@@ -544,37 +591,37 @@ class Block(nn.Module):
                    for xi, ai in zip(x.split(chunk), a.split(chunk))]
         return torch.cat(outputs)                                               # (t, C)
 
-    def forward(self, x, cos, sin, cu_seqlens, max_seqlen, offload=None):
+    def forward(self, x, cos, sin, segments, offload=None):
         """x (t, C) -> (t, C). offload: where what is kept for backward goes, None: it stays."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.compute(x, cos, sin, cu_seqlens, max_seqlen)
+            return self.compute(x, cos, sin, segments)
 
         kept = parallel.Kept(offload)
         with kept.saved_by_reference():
             kept.add("x", x)
             if self.recompute == "all":
-                return run(self.compute, True, x, cos, sin, cu_seqlens, max_seqlen)
-            return self.compute_and_keep_attention(x, cos, sin, cu_seqlens, max_seqlen, kept)
+                return run(self.compute, True, x, cos, sin, segments)
+            return self.compute_and_keep_attention(x, cos, sin, segments, kept)
 
-    def compute(self, x, cos, sin, cu_seqlens, max_seqlen):
+    def compute(self, x, cos, sin, segments):
         """Forward in which autograd keeps what it needs."""
-        qkv = self.run_half(self.pre_attention, False, x, cos, sin)
-        a = self.self_attn(qkv, cu_seqlens, max_seqlen)                         # (t, H*D)
+        qkv = self.run_half(self.pre_attention, False, x, cos, sin, segments.all_crossing)
+        a = self.self_attn(qkv, segments)                                       # (t, H*D)
         return self.post_attention_in_chunks(x, a, recompute=False)
 
-    def compute_and_keep_attention(self, x, cos, sin, cu_seqlens, max_seqlen, kept):
+    def compute_and_keep_attention(self, x, cos, sin, segments, kept):
         """Forward in which only `kept` and the log-sum-exp are kept, as the picture above shows."""
         attention = self.self_attn
 
         @torch.no_grad()
-        def recompute():  # called in backward: -> q, k, v, out
-            qkv = self.run_half(self.pre_attention, False, kept.get("x"), cos, sin)
-            q, k, v = attention.exchange(qkv)
+        def recompute():  # called in backward
+            qkv = self.run_half(
+                self.pre_attention, False, kept.get("x"), cos, sin, segments.all_crossing)
             a = kept.get("a").unflatten(1, (-1, attention.head_dim))            # (t, H, D)
-            return q, k, v, seq_to_heads(a, attention.sp_group)                 # out (T, H/P, D)
+            return attention.exchange(qkv, segments), attention.exchange_outputs(a, segments)
 
-        qkv = self.run_half(self.pre_attention, True, x, cos, sin)
-        a = attention(qkv, cu_seqlens, max_seqlen, recompute)                   # (t, H*D)
+        qkv = self.run_half(self.pre_attention, True, x, cos, sin, segments.all_crossing)
+        a = attention(qkv, segments, recompute)                                 # (t, H*D)
         kept.add("a", a)
         return self.post_attention_in_chunks(x, a, recompute=True)
 
@@ -586,6 +633,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.execution = execution
+        self.sp_group = sp_group
         self.offload = parallel.Offload()
 
         layers = nn.ModuleList()
@@ -608,11 +656,13 @@ class Transformer(nn.Module):
 
         With labels (-100: no target) -> sum of weight x cross entropy, float32; without weights
         every target counts 1. Without labels -> logits (t, V)."""
+        segments = parallel.segments_of_rank(
+            cu_seqlens, max_seqlen, self.sp_group, input_ids.device)
         cos, sin = rope_cos_sin(self.config, position_ids)
         x = self.embed(input_ids)                                               # (t, C)
         for i, block in enumerate(self.model["layers"]):
             offload = self.offload if i < self.execution.offload_layers else None
-            x = block(x, cos, sin, cu_seqlens, max_seqlen, offload)
+            x = block(x, cos, sin, segments, offload)
         x = self.model["norm"](x)
         head = self.head_weight()                                               # (V, C)
         if self.config.logit_scale != 1:

@@ -152,20 +152,23 @@ def together(what, function, *args, only=None):
 # --------------------------------------------------- the exchange of sequence parallelism (Ulysses)
 
 class AllToAll(torch.autograd.Function):
-    """x (P, ...) -> (P, ...): x[i] goes to rank i, and element i of the result came from rank i.
+    """Rows of x to other ranks: send[i] of them to rank i; of the result, receive[i] are from rank i.
 
-    The exchange is its own transpose, so backward is the same exchange of the gradient."""
+    The exchange is its own transpose: backward returns the gradients of what was received."""
 
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx, x, send, receive, group):
+        ctx.send = send
+        ctx.receive = receive
         ctx.group = group
-        out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=group)
+        out = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(out, x, receive, send, group=group)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return AllToAll.apply(grad.contiguous(), ctx.group), None
+        grad_x = AllToAll.apply(grad.contiguous(), ctx.receive, ctx.send, ctx.group)
+        return grad_x, None, None, None
 
 
 def split_heads_by_rank(tensors, P):
@@ -181,25 +184,111 @@ def split_heads_by_rank(tensors, P):
     return torch.cat(parts, dim=2)
 
 
-def seq_to_heads(x, group):
-    """x (T/P, H, D), all heads of this rank's tokens -> (T, H/P, D), its heads of all tokens.
+def seq_to_heads(x, group, tokens=None):
+    """x (n, H, D), all heads of this rank's n tokens -> (N, H/P, D), its heads of all N tokens.
 
+    tokens: how many tokens each rank brings; None: all as many as this one, so that N = P n.
     x may also be what split_heads_by_rank returned. The group None is the identity."""
     if group is None:
         return x
+    P = dist.get_world_size(group)
     if x.ndim == 3:
-        x = split_heads_by_rank([x], dist.get_world_size(group))                # (P, T/P, H/P, D)
-    return AllToAll.apply(x, group).flatten(0, 1)                               # (T, H/P, D)
+        x = split_heads_by_rank([x], P)                                         # (P, n, H/P, D)
+    n = x.shape[1]
+    if tokens is None:
+        tokens = [n] * P
+    return AllToAll.apply(x.flatten(0, 1), [n] * P, tokens, group)              # (N, H/P, D)
 
 
-def heads_to_seq(x, group):
-    """The inverse of seq_to_heads: x (T, H/P, D) -> (T/P, H, D)."""
+def heads_to_seq(x, group, tokens=None):
+    """The inverse of seq_to_heads: x (N, H/P, D) -> (n, H, D)."""
     if group is None:
         return x
     P = dist.get_world_size(group)
-    by_rank = x.unflatten(0, (P, -1)).contiguous()                              # (P, T/P, H/P, D)
-    out = AllToAll.apply(by_rank, group)                                        # (P, T/P, H/P, D)
-    return out.transpose(0, 1).flatten(1, 2)                                    # (T/P, H, D)
+    if tokens is None:
+        tokens = [len(x) // P] * P
+    n = tokens[dist.get_rank(group)]
+    out = AllToAll.apply(x.contiguous(), tokens, [n] * P, group)                # (P n, H/P, D)
+    out = out.view(P, n, *x.shape[1:])                                          # (P, n, H/P, D)
+    return out.transpose(0, 1).flatten(1, 2)                                    # (n, H, D)
+
+
+class Segments(NamedTuple):
+    """The documents of a row, as the attention of one rank sees them.
+
+    A document inside one shard of the row is local: its rank attends in it, with all heads. A
+    document that crosses the border of a shard is exchanged: every rank gets all of its tokens,
+    for some of the heads. The tokens of a shard are, in this order:
+
+        [ end of a crossing document | local documents | beginning of a crossing document ]
+    """
+    local: slice                            # the tokens of local documents in this rank's shard
+    local_cu_seqlens: torch.Tensor          # (m+1,) int32 on the device, from 0
+    local_max_seqlen: int
+    crossing_tokens: list                   # of crossing documents, in the shard of each rank
+    crossing_cu_seqlens: torch.Tensor       # (c+1,) int32 on the device, from 0
+    crossing_max_seqlen: int
+    any_local: bool                         # on this rank
+    any_crossing: bool                      # in the row
+    all_crossing: bool                      # in the row, as when it is one document
+
+    def take_crossing(self, x):
+        """x (t, ...), this rank's tokens -> (n, ...), those of crossing documents."""
+        if not self.any_local:
+            return x
+        return torch.cat((x[:self.local.start], x[self.local.stop:]))
+
+    def join(self, local, crossing):
+        """The inverse: (t - n, ...) and (n, ...) -> (t, ...)."""
+        if not self.any_local:
+            return crossing
+        before = self.local.start
+        return torch.cat((crossing[:before], local, crossing[before:]))
+
+
+def segments_of_rank(cu_seqlens, max_seqlen, group, device):
+    """The documents of a row, cu_seqlens (n+1,) int32, -> Segments.
+
+    Under sequence parallelism cu_seqlens should be on the CPU: elsewhere this waits for it."""
+    def to_device(lengths):
+        edges = torch.tensor([0, *lengths]).cumsum(0).int()
+        if device.type == "cuda":
+            edges = edges.pin_memory()      # so that the copy does not wait for the GPU
+        return edges.to(device, non_blocking=True)
+
+    if group is None:
+        cu_seqlens = cu_seqlens.to(device)
+        return Segments(slice(None), cu_seqlens, max_seqlen, [0], None, 0, True, False, False)
+
+    P = dist.get_world_size(group)
+    rank = dist.get_rank(group)
+    edges = cu_seqlens.tolist()
+    t = edges[-1] // P
+    local_lengths = []          # of documents in this rank's shard
+    local_start = 0
+    crossing_lengths = []
+    crossing_tokens = [0] * P
+    for start, end in zip(edges, edges[1:]):
+        first_rank = start // t
+        last_rank = (end - 1) // t
+        if first_rank < last_rank:
+            crossing_lengths.append(end - start)
+            for r in range(first_rank, last_rank + 1):
+                crossing_tokens[r] += min(end, (r + 1) * t) - max(start, r * t)
+        elif first_rank == rank:
+            if not local_lengths:
+                local_start = start - rank * t
+            local_lengths.append(end - start)
+    return Segments(
+        local=slice(local_start, local_start + sum(local_lengths)),
+        local_cu_seqlens=to_device(local_lengths),
+        local_max_seqlen=max(local_lengths, default=0),
+        crossing_tokens=crossing_tokens,
+        crossing_cu_seqlens=to_device(crossing_lengths),
+        crossing_max_seqlen=max(crossing_lengths, default=0),
+        any_local=len(local_lengths) > 0,
+        any_crossing=len(crossing_lengths) > 0,
+        all_crossing=sum(crossing_lengths) == edges[-1])
 
 
 # ------------------------------------------------------------------------------------------- FSDP2

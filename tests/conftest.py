@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
 
 import convert  # noqa: E402
-from model import Config, Transformer  # noqa: E402
+from model import Config, Execution, Transformer  # noqa: E402
 
 TINY = {
     "vocab_size": 97,
@@ -60,13 +60,9 @@ def randomize(parameters, generator=None):
             p.copy_(values)
 
 
-def tiny_model(seed=0, execution=None, **changes):
+def tiny_model(seed=0, execution=None, sp_group=None, **changes):
     """Returns a Transformer of tiny_config(**changes), with random weights that `seed` fixes."""
-    config = tiny_config(**changes)
-    if execution is None:
-        model = Transformer(config)
-    else:
-        model = Transformer(config, execution=execution)
+    model = Transformer(tiny_config(**changes), sp_group, execution or Execution())
     randomize(model.parameters(), torch.Generator().manual_seed(seed))
     return model
 

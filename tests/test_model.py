@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import assert_close, row, tiny_config, tiny_model
 
+import parallel
 from bench.run import SHAPES
 from model import (
     Config,
@@ -139,14 +140,15 @@ def forward_of_a_block(execution, method):
     def recorded(*args):
         results = original(*args)
         tensors = [*args, *(results if isinstance(results, tuple) else [results])]
-        storages.extend((x.shape, weakref.ref(x.untyped_storage())) for x in tensors)
+        storages.extend((x.shape, weakref.ref(x.untyped_storage())) for x in tensors if torch.is_tensor(x))
         return results
 
     setattr(block, method, recorded)
     _, positions, cu_seqlens, max_seqlen, _ = row([16])
     cos, sin = rope_cos_sin(tiny_config(), positions)
     x = torch.randn(16, 48, requires_grad=True) * 1.0       # not a leaf, which would stay alive
-    return block(x, cos, sin, cu_seqlens, max_seqlen), storages
+    segments = parallel.segments_of_rank(cu_seqlens, max_seqlen, None, x.device)
+    return block(x, cos, sin, segments), storages
 
 
 @pytest.mark.parametrize("recompute", ["none", "all_but_attention", "all"])

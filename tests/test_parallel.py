@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import assert_close, on_ranks, tiny_config, tiny_model
+from conftest import assert_close, on_ranks, row, tiny_config, tiny_model
 
 import convert
 import data
@@ -163,6 +163,73 @@ def test_without_a_group_the_exchange_is_the_identity():
 def test_sizes_that_do_not_fit_are_refused(world, replicas, sp, heads, kv_heads, message):
     with pytest.raises(ValueError, match=message):
         parallel.check(world, replicas, sp, heads, kv_heads)
+
+
+# --------------------------------------------------------------------- local and crossing documents
+
+# A row of 64 tokens on 4 ranks, 16 each: documents' lengths, and the tokens that are exchanged.
+LAYOUTS = {
+    "none crosses": ([16, 10, 6, 16, 16], [0, 0, 0, 0]),
+    "one document": ([64], [16, 16, 16, 16]),
+    "over one cut": ([12, 8, 12, 16, 16], [4, 4, 0, 0]),
+    "over every cut, one each": ([12, 8, 8, 8, 8, 8, 12], [4, 8, 8, 4]),
+    "over two cuts": ([14, 20, 14, 16], [2, 16, 2, 0]),
+    "over all cuts": ([15, 40, 9], [1, 16, 16, 7]),
+    "the last rank alone is local": ([48, 9, 7], [16, 16, 16, 0]),
+}
+
+
+def tokens_that_cross(lengths):
+    """Runs on every rank."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    segments = parallel.segments_of_rank(cu_seqlens, max(lengths), dist.group.WORLD, torch.device("cpu"))
+    return segments.crossing_tokens
+
+
+def model_on_layout(layout, changes, execution, expected_loss, expected):
+    """Runs on every rank: one row with the documents of a layout."""
+    lengths, crossing_tokens = LAYOUTS[layout]
+    assert tokens_that_cross(lengths) == crossing_tokens
+    rank = dist.get_rank()
+    model = tiny_model(sp_group=dist.group.WORLD, execution=execution, **changes)
+    ids, positions, cu_seqlens, max_seqlen, labels = row(lengths, masked=0.2)
+    mine = slice(16 * rank, 16 * rank + 16)
+
+    exchange = dist.all_to_all_single
+    exchanges = []
+
+    def counted(*args, **kwargs):
+        exchanges.append(1)
+        return exchange(*args, **kwargs)
+
+    dist.all_to_all_single = counted
+    loss = model(ids[mine], positions[mine], cu_seqlens, max_seqlen, labels[mine])
+    loss.backward()
+    assert (len(exchanges) == 0) == (sum(crossing_tokens) == 0), f"{len(exchanges)} exchanges"
+
+    total = parallel.all_sum(loss.detach().clone())
+    assert_close(total, expected_loss, f"loss on rank {rank}", rtol=2e-6)
+    for name, p in model.named_parameters():
+        largest = expected[name].abs().max().item()
+        gradient = parallel.all_sum(p.grad)
+        assert_close(gradient, expected[name], f"gradient of {name}", atol=3e-6 * largest)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("changes,execution", [
+    ({}, Execution()),
+    ({"num_key_value_heads": 2}, Execution(recompute="all_but_attention")),
+    ({"sliding_window": 5}, Execution(recompute="all_but_attention", offload_layers=9)),
+], ids=["plain", "fewer key/value heads than ranks", "window, offloaded"])
+def test_only_crossing_documents_are_exchanged(layout, changes, execution, tmp_path):
+    lengths, _ = LAYOUTS[layout]
+    alone = tiny_model(**changes)
+    ids, positions, cu_seqlens, max_seqlen, labels = row(lengths, masked=0.2)
+    loss = alone(ids, positions, cu_seqlens, max_seqlen, labels)
+    loss.backward()
+    gradients = {name: p.grad for name, p in alone.named_parameters()}
+    on_ranks(4, model_on_layout, layout, changes, execution, loss.item(), gradients,
+             tmp_path=tmp_path)
 
 
 # ----------------------------------------------------------------------------- norm of gradients
