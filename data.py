@@ -883,6 +883,68 @@ def group_by_length(lengths, step, rng, at=0):
     return order[np.lexsort((draw[position // step], stretch))]
 
 
+# ---------------------------------------------------------------------- documents within a row
+# Under sequence parallelism a row is cut into equal shards. A document inside one shard is attended
+# by that rank alone. One that crosses a border is exchanged, and its attention is divided among all
+# ranks. So the longest documents should lie across the borders, and the others such that each rank
+# has as much attention to compute. The order is made for 2, 4 and 8 shards at once, whatever
+# the number of ranks: it must not depend on how the work is divided.
+
+BORDER_LEVELS = 3  # 2**3 shards
+
+
+def order_for_shards(lengths):
+    """Returns an order of the documents of a row, with these lengths, that suits its shards."""
+    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    return order_span(longest_first, lengths.tolist(), 0, 0, BORDER_LEVELS)
+
+
+def order_span(documents, lengths, before, after, levels):
+    """Returns an order of `documents`, the longest first, for one span of a row and its halves.
+
+    before, after: tokens at the span's ends that belong to documents across its borders.
+    """
+    if levels == 0 or len(documents) < 2:
+        return documents
+    half = (before + after + sum(lengths[i] for i in documents)) / 2
+
+    # Either the longest document lies across the middle, or none is meant to.
+    left, right, work = divide(documents, lengths, half - before, half - after)
+    middle = []
+    longest = documents[0]
+    part = lengths[longest] / 2
+    left_of_it, right_of_it, work_beside = divide(
+        documents[1:], lengths, half - before - part, half - after - part)
+    if work_beside + lengths[longest] ** 2 / 2 < work:
+        left = left_of_it
+        right = right_of_it
+        middle = [longest]
+
+    left_end = half - before - sum(lengths[i] for i in left)
+    right_start = half - after - sum(lengths[i] for i in right)
+    left = order_span(left, lengths, before, max(left_end, 0), levels - 1)
+    right = order_span(right, lengths, max(right_start, 0), after, levels - 1)
+    return left + middle + right
+
+
+def divide(documents, lengths, left_capacity, right_capacity):
+    """Divides documents, the longest first, into two lists of similar attention work.
+
+    Returns the lists, and the larger of their sums of squared lengths.
+    """
+    sides = ([], [])
+    free = [left_capacity, right_capacity]
+    work = [0, 0]
+    for i in documents:
+        side = 0 if work[0] <= work[1] else 1
+        if lengths[i] > free[side]:
+            side = 0 if free[0] >= free[1] else 1
+        sides[side].append(i)
+        free[side] -= lengths[i]
+        work[side] += lengths[i] ** 2
+    return sides[0], sides[1], max(work)
+
+
 # ----------------------------------------------------------------------------------------- rows
 
 WEIGHT_EXPONENT = {"token": 0.0, "sample": -1.0, "square": -0.5}  # of the targets of a document
@@ -976,7 +1038,13 @@ class Rows:
         return math.ceil(rows)
 
     def find(self, row):
-        """Returns the pieces of a row of the run, an array of PIECE."""
+        """Returns the pieces of a row of the run in their order in it, an array of PIECE."""
+        pieces = self.find_unordered(row)
+        if self.use_varlen_attn:  # or else the order of documents matters
+            pieces = pieces[order_for_shards(pieces["length"])]
+        return pieces
+
+    def find_unordered(self, row):
         epoch = 0
         while row >= self.size(epoch):
             row -= self.size(epoch)
@@ -1039,7 +1107,7 @@ class Rows:
         end = min(first + global_batch_size, total)
         work = {}  # of a row: attention grows with the square of the length of a piece
         for row in range(first, end):
-            work[row] = (self.find(row)["length"] ** 2).sum()
+            work[row] = (self.find_unordered(row)["length"] ** 2).sum()
 
         # Which rows a step has does not depend on the ranks, but who computes them does. As ranks
         # wait for one another, the dp heaviest rows are dealt first, then the next dp, each time
