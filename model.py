@@ -424,8 +424,8 @@ class Attention(nn.Module):
     def project(self, x, cos, sin, split):
         """x (t, C) -> q (t, H, D), k and v (t, G, D) of this rank's tokens, rotated.
 
-        split: as one tensor (P, t, H/P + 2 G/P, D), ordered by the rank that needs it. torch.compile
-        fuses this copy with the rotation."""
+        split: as one tensor (P, t, H/P + 2 G/P, D), ordered by the rank that needs it. This copy
+        is part of the compiled half, where it is fused with the rotation."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
@@ -453,7 +453,9 @@ class Attention(nn.Module):
             exchanged = seq_to_heads(qkv, self.sp_group, segments.crossing_tokens)
             q, k, v = exchanged.split((self.q_heads, self.kv_heads, self.kv_heads), dim=1)
             if exchanged.numel() >= 2**31:  # some kernels compute offsets into a view in 32 bits
-                q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+                q = q.contiguous()
+                k = k.contiguous()
+                v = v.contiguous()
             inputs.append((q, k, v))
         return inputs
 
@@ -486,7 +488,7 @@ class Attention(nn.Module):
         return a.flatten(1)                                                     # (t, H*D)
 
     def kernels(self, segments, q):
-        """-> the attention kernel for local documents, and for crossing ones, where there are any."""
+        """-> the attention kernel for local documents and for crossing ones, if there are any."""
         _, kernel = attention_kernel(self.kernel_choice, q.device.type, q.dtype)
         kernels = []
         if segments.any_local:

@@ -152,7 +152,7 @@ def together(what, function, *args, only=None):
 # --------------------------------------------------- the exchange of sequence parallelism (Ulysses)
 
 class AllToAll(torch.autograd.Function):
-    """Rows of x to other ranks: send[i] of them to rank i; of the result, receive[i] are from rank i.
+    """Sends rows of x to all ranks: send[i] rows to rank i. receive[i] rows come from rank i.
 
     The exchange is its own transpose: backward returns the gradients of what was received."""
 
@@ -246,19 +246,31 @@ class Segments(NamedTuple):
         return torch.cat((crossing[:before], local, crossing[before:]))
 
 
+def copy_without_waiting(tensor, device):
+    """-> the tensor on `device`. From pinned memory, a copy to a GPU does not wait for the GPU."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def segments_of_rank(cu_seqlens, max_seqlen, group, device):
     """The documents of a row, cu_seqlens (n+1,) int32, -> Segments.
 
-    Under sequence parallelism cu_seqlens should be on the CPU: elsewhere this waits for it."""
-    def to_device(lengths):
-        edges = torch.tensor([0, *lengths]).cumsum(0).int()
-        if device.type == "cuda":
-            edges = edges.pin_memory()      # so that the copy does not wait for the GPU
-        return edges.to(device, non_blocking=True)
+    Under sequence parallelism cu_seqlens should be on the CPU: elsewhere this waits for the GPU."""
+    if group is None:  # all documents are local
+        return Segments(
+            local=slice(None),
+            local_cu_seqlens=copy_without_waiting(cu_seqlens, device),
+            local_max_seqlen=max_seqlen,
+            crossing_tokens=[0],
+            crossing_cu_seqlens=None,
+            crossing_max_seqlen=0,
+            any_local=True,
+            any_crossing=False,
+            all_crossing=False)
 
-    if group is None:
-        cu_seqlens = cu_seqlens.to(device)
-        return Segments(slice(None), cu_seqlens, max_seqlen, [0], None, 0, True, False, False)
+    def cu_seqlens_of(lengths):
+        return copy_without_waiting(torch.tensor([0, *lengths]).cumsum(0).int(), device)
 
     P = dist.get_world_size(group)
     rank = dist.get_rank(group)
@@ -281,10 +293,10 @@ def segments_of_rank(cu_seqlens, max_seqlen, group, device):
             local_lengths.append(end - start)
     return Segments(
         local=slice(local_start, local_start + sum(local_lengths)),
-        local_cu_seqlens=to_device(local_lengths),
+        local_cu_seqlens=cu_seqlens_of(local_lengths),
         local_max_seqlen=max(local_lengths, default=0),
         crossing_tokens=crossing_tokens,
-        crossing_cu_seqlens=to_device(crossing_lengths),
+        crossing_cu_seqlens=cu_seqlens_of(crossing_lengths),
         crossing_max_seqlen=max(crossing_lengths, default=0),
         any_local=len(local_lengths) > 0,
         any_crossing=len(crossing_lengths) > 0,

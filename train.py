@@ -333,7 +333,7 @@ def load_step(step, rows, total_rows, grid, config, stop_requests):
 
 
 def to_device(batch, device):
-    """Copy a batch to a GPU. Pinned memory lets the copy overlap with the kernels before it.
+    """Copy a batch to a GPU, which overlaps with the kernels before it.
 
     cu_seqlens stays on the CPU, because the model divides it among the ranks there.
     """
@@ -342,7 +342,7 @@ def to_device(batch, device):
     fields = {}
     for name, value in batch._asdict().items():
         if torch.is_tensor(value) and name != "cu_seqlens":
-            value = value.pin_memory().to(device, non_blocking=True)
+            value = parallel.copy_without_waiting(value, device)
         fields[name] = value
     return data.Batch(**fields)
 

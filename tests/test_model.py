@@ -140,7 +140,8 @@ def forward_of_a_block(execution, method):
     def recorded(*args):
         results = original(*args)
         tensors = [*args, *(results if isinstance(results, tuple) else [results])]
-        storages.extend((x.shape, weakref.ref(x.untyped_storage())) for x in tensors if torch.is_tensor(x))
+        tensors = [x for x in tensors if torch.is_tensor(x)]
+        storages.extend((x.shape, weakref.ref(x.untyped_storage())) for x in tensors)
         return results
 
     setattr(block, method, recorded)

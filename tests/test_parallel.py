@@ -182,7 +182,8 @@ LAYOUTS = {
 def tokens_that_cross(lengths):
     """Runs on every rank."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    segments = parallel.segments_of_rank(cu_seqlens, max(lengths), dist.group.WORLD, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    segments = parallel.segments_of_rank(cu_seqlens, max(lengths), dist.group.WORLD, cpu)
     return segments.crossing_tokens
 
 
