@@ -4,6 +4,7 @@ Letters in shapes, for one rank:
     T tokens of the row             H query heads                C hidden size
     t = T/P tokens of this rank     G key/value heads            I intermediate size of the MLP
     P ranks that share the row      D head size                  V vocabulary size
+    n of this rank's tokens, N of all ranks': those of documents that cross a border between ranks
 
 Precision: matrix products, attention and the residual stream run in the dtype of the weights,
 bfloat16 in training. The statistics of the norms, the rotation of q and k, the softmax and the loss
@@ -21,11 +22,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import parallel
-from parallel import heads_to_seq, seq_to_heads, split_heads_by_rank
+from parallel import (
+    AttendWithRecompute,
+    Kept,
+    heads_to_seq,
+    seq_to_heads,
+    split_heads_by_rank,
+)
 
 
 @dataclass
@@ -61,10 +67,10 @@ class Config:
 
 @dataclass
 class Execution:
-    """How the work is carried out. These settings change results by rounding only."""
+    """How the work is carried out. These settings change results only by rounding."""
     attention: str = "auto"             # or a name in KERNELS
     recompute: str = "none"             # or "all_but_attention" or "all": recomputed in backward
-    keep_layers: int = 0                # last blocks that recompute nothing all the same
+    keep_layers: int = 0                # last blocks, which are exempt from `recompute`
     offload_layers: int = 0             # first blocks that offload what they keep to CPU memory
     mlp_chunk: int = 0                  # tokens that pass the MLP at a time; 0: all t
     loss_chunk: int = 8192              # tokens whose logits exist at a time
@@ -157,104 +163,6 @@ def attention_kernel(choice, device_type, dtype):
     raise ValueError(
         f"ATTENTION {choice!r} is not available for {dtype} on {device_type}: install its package, "
         f"use a GPU and bfloat16, or set ATTENTION to auto or another of {', '.join(KERNELS)}")
-
-
-class KernelGraph:
-    """The autograd graph of one call of an attention kernel, without q, k, v and the output.
-
-    A kernel saves these four for backward, 4 x (H + G) x D bytes a token in bfloat16. This graph
-    keeps only which part of them was saved, so that their memory is freed; `backward` is given
-    them again. What else the kernel saves, such as the log-sum-exp, stays saved."""
-
-    def __init__(self):
-        self.given = []     # q, k, v and the output while backward runs
-        self.inputs = None
-        self.out_edge = None
-
-    def forward(self, kernel, q, k, v):
-        """-> kernel(q, k, v)."""
-        saved_tensors = []
-        given = self.given  # the hooks must not refer to self: that would be a reference cycle
-
-        def pack(tensor):
-            saved = SavedTensor(tensor)
-            saved_tensors.append(saved)
-            return saved
-
-        def unpack(saved):
-            return saved.restore(given)
-
-        with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
-            self.inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            out = kernel(*self.inputs)
-        self.out_edge = get_gradient_edge(out)
-
-        for saved in saved_tensors:
-            saved.replace_by_view((q, k, v, out))
-        for x in self.inputs:  # the graph needs its leaves, but not their values
-            x.data = x.new_empty(0)
-        return out.detach()
-
-    def backward(self, q, k, v, out, grad_out):
-        """-> the gradients of q, k and v. The four tensors must equal those of forward."""
-        self.given.extend((q, k, v, out))
-        gradients = torch.autograd.grad(self.out_edge, self.inputs, grad_out)
-        self.given.clear()
-        return gradients
-
-
-class SavedTensor:
-    """What autograd saved: a tensor, or later only which view it was of one of several tensors."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor.detach()
-        self.base_index = None
-        self.view = None
-
-    def replace_by_view(self, bases):
-        """Let go of the tensor if it is a view of one of `bases`."""
-        for i, base in enumerate(bases):
-            if parallel.share_storage(self.tensor, base):
-                self.base_index = i
-                self.view = parallel.View.of(self.tensor, base)
-                self.tensor = None
-                return
-
-    def restore(self, bases):
-        if self.tensor is not None:
-            return self.tensor
-        return self.view.take(bases[self.base_index])
-
-
-class AttendWithRecompute(torch.autograd.Function):
-    """kernel(q, k, v) of each of `kernels`, whose q, k, v and outputs are not kept for backward.
-
-    `recompute()` returns them in backward: a list of (q, k, v), and a list of outputs. What is kept
-    is the log-sum-exp. So the forward of each kernel runs only once."""
-
-    @staticmethod
-    def forward(ctx, recompute, kernels, *qkv):
-        """qkv: q, k, v of the first kernel, then of the next. -> the outputs."""
-        ctx.recompute = recompute
-        ctx.graphs = []
-        outputs = []
-        for i, kernel in enumerate(kernels):
-            graph = KernelGraph()
-            q, k, v = qkv[3 * i:3 * i + 3]
-            outputs.append(graph.forward(kernel, q, k, v))
-            ctx.graphs.append(graph)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        inputs, outputs = ctx.recompute()
-        gradients = []
-        for graph, (q, k, v), out, grad_out in zip(ctx.graphs, inputs, outputs, grad_outputs):
-            gradients.extend(graph.backward(q, k, v, out, grad_out.contiguous()))
-        # This node lives as long as the loss. Let go of what was kept for its backward now.
-        ctx.graphs = None
-        ctx.recompute = None
-        return None, None, *gradients
 
 
 # ---------------------------------------------------------------------------------- RoPE and norm
@@ -421,11 +329,11 @@ class Attention(nn.Module):
             self.q_norm = Norm((H, D), config)
             self.k_norm = Norm((G, D), config)
 
-    def project(self, x, cos, sin, split):
+    def project(self, x, cos, sin, for_exchange):
         """x (t, C) -> q (t, H, D), k and v (t, G, D) of this rank's tokens, rotated.
 
-        split: as one tensor (P, t, H/P + 2 G/P, D), ordered by the rank that needs it. This copy
-        is part of the compiled half, where it is fused with the rotation."""
+        for_exchange: as one tensor (P, t, H/P + 2 G/P, D), ordered by the rank that needs it. This
+        copy is part of the compiled half, where it is fused with the rotation."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
@@ -434,22 +342,22 @@ class Attention(nn.Module):
             k = self.k_norm(k)
         q = rotate(q, cos, sin, self.interleaved)
         k = rotate(k, cos, sin, self.interleaved)
-        if split:
+        if for_exchange:
             return split_heads_by_rank((q, k, v), self.P)
         return q, k, v
 
-    def exchange(self, qkv, segments):
+    def kernel_inputs(self, qkv, segments):
         """What `project` returned -> [(q, k, v) of local documents, (q, k, v) of crossing ones].
 
         Local: all heads of this rank's tokens, q (t - n, H, D). Crossing: this rank's heads of the
-        tokens of all ranks, q (N, H/P, D). Either is left out if there are no such documents."""
+        tokens of all ranks, q (N, H/P, D), after an exchange. Either is left out if there are no
+        such documents."""
         inputs = []
-        if not segments.all_crossing:
-            if segments.any_local:
-                inputs.append(tuple(x[segments.local] for x in qkv))
-            if segments.any_crossing:
-                qkv = split_heads_by_rank([segments.take_crossing(x) for x in qkv], self.P)
+        if segments.any_local:
+            inputs.append(tuple(x[segments.local] for x in qkv))
         if segments.any_crossing:
+            if not segments.all_crossing:  # or else `project` has split the heads
+                qkv = split_heads_by_rank([segments.take_crossing(x) for x in qkv], self.P)
             exchanged = seq_to_heads(qkv, self.sp_group, segments.crossing_tokens)
             q, k, v = exchanged.split((self.q_heads, self.kv_heads, self.kv_heads), dim=1)
             if exchanged.numel() >= 2**31:  # some kernels compute offsets into a view in 32 bits
@@ -459,8 +367,8 @@ class Attention(nn.Module):
             inputs.append((q, k, v))
         return inputs
 
-    def exchange_outputs(self, a, segments):
-        """Attention's output a (t, H, D) -> the outputs of the kernels for `exchange`'s inputs."""
+    def kernel_outputs(self, a, segments):
+        """Attention's output a (t, H, D) -> what the kernels returned for `kernel_inputs`."""
         outputs = []
         if segments.any_local:
             outputs.append(a[segments.local])
@@ -469,23 +377,24 @@ class Attention(nn.Module):
             outputs.append(seq_to_heads(crossing, self.sp_group, segments.crossing_tokens))
         return outputs
 
-    def forward(self, qkv, segments, recompute=None):
+    def forward(self, qkv, segments, recompute_tensors=None):
         """What `project` returned -> attention's output for this rank's tokens (t, H*D).
 
-        recompute: for AttendWithRecompute; None: the kernels keep their inputs and outputs."""
-        inputs = self.exchange(qkv, segments)
+        recompute_tensors: see AttendWithRecompute; None: autograd keeps inputs and outputs."""
+        inputs = self.kernel_inputs(qkv, segments)
         kernels = self.kernels(segments, inputs[0][0])
-        if recompute is None:
+        if recompute_tensors is None:
             outputs = [kernel(q, k, v) for kernel, (q, k, v) in zip(kernels, inputs)]
         else:
-            outputs = AttendWithRecompute.apply(recompute, kernels, *itertools.chain(*inputs))
+            flat_inputs = itertools.chain(*inputs)
+            outputs = AttendWithRecompute.apply(recompute_tensors, kernels, *flat_inputs)
 
-        if not segments.any_crossing:
-            [a] = outputs                                                       # (t, H, D)
-        else:
-            crossing = heads_to_seq(outputs[-1], self.sp_group, segments.crossing_tokens)
-            a = segments.join(outputs[0], crossing)                             # (t, H, D)
-        return a.flatten(1)                                                     # (t, H*D)
+        local = outputs[0] if segments.any_local else None                      # (t - n, H, D)
+        crossing = None
+        if segments.any_crossing:
+            crossing = heads_to_seq(
+                outputs[-1], self.sp_group, segments.crossing_tokens)           # (n, H, D)
+        return segments.join(local, crossing).flatten(1)                        # (t, H*D)
 
     def kernels(self, segments, q):
         """-> the attention kernel for local documents and for crossing ones, if there are any."""
@@ -520,7 +429,7 @@ class MLP(nn.Module):
         return self.down_proj(y)                                                # (t, C)
 
 
-def run(function, recompute, *args):
+def call(function, recompute, *args):
     """function(*args); with `recompute`, only args are kept for its backward."""
     if not recompute:
         return function(*args)
@@ -531,7 +440,7 @@ def run(function, recompute, *args):
 # Compiled together with its checkpoint, backward recomputes only what gradients need, so the last
 # product of a half is not computed again. All blocks share one compiled function: their weights
 # are its inputs. It is specialized on the half, recompute, gradients on or off, and the shape.
-compiled_run = torch.compile(run)
+compiled_call = torch.compile(call)
 torch._dynamo.config.recompile_limit = 64
 
 
@@ -546,7 +455,7 @@ class Block(nn.Module):
     forward                                     kept for backward
         x                                       x (t, C), or offloaded
         q, k, v = pre_attention(x)
-        exchange(q, k, v) of crossing documents
+        exchange q, k, v of crossing documents
         outputs = kernels(q, k, v)              the log-sum-exps
         a = outputs, exchanged back             a (t, H*D), or offloaded
         y = post_attention(x, a)
@@ -554,10 +463,13 @@ class Block(nn.Module):
     backward
         post_attention(x, a) again          ->  gradients of a, x and of its weights
         exchange the gradient of a
-        pre_attention(x) and exchange(q, k, v) again, and exchange_outputs(a)
+        q, k, v = pre_attention(x) again, and exchange q, k, v and a
         backward of the kernels             ->  gradients of q, k, v; then q, k, v and a are freed
         exchange the gradients of q, k, v back
         norm(x) again                       ->  gradients of x and of the weights; then x is freed
+
+    Compiled, each product of the block runs at most once more. Not compiled, as on a CPU, the last
+    step computes q, k and v once again.
     """
 
     def __init__(self, config, sp_group, execution, recompute):
@@ -570,11 +482,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.recompute = recompute
         self.mlp_chunk = execution.mlp_chunk
-        self.run_half = compiled_run if execution.compile else run
+        self.call_half = compiled_call if execution.compile else call
 
-    def pre_attention(self, x, cos, sin, split):
+    def pre_attention(self, x, cos, sin, for_exchange):
         """x (t, C) -> q, k and v as Attention.project returns them."""
-        return self.self_attn.project(self.input_layernorm(x), cos, sin, split)
+        return self.self_attn.project(self.input_layernorm(x), cos, sin, for_exchange)
 
     def post_attention(self, x, a):
         """x (t, C), attention's output a (t, H*D) -> the block's output (t, C)."""
@@ -587,9 +499,9 @@ class Block(nn.Module):
         """post_attention, mlp_chunk tokens at a time: a (t, I) of t = 1M, I = 14336 is 28 GiB."""
         chunk = self.mlp_chunk or len(x)
         if chunk >= len(x):
-            return self.run_half(self.post_attention, recompute, x, a)
-        # Chunks are always recomputed: kept, they would take as much memory together as one.
-        outputs = [self.run_half(self.post_attention, True, xi, ai)
+            return self.call_half(self.post_attention, recompute, x, a)
+        # Chunks are always recomputed: kept, they would take as much memory as the row at once.
+        outputs = [self.call_half(self.post_attention, True, xi, ai)
                    for xi, ai in zip(x.split(chunk), a.split(chunk))]
         return torch.cat(outputs)                                               # (t, C)
 
@@ -598,16 +510,17 @@ class Block(nn.Module):
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.compute(x, cos, sin, segments)
 
-        kept = parallel.Kept(offload)
+        kept = Kept(offload)
         with kept.saved_by_reference():
             kept.add("x", x)
             if self.recompute == "all":
-                return run(self.compute, True, x, cos, sin, segments)
+                # Not compiled as a whole: it contains the kernels and the exchange.
+                return call(self.compute, True, x, cos, sin, segments)
             return self.compute_and_keep_attention(x, cos, sin, segments, kept)
 
     def compute(self, x, cos, sin, segments):
         """Forward in which autograd keeps what it needs."""
-        qkv = self.run_half(self.pre_attention, False, x, cos, sin, segments.all_crossing)
+        qkv = self.call_half(self.pre_attention, False, x, cos, sin, segments.all_crossing)
         a = self.self_attn(qkv, segments)                                       # (t, H*D)
         return self.post_attention_in_chunks(x, a, recompute=False)
 
@@ -616,15 +529,15 @@ class Block(nn.Module):
         attention = self.self_attn
 
         @torch.no_grad()
-        def recompute():  # called in backward
-            qkv = self.run_half(
+        def recompute_tensors():  # called in backward
+            qkv = self.call_half(
                 self.pre_attention, False, kept.get("x"), cos, sin, segments.all_crossing)
             a = kept.get("a").unflatten(1, (-1, attention.head_dim))            # (t, H, D)
-            return attention.exchange(qkv, segments), attention.exchange_outputs(a, segments)
+            return attention.kernel_inputs(qkv, segments), attention.kernel_outputs(a, segments)
 
-        qkv = self.run_half(self.pre_attention, True, x, cos, sin, segments.all_crossing)
-        a = attention(qkv, segments, recompute)                                 # (t, H*D)
-        kept.add("a", a)
+        qkv = self.call_half(self.pre_attention, True, x, cos, sin, segments.all_crossing)
+        a = attention(qkv, segments, recompute_tensors)                         # (t, H*D)
+        kept.add("a", a)    # before post_attention saves it for backward
         return self.post_attention_in_chunks(x, a, recompute=True)
 
 
@@ -654,12 +567,13 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, labels=None, weights=None):
         """input_ids, position_ids, labels, weights (t,): this rank's shard of the row.
-        cu_seqlens (n+1,) int32 and max_seqlen: the segments of the whole row.
+        cu_seqlens (n+1,): the borders of all documents of the row, best as a list of ints, since a
+        tensor on the GPU has to be waited for. max_seqlen, the longest, follows from them.
 
         With labels (-100: no target) -> sum of weight x cross entropy, float32; without weights
         every target counts 1. Without labels -> logits (t, V)."""
         segments = parallel.segments_of_rank(
-            cu_seqlens, max_seqlen, self.sp_group, input_ids.device)
+            cu_seqlens, self.sp_group, input_ids.device)
         cos, sin = rope_cos_sin(self.config, position_ids)
         x = self.embed(input_ids)                                               # (t, C)
         for i, block in enumerate(self.model["layers"]):
@@ -746,7 +660,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """The loss and its gradients in one pass over chunks of tokens.
 
     All logits (t, V) would be 256 GiB at t = 1M and V = 128k. Forward computes the gradients too,
-    so no product with the head is computed twice. The head's gradient is summed in float32."""
+    so no product with the head is computed twice. The head's gradient is summed over chunks in
+    float32."""
 
     @staticmethod
     def forward(ctx, x, head, labels, weights, execution, needs_gradient):
@@ -778,7 +693,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # ------------------------------------------------------------------------------------- arithmetic
 
 def attention_pairs(cu_seqlens, window=None):
-    """cu_seqlens (n+1,) on the CPU -> number of (query, key) pairs that causal attention computes.
+    """cu_seqlens, a list of ints -> number of (query, key) pairs that causal attention computes.
 
     n^2 / 2 for a document of n tokens, less those further away than the window."""
     pairs = 0
@@ -815,7 +730,8 @@ def flops(config, tokens, pairs, recompute="none", keep_layers=0):
         recomputed_block = 2 * tokens * (block - down_proj)
     if recompute == "all":
         recomputed_block += attention
-    return 3 * forward, 3 * forward + (L - keep_layers) * recomputed_block
+    recomputing_layers = max(L - keep_layers, 0)
+    return 3 * forward, 3 * forward + recomputing_layers * recomputed_block
 
 
 def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1):

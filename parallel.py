@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -40,7 +41,7 @@ class Grid(NamedTuple):
     """The place of this process in the rank grid."""
     rank: int
     world: int
-    dp: int                 # data-parallel groups, over all replicas
+    dp: int                 # rows that are processed at the same time, in all replicas
     dp_rank: int
     sp: int                 # ranks that share a row
     sp_rank: int
@@ -152,7 +153,9 @@ def together(what, function, *args, only=None):
 # --------------------------------------------------- the exchange of sequence parallelism (Ulysses)
 
 class AllToAll(torch.autograd.Function):
-    """Sends rows of x to all ranks: send[i] rows to rank i. receive[i] rows come from rank i.
+    """Sends parts of x, along dimension 0, to all ranks: send[i] entries to rank i, in this order.
+
+    Of the result, receive[i] entries are from rank i.
 
     The exchange is its own transpose: backward returns the gradients of what was received."""
 
@@ -217,15 +220,17 @@ class Segments(NamedTuple):
     """The documents of a row, as the attention of one rank sees them.
 
     A document inside one shard of the row is local: its rank attends in it, with all heads. A
-    document that crosses the border of a shard is exchanged: every rank gets all of its tokens,
+    document that crosses a border between shards is exchanged: every rank gets all of its tokens,
     for some of the heads. The tokens of a shard are, in this order:
 
         [ end of a crossing document | local documents | beginning of a crossing document ]
+
+    Each of the three may be missing. A shard in the middle of a long document is all crossing.
     """
     local: slice                            # the tokens of local documents in this rank's shard
     local_cu_seqlens: torch.Tensor          # (m+1,) int32 on the device, from 0
     local_max_seqlen: int
-    crossing_tokens: list                   # of crossing documents, in the shard of each rank
+    crossing_tokens: list                   # [r]: tokens of crossing documents in shard r
     crossing_cu_seqlens: torch.Tensor       # (c+1,) int32 on the device, from 0
     crossing_max_seqlen: int
     any_local: bool                         # on this rank
@@ -239,9 +244,11 @@ class Segments(NamedTuple):
         return torch.cat((x[:self.local.start], x[self.local.stop:]))
 
     def join(self, local, crossing):
-        """The inverse: (t - n, ...) and (n, ...) -> (t, ...)."""
-        if not self.any_local:
+        """The inverse: (t - n, ...) and (n, ...) -> (t, ...). One of them is None if it is empty."""
+        if local is None:
             return crossing
+        if crossing is None:
+            return local
         before = self.local.start
         return torch.cat((crossing[:before], local, crossing[before:]))
 
@@ -253,28 +260,18 @@ def copy_without_waiting(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def segments_of_rank(cu_seqlens, max_seqlen, group, device):
-    """The documents of a row, cu_seqlens (n+1,) int32, -> Segments.
+def segments_of_rank(cu_seqlens, group, device):
+    """cu_seqlens (n+1,): the borders of all documents of a row -> Segments.
 
-    Under sequence parallelism cu_seqlens should be on the CPU: elsewhere this waits for the GPU."""
-    if group is None:  # all documents are local
-        return Segments(
-            local=slice(None),
-            local_cu_seqlens=copy_without_waiting(cu_seqlens, device),
-            local_max_seqlen=max_seqlen,
-            crossing_tokens=[0],
-            crossing_cu_seqlens=None,
-            crossing_max_seqlen=0,
-            any_local=True,
-            any_crossing=False,
-            all_crossing=False)
+    cu_seqlens should be a list of ints, or a tensor on the CPU: a GPU has to be waited for."""
+    if group is None:
+        P = 1
+        rank = 0
+    else:
+        P = dist.get_world_size(group)
+        rank = dist.get_rank(group)
+    edges = cu_seqlens.tolist() if torch.is_tensor(cu_seqlens) else cu_seqlens
 
-    def cu_seqlens_of(lengths):
-        return copy_without_waiting(torch.tensor([0, *lengths]).cumsum(0).int(), device)
-
-    P = dist.get_world_size(group)
-    rank = dist.get_rank(group)
-    edges = cu_seqlens.tolist()
     t = edges[-1] // P
     local_lengths = []          # of documents in this rank's shard
     local_start = 0
@@ -291,6 +288,10 @@ def segments_of_rank(cu_seqlens, max_seqlen, group, device):
             if not local_lengths:
                 local_start = start - rank * t
             local_lengths.append(end - start)
+
+    def cu_seqlens_of(lengths):
+        return copy_without_waiting(torch.tensor([0, *lengths]).cumsum(0).int(), device)
+
     return Segments(
         local=slice(local_start, local_start + sum(local_lengths)),
         local_cu_seqlens=cu_seqlens_of(local_lengths),
@@ -326,7 +327,7 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
 
     if grid.world > 1:
         for module in [*blocks, model]:
-            module.set_gradient_divide_factor(1.0)
+            module.set_gradient_divide_factor(1.0)  # the default is the number of ranks
             # NCCL multiplies by the factor while it reduces, at no cost; gloo cannot.
             module.set_force_sum_reduction_for_comms(grid.device.type == "cpu")
     model.to_empty(device="cpu" if offload_optimizer else grid.device)
@@ -398,6 +399,110 @@ class View(NamedTuple):
         return base.as_strided(self.shape, self.stride, base.storage_offset() + self.offset)
 
 
+class SavedTensor:
+    """What autograd saved: a tensor, or later only which view it was of one of several tensors."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.detach()
+        self.base_index = None
+        self.view = None
+
+    def replace_by_view(self, bases):
+        """Let go of the tensor if it is a view of one of `bases`.
+
+        Bases may share their storage, as q, k and v do after an exchange. Then any of them serves,
+        since a View is an offset in memory."""
+        for i, base in enumerate(bases):
+            if share_storage(self.tensor, base):
+                self.base_index = i
+                self.view = View.of(self.tensor, base)
+                self.tensor = None
+                return
+
+    def restore(self, bases):
+        if self.tensor is not None:
+            return self.tensor
+        return self.view.take(bases[self.base_index])
+
+
+class KernelGraph:
+    """The autograd graph of one call of an attention kernel, without q, k, v and the output.
+
+    A kernel saves these four for backward, 4 x (H + G) x D bytes a token in bfloat16. Here it runs
+    in a graph of its own, on detached inputs. Of the four the graph keeps only which part was
+    saved, so that their memory is freed; `backward` is given them again. What else the kernel
+    saves, such as the log-sum-exp, stays saved."""
+
+    def __init__(self):
+        self.given = []     # q, k, v and the output while backward runs
+        self.inputs = None
+        self.out_edge = None
+
+    def forward(self, kernel, q, k, v):
+        """-> kernel(q, k, v)."""
+        saved_tensors = []
+        given = self.given  # the hooks must not refer to self: that would be a reference cycle
+
+        def pack(tensor):
+            saved = SavedTensor(tensor)
+            saved_tensors.append(saved)
+            return saved
+
+        def unpack(saved):
+            return saved.restore(given)
+
+        with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
+            self.inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = kernel(*self.inputs)
+        self.out_edge = get_gradient_edge(out)
+
+        for saved in saved_tensors:
+            saved.replace_by_view((q, k, v, out))
+        # The graph needs its leaves, but not their values: it recorded their shapes in forward.
+        for x in self.inputs:
+            x.data = x.new_empty(0)
+        return out.detach()
+
+    def backward(self, q, k, v, out, grad_out):
+        """-> the gradients of q, k and v. The four tensors are those of forward, up to rounding."""
+        self.given.extend((q, k, v, out))
+        gradients = torch.autograd.grad(self.out_edge, self.inputs, grad_out)
+        self.given.clear()
+        return gradients
+
+
+class AttendWithRecompute(torch.autograd.Function):
+    """kernel(q, k, v) of each of `kernels`; q, k, v and the outputs are not kept for backward.
+
+    `recompute_tensors()` returns them in backward: a list of (q, k, v), and a list of outputs. Only
+    the log-sum-exps are kept. So the forward of each kernel runs only once."""
+
+    @staticmethod
+    def forward(ctx, recompute_tensors, kernels, *qkv):
+        """qkv: q, k, v of the first kernel, then of the next. -> the outputs."""
+        ctx.recompute_tensors = recompute_tensors
+        ctx.graphs = []
+        outputs = []
+        for i, kernel in enumerate(kernels):
+            graph = KernelGraph()
+            q, k, v = qkv[3 * i:3 * i + 3]
+            outputs.append(graph.forward(kernel, q, k, v))
+            ctx.graphs.append(graph)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        inputs, outputs = ctx.recompute_tensors()
+        gradients = []
+        for graph, (q, k, v), out, grad_out in zip(ctx.graphs, inputs, outputs, grad_outputs):
+            gradients.extend(graph.backward(q, k, v, out, grad_out.contiguous()))
+        # The loss refers to the graph, and the graph to this node, after backward as well. So let
+        # go of what was kept for it now.
+        ctx.graphs = None
+        ctx.recompute_tensors = None
+        return None, None, *gradients
+
+
 class Kept:
     """What a block keeps for backward, by name. With `offload` it goes to CPU memory."""
 
@@ -427,8 +532,10 @@ class Kept:
             yield
             return
 
+        offloaded = self.offloaded  # autograd holds on to pack, which must not refer to self
+
         def pack(saved):
-            for tensor, get in self.offloaded:
+            for tensor, get in offloaded:
                 if share_storage(saved, tensor):
                     return get, View.of(saved, tensor)
             return saved
@@ -439,9 +546,9 @@ class Kept:
             get, view = packed
             return view.take(get())
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with saved_tensors_hooks(pack, unpack):
             yield
-        self.offloaded.clear()  # autograd holds on to pack, and with it to this list
+        offloaded.clear()
 
 
 class OffloadedTensor:
@@ -457,8 +564,8 @@ class OffloadedTensor:
 class Offload:
     """Moves tensors to pinned CPU memory during forward, and back during backward.
 
-    Copies run on a stream of their own: out while later layers compute, back one block (two
-    tensors) before they are needed. The pinned buffers are used again in the next step."""
+    Copies run on a stream of their own: out while later blocks compute, back two tensors before
+    they are needed. The pinned buffers are used again in the next step."""
 
     def __init__(self):
         self.stream = None
@@ -476,8 +583,8 @@ class Offload:
             self.stream = torch.cuda.Stream()
         main = torch.cuda.current_stream()
 
-        # Hold each tensor until its copy is complete, as seen by the kernels queued from here on.
-        # They may then overwrite its memory.
+        # Kernels queued from here on wait for the previous copy. So its tensor can be let go of,
+        # and they may reuse its memory.
         if self.leaving is not None:
             event, _ = self.leaving
             main.wait_event(event)

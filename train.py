@@ -335,7 +335,7 @@ def load_step(step, rows, total_rows, grid, config, stop_requests):
 def to_device(batch, device):
     """Copy a batch to a GPU, which overlaps with the kernels before it.
 
-    cu_seqlens stays on the CPU, because the model divides it among the ranks there.
+    cu_seqlens stays on the CPU, where the model reads it.
     """
     if device.type != "cuda":
         return batch
@@ -565,7 +565,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         for i, batch in enumerate(batches):
             parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
             weights = batch.weights / max(sums.weight, 1e-9)
-            batch_loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens,
+            batch_loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
                                batch.max_seqlen, batch.labels, weights)
             batch_loss.backward()
             loss_sum += batch_loss.detach()
@@ -660,8 +660,8 @@ def evaluate(model, rows, grid, step):
         [batch] = rows.step(
             i + 1, grid.dp, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, rows.per_epoch)
         batch = to_device(batch, grid.device)
-        loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen,
-                     batch.labels, batch.weights)
+        loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
+                     batch.max_seqlen, batch.labels, batch.weights)
         sums += torch.stack([loss, batch.weights.sum()])
     parallel.all_sum(sums)
     loss_sum, weight = sums.tolist()
@@ -777,10 +777,9 @@ def next_token_logits(model, ids, grid):
     # Padding after the text does not change its logits, as attention is causal.
     padding = -len(ids) % (128 * grid.sp)
     row = torch.tensor(ids + [0] * padding, device=grid.device)                     # (T,)
-    cu_seqlens = torch.tensor([0, len(row)], dtype=torch.int32, device=grid.device)
     positions = torch.arange(len(row), device=grid.device)
     positions = positions.chunk(grid.sp)[grid.sp_rank]                              # (t,)
-    logits = model(row[positions], positions, cu_seqlens, len(row)).float()         # (t, V)
+    logits = model(row[positions], positions, [0, len(row)], len(row)).float()         # (t, V)
 
     # One rank has the last token. The others add zeros.
     logits = logits[positions == len(ids) - 1].sum(0)                               # (V,)

@@ -148,7 +148,7 @@ def forward_of_a_block(execution, method):
     _, positions, cu_seqlens, max_seqlen, _ = row([16])
     cos, sin = rope_cos_sin(tiny_config(), positions)
     x = torch.randn(16, 48, requires_grad=True) * 1.0       # not a leaf, which would stay alive
-    segments = parallel.segments_of_rank(cu_seqlens, max_seqlen, None, x.device)
+    segments = parallel.segments_of_rank(cu_seqlens, None, x.device)
     return block(x, cos, sin, segments), storages
 
 

@@ -183,7 +183,7 @@ def tokens_that_cross(lengths):
     """Runs on every rank."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     cpu = torch.device("cpu")
-    segments = parallel.segments_of_rank(cu_seqlens, max(lengths), dist.group.WORLD, cpu)
+    segments = parallel.segments_of_rank(cu_seqlens, dist.group.WORLD, cpu)
     return segments.crossing_tokens
 
 
