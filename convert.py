@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (  # ChatML
 # The table of architectures
 
 
-def _llama(get):
+def _no_switches(get):
     return {}
 
 
@@ -41,16 +41,21 @@ class Family(NamedTuple):
     """How the folders of one architecture differ from Llama's. The defaults describe Llama.
 
     STARCODER_2 below is an example of all that most architectures need: its MLP has no gate and its
-    norms have biases (switches), one key of config.json is about all its biases (keys), and its
-    MLP's matrices have other names (names). For a new architecture, write such a Family and add it
-    to FAMILIES. If it computes something new, Config needs a field and model.py a change.
+    norms have biases (fixed), it has biases unless config.json denies them (defaults), one key is
+    about all of them (keys), and its MLP's matrices have other names (names). For a new
+    architecture, write such a Family and add it to FAMILIES. If it computes something new, Config
+    needs a field and model.py a change.
     """
-    # Function of `get` -> the fields of Config that the architecture sets. get(key) is the value of
-    # a key of config.json; get(key, default) is the default if the key is missing or null. Defaults
-    # are those of the architecture's own configuration class.
-    switches: object = _llama
+    # Field of Config -> its value for this architecture, whatever config.json says.
+    fixed: dict = {}
+    # Field of Config -> its value where config.json has no such key, or null. These are the defaults
+    # of the architecture's own configuration class. None: there is none, the key is required.
+    defaults: dict = {}
     # Field of Config -> its key in config.json, where it differs from CONFIG_KEYS.
     keys: dict = {}
+    # Function of `get` -> more fields of Config, where a dict cannot say it. get(key) is the value
+    # of a key of config.json; get(key, default) is the default if the key is missing or null.
+    switches: object = _no_switches
     # Regular expression -> replacement. Applied in order, they turn our name of a parameter into
     # the folder's. Parameters of ours that get one name are stored in one tensor (see Slice).
     names: dict = {}
@@ -58,28 +63,32 @@ class Family(NamedTuple):
     grouped_qkv: str | None = None
     # The modeling code is in the folder (trust_remote_code), so an export keeps auto_map.
     remote_code: bool = False
-    # That code does not read rope_scaling, so the context cannot be extended.
-    ignores_rope_scaling: bool = False
+    # What that code, or transformers, reads of RoPE, and so how the context can be extended: "all"
+    # rope_types, "theta": another base only, which "dynamic" becomes in training, or "fixed": none.
+    rope: str = "all"
+    # Layers with a sliding window have plain RoPE, with a base of their own (sliding_rope_theta).
+    sliding_rope: bool = False
 
 
 # Yi's first releases, which have code of their own; later ones are plain Llama
 YI = Family(
     names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"},
-    remote_code=True)
+    remote_code=True, rope="theta")
+
+NO_BIAS = {"qkv_bias": False, "o_bias": False, "mlp_bias": False}
 
 
 def _mistral(get):
     return {"sliding_window": get("sliding_window", 4096)}
 
 
-def _qwen1(get):
-    # its intermediate_size counts the gate and the up projection together
-    return {"qkv_bias": True, "intermediate_size": get("intermediate_size") // 2}
-
+MISTRAL = Family(fixed=NO_BIAS, switches=_mistral)
 
 # Its dynamic RoPE and its scaling of attention by log n are off in training: neither is implemented
 QWEN_1 = Family(
-    switches=_qwen1,
+    fixed={"qkv_bias": True},
+    # its intermediate_size counts the gate and the up projection together
+    switches=lambda get: {"intermediate_size": get("intermediate_size") // 2},
     keys={
         "head_dim": "kv_channels",
         "max_position_embeddings": "seq_length",
@@ -98,38 +107,34 @@ QWEN_1 = Family(
         "up_proj": "w1",
         "(o|down)_proj": "c_proj",
     },
-    remote_code=True, ignores_rope_scaling=True)
+    remote_code=True, rope="fixed")
 
 
-def _qwen2(get):
-    return {"qkv_bias": True, "sliding_window": _qwen_window(get)}
+def _layer_windows(get, default_types):
+    """The sliding window and the layers that have it, which layer_types names."""
+    layer_types = get("layer_types", default_types)
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(f"layer_types {sorted(unknown)} are not supported: "
+                         "use full_attention and sliding_attention")
+    sliding = [i for i, kind in enumerate(layer_types) if kind == "sliding_attention"]
+    window = get("sliding_window", 4096)
+    return {"sliding_window": window if sliding else None, "sliding_layers": sliding}
 
 
-def _qwen3(get):
-    return {
-        "qk_norm": True,
-        "head_dim": get("head_dim", 128),
-        "sliding_window": _qwen_window(get),
-    }
-
-
-def _qwen_window(get):
-    """The sliding window of all layers, or None. ValueError if only some layers have one."""
+def _qwen_windows(get):
     # all keys are read in any case, because a key that is not read would be refused
     used = get("use_sliding_window", False)
-    window = get("sliding_window", 4096)
-    first_layer = get("max_window_layers", 28)
-    layer_types = get("layer_types", ())
-    if not used:
-        return None
-    if layer_types:  # the newer key, which decides where both are given
-        in_all_layers = "full_attention" not in layer_types
-    else:
-        in_all_layers = first_layer <= 0
-    if not in_all_layers:
-        raise ValueError("a sliding window in some layers only is not supported: "
-                         "set use_sliding_window to false")
-    return window
+    first = get("max_window_layers", 28)
+    n = get("num_hidden_layers")
+    windows = _layer_windows(
+        get, ["sliding_attention" if i >= first else "full_attention" for i in range(n)])
+    return windows if used else {}
+
+
+# Their code reads no attention_bias
+QWEN_2 = Family(fixed={**NO_BIAS, "qkv_bias": True}, switches=_qwen_windows)
+QWEN_3 = Family(fixed={"qk_norm": True}, defaults={"head_dim": 128}, switches=_qwen_windows)
 
 
 def _internlm1(get):
@@ -145,9 +150,9 @@ def _internlm1(get):
 INTERNLM_1 = Family(
     switches=_internlm1,
     keys={"qkv_bias": "bias", "o_bias": "bias"},
-    remote_code=True, ignores_rope_scaling=True)
+    remote_code=True, rope="fixed")
 
-# InternLM 2 and 2.5
+# InternLM 2 and 2.5. Their linear scaling is not that of the other families.
 INTERNLM_2 = Family(
     keys={"qkv_bias": "bias", "o_bias": "bias"},
     names={
@@ -164,34 +169,61 @@ INTERNLM_2 = Family(
         "down_proj": "w2",
     },
     grouped_qkv="wqkv",
-    remote_code=True)
+    remote_code=True, rope="theta")
 
 # Its "bias" is about the output projection and the MLP only
 INTERNLM_3 = Family(
+    defaults={"rms_norm_eps": 1e-5},
     keys={"qkv_bias": "qkv_bias", "o_bias": "bias", "mlp_bias": "bias"},
     remote_code=True)
 
 
-def _gemma(get):
-    return {
-        "norm": "rms_plus_one",
-        "scale_embedding": True,
-        "activation": "gelu_pytorch_tanh",  # hidden_act may say gelu, with which it was not trained
-        "head_dim": get("head_dim", 256),
-        "tie_word_embeddings": get("tie_word_embeddings", True),
-    }
+def _gemma1(get):
+    for key in ("hidden_act", "hidden_activation"):
+        activation = get(key, "gelu_pytorch_tanh")
+        if activation not in ("gelu", "gelu_pytorch_tanh"):
+            raise ValueError(f"{key} {activation!r} is not supported for Gemma: "
+                             "use gelu_pytorch_tanh")
+    return {"activation": "gelu_pytorch_tanh"}  # also where it says gelu, as transformers reads it
 
 
-def _cohere(get):
-    return {
-        "norm": "layer",
-        "rms_norm_eps": get("layer_norm_eps", 1e-5),
-        "parallel_residual": True,
-        "rope_interleaved": True,
-        "qk_norm": get("use_qk_norm", False),
-        "logit_scale": get("logit_scale", 0.0625),
-        "tie_word_embeddings": get("tie_word_embeddings", True),
-    }
+GEMMA = Family(
+    fixed={"norm": "rms_plus_one", "scale_embedding": True},
+    defaults={"head_dim": 256, "tie_word_embeddings": True},
+    switches=_gemma1)
+
+
+def _gemma3(get):
+    period = get("sliding_window_pattern", get("_sliding_window_pattern", 6))
+    n = get("num_hidden_layers")
+    windows = _layer_windows(
+        get, ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n)])
+    return {**windows, "attention_multiplier": get("query_pre_attn_scalar", 256) ** -0.5}
+
+
+# Norms of what attention and the MLP add to the residual stream; ours have the names of GLM 4
+NAMES_OF_NORMS_AFTER = {
+    "post_self_attn_layernorm": "post_attention_layernorm",
+    "post_mlp_layernorm": "post_feedforward_layernorm",
+}
+
+# The text model of Gemma 3. Its sliding layers have a RoPE of their own.
+GEMMA_3 = GEMMA._replace(
+    fixed={**GEMMA.fixed, "norm_after": True, "qk_norm": True},
+    defaults={**GEMMA.defaults, "activation": "gelu_pytorch_tanh", "rope_theta": 1e6,
+              "sliding_rope_theta": 1e4},
+    keys={"activation": "hidden_activation", "sliding_rope_theta": "rope_local_base_freq"},
+    switches=_gemma3,
+    names={"post_attention_layernorm": "pre_feedforward_layernorm", **NAMES_OF_NORMS_AFTER},
+    sliding_rope=True)
+
+# Transformers 4 and 5 have different defaults for rope_theta
+COHERE = Family(
+    fixed={"norm": "layer", "parallel_residual": True, "rope_interleaved": True},
+    defaults={"rms_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True,
+              "rope_theta": None},
+    keys={"rms_norm_eps": "layer_norm_eps", "logit_scale": "logit_scale",
+          "qk_norm": "use_qk_norm"})
 
 
 def _starcoder2(get):
@@ -200,15 +232,15 @@ def _starcoder2(get):
         raise ValueError(f"norm_type {norm_type!r} is not supported: use layer_norm")
     older_epsilon = get("layer_norm_epsilon", 1e-5)  # before the key was called norm_epsilon
     return {
-        "norm": "layer_bias",
         "rms_norm_eps": get("norm_epsilon", older_epsilon),
-        "mlp_gate": False,
         "sliding_window": get("sliding_window", None),
-        "tie_word_embeddings": get("tie_word_embeddings", True),
     }
 
 
 STARCODER_2 = Family(
+    fixed={"norm": "layer_bias", "mlp_gate": False},
+    defaults={"qkv_bias": True, "o_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+              "activation": "gelu_pytorch_tanh"},
     switches=_starcoder2,
     keys={"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},
     names={"gate_proj": "c_fc", "down_proj": "c_proj"})
@@ -216,7 +248,7 @@ STARCODER_2 = Family(
 # q, k and v are one tensor, one after the other
 BAICHUAN_1 = Family(
     names={"[qkv]_proj": "W_pack"},
-    remote_code=True, ignores_rope_scaling=True)
+    remote_code=True, rope="fixed")
 
 
 def _baichuan2(get):
@@ -231,16 +263,17 @@ BAICHUAN_2 = BAICHUAN_1._replace(switches=_baichuan2)
 
 
 def _chatglm(get):
-    return {
-        "rope_theta": 1e4 * get("rope_ratio", 1),
-        "rope_interleaved": True,
-        # half of a head's dimensions are rotated
-        "rope_scaling": {"factor": 1.0, "partial_rotary_factor": 0.5},
-    }
+    ratio = get("rope_ratio", 1)
+    if ratio != 1 and get("padded_vocab_size") == 65024:
+        raise ValueError(f"rope_ratio {ratio} divides the positions in ChatGLM 2 and multiplies the "
+                         "base of RoPE in ChatGLM 3, and config.json does not tell these apart: "
+                         "use a model without it, or GLM 4")
+    return {"rope_theta": 1e4 * ratio}
 
 
-# ChatGLM 3 and GLM 4. Besides q, k and v, the gate and the up projection are one tensor.
+# ChatGLM 2, 3 and GLM 4. Besides q, k and v, the gate and the up projection are one tensor.
 CHATGLM = Family(
+    fixed={"rope_interleaved": True, "partial_rotary_factor": 0.5},
     switches=_chatglm,
     keys={
         "vocab_size": "padded_vocab_size",
@@ -263,25 +296,134 @@ CHATGLM = Family(
         "(gate|up)_proj": "dense_h_to_4h",
         "down_proj": "dense_4h_to_h",
     },
-    remote_code=True, ignores_rope_scaling=True)
+    remote_code=True, rope="fixed")
+
+# GLM 4 as transformers implements it; the releases of April 2025 (Glm4) have more norms
+GLM = Family(
+    fixed={"rope_interleaved": True, "o_bias": False},
+    defaults={"qkv_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5,
+              "rms_norm_eps": 1.5625e-07},
+    names={"(gate|up)_proj": "gate_up_proj"})
+GLM_4 = GLM._replace(fixed={**GLM.fixed, "norm_after": True})
+
+
+def _smollm3(get):
+    n = get("num_hidden_layers")
+    period = get("no_rope_layer_interval", 4)
+    has_rope = get("no_rope_layers", [(i + 1) % period != 0 for i in range(n)])
+    windows = _layer_windows(
+        get, ["full_attention" if has_rope[i] else "sliding_attention" for i in range(n)])
+    if not get("use_sliding_window", False):
+        windows = {}
+    return {**windows, "nope_layers": [i for i in range(n) if not has_rope[i]]}
+
+
+SMOLLM_3 = Family(defaults={"rope_theta": 2e6, "tie_word_embeddings": True}, switches=_smollm3)
+
+OLMO_2 = Family(
+    fixed={"norm": "rms_float32", "norm_before": False, "norm_after": True, "qk_norm": True,
+           "qk_norm_across_heads": True},
+    defaults={"rms_norm_eps": 1e-5},
+    names=NAMES_OF_NORMS_AFTER)
+
+
+def _olmo3(get):
+    n = get("num_hidden_layers")
+    return _layer_windows(
+        get, ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(n)])
+
+
+# Its sliding layers have the base of the others, but not their rope_scaling
+OLMO_3 = OLMO_2._replace(
+    defaults={**OLMO_2.defaults, "rope_theta": 5e5}, switches=_olmo3, sliding_rope=True)
+
+GRANITE = Family(
+    defaults={"attention_multiplier": 1.0},
+    keys={key: key for key in
+          ("attention_multiplier", "residual_multiplier", "embedding_multiplier")},
+    switches=lambda get: {"logit_scale": 1 / get("logits_scaling", 1.0)})
+
+SEED_OSS = Family(
+    defaults={"qkv_bias": True, "head_dim": 128}, keys={"o_bias": "attention_out_bias"})
+
+ERNIE_4_5 = Family(
+    fixed={"rope_interleaved": True},
+    defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+              "tie_word_embeddings": True},
+    keys={"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"})
+
+
+def _hunyuan(get):
+    for key in UNUSED_BY_HUNYUAN:
+        get(key, None)
+    scaling = {**get("rope_scaling", {}), **get("rope_parameters", {})}
+    theta = scaling.get("rope_theta") or get("rope_theta", 1e4)
+    rope_type = scaling.get("rope_type") or scaling.get("type", "default")
+    if rope_type == "dynamic" and scaling.get("alpha"):
+        D = get("head_dim", None) or get("hidden_size") // get("num_attention_heads")
+        theta *= scaling["alpha"] ** (D / (D - 2))
+    elif rope_type != "default":
+        raise ValueError(f"rope_scaling {scaling} is not supported for Hunyuan: use dynamic with "
+                         "alpha, or none")
+    return {"rope_theta": theta}
+
+
+# Keys of its config.json about other models of the same authors
+UNUSED_BY_HUNYUAN = (
+    "attention_head_dim", "kv_lora_rank", "q_lora_rank", "norm_type", "norm_topk_prob",
+    "routed_scaling_factor", "num_experts", "num_shared_expert", "moe_topk",
+    "moe_intermediate_size", "use_qk_norm", "qk_norm")
+
+# Its RoPE has a larger base, which "alpha" says
+HUNYUAN = Family(
+    fixed={"qk_norm": True, "qk_norm_after_rope": True},
+    defaults={"rms_norm_eps": 1e-5},
+    switches=_hunyuan,
+    names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"},
+    rope="fixed")
+
+
+def _phi3(get):
+    get("original_max_position_embeddings", None)  # which longrope uses alone
+    return {"sliding_window": get("sliding_window", None)}
+
+
+# Phi 3 and 4 whose RoPE is plain; "longrope" is not supported
+PHI_3 = Family(
+    fixed=NO_BIAS,
+    defaults={"rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0},
+    switches=_phi3,
+    names={"[qkv]_proj": "qkv_proj", "(gate|up)_proj": "gate_up_proj"},
+    rope="theta")
 
 FAMILIES = {  # the first of "architectures" in config.json -> its family
     "LlamaForCausalLM": Family(),
     "YiForCausalLM": YI,
-    "MistralForCausalLM": Family(switches=_mistral),
-    "Qwen2ForCausalLM": Family(switches=_qwen2),
-    "Qwen3ForCausalLM": Family(switches=_qwen3),
+    "MistralForCausalLM": MISTRAL,
+    "Qwen2ForCausalLM": QWEN_2,
+    "Qwen3ForCausalLM": QWEN_3,
     "QWenLMHeadModel": QWEN_1,
     "InternLMForCausalLM": INTERNLM_1,
     "InternLM2ForCausalLM": INTERNLM_2,
     "InternLM3ForCausalLM": INTERNLM_3,
-    "GemmaForCausalLM": Family(switches=_gemma),
-    "CohereForCausalLM": Family(switches=_cohere),
+    "GemmaForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA_3,
+    "CohereForCausalLM": COHERE,
     "Starcoder2ForCausalLM": STARCODER_2,
     "BaiChuanForCausalLM": BAICHUAN_1,  # their names differ in one capital letter
     "BaichuanForCausalLM": BAICHUAN_2,
     "ChatGLMModel": CHATGLM,
     "ChatGLMForConditionalGeneration": CHATGLM,
+    "GlmForCausalLM": GLM,
+    "Glm4ForCausalLM": GLM_4,
+    "SmolLM3ForCausalLM": SMOLLM_3,
+    "Olmo2ForCausalLM": OLMO_2,
+    "Olmo3ForCausalLM": OLMO_3,
+    "GraniteForCausalLM": GRANITE,
+    "SeedOssForCausalLM": SEED_OSS,
+    "Ernie4_5ForCausalLM": ERNIE_4_5,
+    "HunYuanDenseV1ForCausalLM": HUNYUAN,
+    "Phi3ForCausalLM": PHI_3,
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -289,8 +431,10 @@ FAMILIES = {  # the first of "architectures" in config.json -> its family
 
 # model_type -> architecture, for a config.json without "architectures"
 MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
+del MODEL_TYPES["baichuan"]  # two architectures have this model_type
 
-# field of Config -> its key in config.json; where that is missing or null, Config's default holds
+# field of Config -> its key in config.json; where that is missing or null, the family's default
+# holds, or Config's
 CONFIG_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -325,12 +469,18 @@ HARMLESS_WORDS = (
 MUST_BE_TRUE = (
     "no_bias", "scale_attn_weights", "rmsnorm", "post_layer_norm", "multi_query_attention")
 
+# These are not used if use_sliding_window is false.
+WINDOW_KEYS = ("sliding_window", "max_window_layers")
+
 # What is implemented of rope_scaling. Another key may change the frequencies, or be misspelt.
 ROPE_KEYS = (
     "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
-    "high_freq_factor", "truncate", "beta_fast", "beta_slow", "attention_factor")
+    "high_freq_factor", "truncate", "beta_fast", "beta_slow", "attention_factor",
+    "partial_rotary_factor")
 
 REQUIRED = object()  # stands for a default that does not exist
+REQUIRED_FIELDS = (
+    "num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 
 
 def load_config(folder):
@@ -361,7 +511,7 @@ def _config(source):
                          "train the original model")
 
     # the keys that are understood here: every other one has to be harmless, see below
-    keys_read = {"rope_theta", "rope_scaling", "rope_parameters"}
+    keys_read = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 
     def get(key, default=REQUIRED):
         keys_read.add(key)
@@ -374,15 +524,20 @@ def _config(source):
         return source[key]
 
     # later steps replace earlier ones: some families have their own keys or switches for RoPE
-    fields = _rope_fields(source)
-    for field, key in {**CONFIG_KEYS, **family.keys}.items():
+    keys = {**CONFIG_KEYS, **family.keys}
+    fields = {**family.defaults, **_rope_fields(source, family)}
+    for field, key in keys.items():
         value = get(key, None)
         if value is not None:
             fields[field] = value
     fields.update(family.switches(get))
+    fields.update(family.fixed)
 
-    # what a config.json may leave out
-    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    # what a config.json may leave out, and what it may not
+    fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
+    for field, key in keys.items():
+        if field in REQUIRED_FIELDS and fields.get(field) is None:
+            raise KeyError(key)
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
 
     _refuse_other_keys(source, keys_read, fields["num_hidden_layers"], architecture)
@@ -412,6 +567,8 @@ def _refuse_other_keys(source, keys_read, n_layers, architecture):
     for key, value in source.items():
         if key in MUST_BE_TRUE:
             accepted = value is True
+        elif key in WINDOW_KEYS and source.get("use_sliding_window") is False:
+            accepted = True
         elif key in keys_read or not _changes_computation(key):
             accepted = True
         else:
@@ -428,15 +585,26 @@ def _changes_computation(key):
     return any(word in key for word in COMPUTING_WORDS)
 
 
-def _rope_fields(source):
-    """config.json as a dict -> the fields rope_theta and rope_scaling of Config.
+def _rope_fields(source, family):
+    """config.json as a dict -> the fields of Config that are about RoPE.
 
     transformers 4 writes rope_theta and rope_scaling, transformers 5 writes rope_parameters, and
     some folders have both. ValueError if they contradict each other.
     """
+    if family.rope == "fixed":
+        return {}
+    newer = source.get("rope_parameters") or {}
+    sliding = {}
+    if family.sliding_rope and "full_attention" in newer:  # one for each kind of layer
+        sliding = newer.get("sliding_attention") or {}
+        newer = newer["full_attention"]
+        if sliding.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters of sliding_attention {sliding} are not supported: "
+                             "use rope_type default")
+
     found = {}
-    old_theta = {"rope_theta": source.get("rope_theta")}
-    for given in (old_theta, source.get("rope_scaling"), source.get("rope_parameters")):
+    older = {key: source.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    for given in (older, source.get("rope_scaling"), newer):
         for key, value in _checked_scaling(given).items():
             if value is None:
                 continue
@@ -445,10 +613,27 @@ def _rope_fields(source):
             elif found[key] != value:
                 raise ValueError(f"{key} {found[key]} and rope_parameters' {value} differ: "
                                  "remove the wrong one")
-    theta = float(found.pop("rope_theta", 10000.0))
-    if found.get("rope_type", "default") == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    return {"rope_theta": theta, "rope_scaling": found}
+
+    default_theta = family.defaults.get("rope_theta", 10000.0)
+    theta = found.pop("rope_theta", default_theta)
+    if theta is None:
+        raise KeyError("rope_theta")
+    fields = {"rope_theta": float(theta), "rope_scaling": None}
+    if family.sliding_rope:
+        default_theta = family.defaults.get("sliding_rope_theta", theta)
+        fields["sliding_rope_theta"] = float(sliding.get("rope_theta", default_theta))
+
+    default_fraction = family.defaults.get("partial_rotary_factor")
+    fraction = found.pop("partial_rotary_factor", default_fraction or 1.0)
+    if fraction != 1 and default_fraction is None:
+        raise ValueError(f"partial_rotary_factor {fraction} is not supported for this architecture")
+    fields["partial_rotary_factor"] = fraction
+
+    if "factor" in found and "rope_type" not in found:
+        raise ValueError(f"rope_scaling {found} has no rope_type: add it")
+    if found.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = found
+    return fields
 
 
 def _checked_scaling(given):
@@ -458,6 +643,8 @@ def _checked_scaling(given):
     """
     scaling = {}
     for key, value in (given or {}).items():
+        if key == "finetuned":  # a note of YaRN's authors
+            continue
         if key == "type":
             key = "rope_type"
         if key not in ROPE_KEYS:
@@ -479,6 +666,7 @@ def extend_context(config, positions, scaling, length):
     checkpoint's) unless it is given. length: tokens of the longest row in training.
     """
     old_positions = config.max_position_embeddings
+    old_theta = config.rope_theta
     if isinstance(scaling, str):
         wanted = {"rope_type": scaling}
     else:
@@ -489,28 +677,45 @@ def extend_context(config, positions, scaling, length):
     if 0 < positions < old_positions:
         raise ValueError(f"MAX_POSITION_EMBEDDINGS {positions} is less than the checkpoint's "
                          f"{old_positions}: use 0 to keep these")
-    if (longer or wanted or theta) and FAMILIES[config.architecture].ignores_rope_scaling:
-        raise ValueError(f"{config.architecture} reads no rope_scaling: keep its {old_positions} "
-                         "positions with MAX_POSITION_EMBEDDINGS 0 and ROPE_SCALING None")
+    if wanted.get("rope_type") == "dynamic" and length <= old_positions:
+        raise ValueError(f"ROPE_SCALING dynamic changes rows of more than {old_positions} tokens "
+                         f"only, and MAX_LENGTH is {length}: raise it, or use another type")
 
+    old_scaling = config.rope_scaling
     if longer:
         config.max_position_embeddings = positions
     config.rope_theta = float(theta or config.rope_theta)
     # another base alone stretches the context without rope_scaling
     if wanted or (longer and not theta):
-        stretch = math.ceil(config.max_position_embeddings / old_positions)
-        config.rope_scaling = _extended_scaling(
-            config.rope_scaling, wanted, old_positions, stretch)
+        config.rope_scaling = _extended_scaling(old_scaling, wanted, old_positions, positions)
     rope_frequencies(config)  # raises an error if the rope_type is unknown or lacks a parameter
 
-    # rows that are no longer than the checkpoint's context do not change the base of dynamic
     rope_type = config.rope_scaling.get("rope_type") if config.rope_scaling else None
     if rope_type == "dynamic" and length > old_positions:
         _freeze_dynamic(config, old_positions, length)
+    elif rope_type == "dynamic":
+        # Rows of the checkpoint's context do not change the base, which grows from there.
+        config.max_position_embeddings = old_positions
+    _refuse_what_an_export_cannot_say(config, old_positions, old_theta, old_scaling)
 
 
-def _extended_scaling(old, wanted, old_positions, stretch):
-    """The rope_scaling for `stretch` times the positions of the checkpoint.
+def _refuse_what_an_export_cannot_say(config, old_positions, old_theta, old_scaling):
+    """ValueError if the family's own code would read other frequencies than `config` has."""
+    kept_theta = config.rope_theta == old_theta
+    kept_scaling = config.rope_scaling == old_scaling
+    kept_positions = config.max_position_embeddings == old_positions
+    rope = FAMILIES[config.architecture].rope
+    if rope == "fixed" and not (kept_theta and kept_scaling and kept_positions):
+        raise ValueError(f"{config.architecture} reads no rope_scaling: keep its {old_positions} "
+                         "positions with MAX_POSITION_EMBEDDINGS 0 and ROPE_SCALING None, and "
+                         f"MAX_LENGTH at most {old_positions} if its RoPE is dynamic")
+    if rope == "theta" and config.rope_scaling is not None and not kept_scaling:
+        raise ValueError(f"{config.architecture} does not read rope_scaling {config.rope_scaling} "
+                         'as it is meant: use ROPE_SCALING dynamic or {"rope_theta": base}')
+
+
+def _extended_scaling(old, wanted, old_positions, positions):
+    """The rope_scaling for a context that grows from old_positions to `positions` tokens.
 
     old: the checkpoint's own, or None. wanted: what the user gave; it replaces what follows from
     the rest.
@@ -522,9 +727,13 @@ def _extended_scaling(old, wanted, old_positions, stretch):
 
     scaling = _scaling_defaults(rope_type, old_positions)
     if not old:  # the first extension of this checkpoint
-        scaling["factor"] = float(stretch)
+        scaling["factor"] = float(max(math.ceil(positions / old_positions), 1))
     elif rope_type == old_type:  # another extension of the same type
         scaling.update(old)
+        # the factor may already be that of a longer context than config.json says
+        original = scaling.get("original_max_position_embeddings", 0)
+        covered = max(old_positions, original * old["factor"])
+        stretch = max(math.ceil(positions / covered), 1)
         if rope_type == "dynamic":
             stretch = 1  # its base already grows with the length of the row
         scaling["factor"] = float(old["factor"] * stretch)
@@ -568,24 +777,41 @@ def export_config(source, config, dtype):
     exported.pop("quantization_config", None)
     if not family.remote_code:
         exported.pop("auto_map", None)
-
-    if not family.ignores_rope_scaling:
-        # Both as transformers 4 and as transformers 5 write it: version 4 silently takes a
-        # rope_theta of 10000 where it finds rope_parameters only.
-        scaling = config.rope_scaling
-        if scaling is None:
-            exported["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-            exported["rope_theta"] = config.rope_theta
-            exported["rope_scaling"] = None
-        else:
-            exported["rope_parameters"] = {"rope_theta": config.rope_theta, **scaling}
-            exported["rope_theta"] = config.rope_theta
-            exported["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+    if family.rope != "fixed":
+        exported.update(_exported_rope(config, family))
         exported["max_position_embeddings"] = config.max_position_embeddings
+    if source.get("tie_word_embeddings") is not None:
+        exported["tie_word_embeddings"] = config.tie_word_embeddings
 
     exported["architectures"] = [config.architecture]
     exported["torch_dtype"] = str(dtype).removeprefix("torch.")
     exported["dtype"] = exported["torch_dtype"]
+    return exported
+
+
+def _exported_rope(config, family):
+    """-> RoPE's keys, both as transformers 4 and as transformers 5 write them.
+
+    Version 4 silently takes a rope_theta of 10000 where it finds rope_parameters only.
+    """
+    scaling = config.rope_scaling
+    newer = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+    if "partial_rotary_factor" in family.defaults:
+        newer["partial_rotary_factor"] = config.partial_rotary_factor
+    older = None
+    if scaling is not None and family.rope == "theta":
+        # InternLM 2 takes these two keys and no other
+        older = {"type": scaling["rope_type"], "factor": scaling["factor"]}
+    elif scaling is not None:
+        older = {**scaling, "type": scaling["rope_type"]}
+    exported = {"rope_theta": config.rope_theta, "rope_scaling": older, "rope_parameters": newer}
+
+    if family.sliding_rope:
+        sliding = {"rope_theta": config.sliding_rope_theta, "rope_type": "default"}
+        exported["rope_parameters"] = {"full_attention": newer, "sliding_attention": sliding}
+        key = family.keys.get("sliding_rope_theta")
+        if key is not None:
+            exported[key] = config.sliding_rope_theta
     return exported
 
 

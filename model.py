@@ -17,7 +17,7 @@ import importlib
 import itertools
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -55,7 +55,7 @@ class Config:
     qk_norm: bool = False               # normalize every head of q and k before RoPE
     sliding_window: int | None = None   # a token attends to this many, itself included; None: all
     architecture: str = "LlamaForCausalLM"
-    norm: str = "rms"                   # or "rms_plus_one", "layer", "layer_bias": see Norm
+    norm: str = "rms"                   # or another kind that Norm lists
     activation: str = "silu"            # or "gelu_pytorch_tanh"
     mlp_gate: bool = True               # activation(gate) * up; False: activation(gate) alone
     parallel_residual: bool = False     # attention and MLP both read the same norm of x
@@ -63,6 +63,30 @@ class Config:
     scale_embedding: bool = False       # multiply embeddings by sqrt(hidden_size)
     logit_scale: float = 1.0
     normalize_head: bool = False        # scale every row of lm_head to length 1
+    norm_before: bool = True            # attention and MLP read the norm of x
+    norm_after: bool = False            # what attention and MLP add to x is normalized first
+    qk_norm_across_heads: bool = False  # qk_norm of all heads together, not of every head
+    qk_norm_after_rope: bool = False
+    attention_multiplier: float | None = None   # of q k, instead of 1/sqrt(head_dim)
+    residual_multiplier: float = 1.0    # of what attention and MLP add to x
+    embedding_multiplier: float = 1.0
+    partial_rotary_factor: float = 1.0  # RoPE rotates this fraction of a head's dimensions
+    sliding_layers: list | None = None  # layers that have the sliding window; None: all
+    sliding_rope_theta: float | None = None     # these layers' plain RoPE; None: that of all
+    nope_layers: list = field(default_factory=list)     # layers without RoPE
+
+    def window(self, layer):
+        """The sliding window of a layer, or None."""
+        slides = self.sliding_layers is None or layer in self.sliding_layers
+        return self.sliding_window if slides else None
+
+    def rope_kind(self, layer):
+        """Which RoPE a layer has, as rope_cos_sin takes it."""
+        if layer in self.nope_layers:
+            return "none"
+        if self.sliding_rope_theta is not None and layer in self.sliding_layers:
+            return "sliding"
+        return "default"
 
 
 @dataclass
@@ -168,19 +192,19 @@ def attention_kernel(choice, device_type, dtype):
 # ---------------------------------------------------------------------------------- RoPE and norm
 
 def rope_frequencies(config):
-    """-> inverse frequencies (D/2,) float32, and the factor that cos and sin are multiplied by.
+    """-> inverse frequencies (R/2,) float32, and the factor that cos and sin are multiplied by.
 
-    The formulas are those of transformers, including the rounding to float32, because the
-    checkpoints were trained with these numbers. ValueError for an unknown rope_type."""
-    D = config.head_dim
+    R is the number of a head's dimensions that RoPE rotates, D unless partial_rotary_factor is
+    less than one. The formulas are those of transformers, including the rounding to float32, because
+    the checkpoints were trained with these numbers. ValueError for an unknown rope_type."""
+    R = int(config.head_dim * config.partial_rotary_factor)
     scaling = config.rope_scaling or {}
     rope_type = scaling.get("rope_type", "default")
     factor = scaling["factor"] if scaling else 1.0
 
-    exponent = torch.arange(0, D, 2).float() / (D * scaling.get("partial_rotary_factor", 1.0))
-    base_powers = config.rope_theta ** exponent                                 # (D/2,)
-    rotated = exponent < 1  # a partial rotary factor leaves the last dimensions as they are
-    frequency = 1.0 / base_powers * rotated
+    exponent = torch.arange(0, R, 2).float() / R
+    base_powers = config.rope_theta ** exponent                                 # (R/2,)
+    frequency = 1.0 / base_powers
 
     # For "dynamic", convert.extend_context has already put a larger base into rope_theta.
     if rope_type in ("default", "dynamic"):
@@ -191,7 +215,7 @@ def rope_frequencies(config):
         return llama3_frequencies(frequency, factor, scaling), 1.0
     if rope_type == "yarn":
         stretched = 1.0 / (factor * base_powers)
-        ramp = yarn_ramp(config, scaling)
+        ramp = yarn_ramp(R, config, scaling)
         return stretched * (1 - ramp) + frequency * ramp, yarn_attention_factor(factor, scaling)
     raise ValueError(
         f"rope_type {rope_type!r} is unknown: use default, linear, dynamic, yarn or llama3")
@@ -209,16 +233,15 @@ def llama3_frequencies(frequency, factor, scaling):
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 
-def yarn_ramp(config, scaling):
-    """-> (D/2,): 1 for the dimensions that keep their frequency, 0 for those that are stretched.
+def yarn_ramp(R, config, scaling):
+    """-> (R/2,): 1 for the dimensions that keep their frequency, 0 for those that are stretched.
 
     YaRN (arXiv 2309.00071, section 3.2): the ramp is linear between the dimensions that turn
     beta_fast and beta_slow times within the original context length."""
-    D = config.head_dim
     original = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
 
     def dimension_of(turns):
-        return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return R * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     first = dimension_of(scaling.get("beta_fast") or 32)
     last = dimension_of(scaling.get("beta_slow") or 1)
@@ -226,8 +249,8 @@ def yarn_ramp(config, scaling):
         first = math.floor(first)
         last = math.ceil(last)
     first = max(first, 0)
-    last = min(last, D - 1)
-    dimension = torch.arange(D // 2).float()
+    last = min(last, R - 1)
+    dimension = torch.arange(R // 2).float()
     return 1 - ((dimension - first) / max(last - first, 0.001)).clamp(0, 1)
 
 
@@ -240,20 +263,32 @@ def yarn_attention_factor(factor, scaling):
     return 0.1 * math.log(factor) + 1.0
 
 
-def rope_cos_sin(config, position_ids):
-    """position_ids (t,) -> cos and sin (t, 1, D/2) float32, computed once for all layers.
+def rope_cos_sin(config, position_ids, kind="default"):
+    """position_ids (t,) -> cos and sin (t, 1, R/2) float32, computed once for all layers of a kind.
 
-    Together they take 512 MiB at t = 1M and D = 128."""
+    kind: "default", "sliding": plain RoPE with sliding_rope_theta, or "none": angles of zero, which
+    leave q and k as they are. Together they take 512 MiB at t = 1M and R = 128."""
+    if kind != "default":
+        theta = config.sliding_rope_theta or config.rope_theta
+        config = replace(config, rope_theta=theta, rope_scaling=None)
     frequency, attention_factor = rope_frequencies(config)
+    if kind == "none":
+        frequency = torch.zeros_like(frequency)
     frequency = frequency.to(position_ids.device).double()
-    angle = position_ids.double()[:, None, None] * frequency                    # (t, 1, D/2)
+    angle = position_ids.double()[:, None, None] * frequency                    # (t, 1, R/2)
     cos = angle.cos() * attention_factor
     sin = angle.sin() * attention_factor
     return cos.float(), sin.float()
 
 
 def rotate(x, cos, sin, interleaved):
-    """Rotate x (t, H, D) by its positions: dimensions i and i+D/2, or 2i and 2i+1, are a pair."""
+    """Rotate the first R dimensions of x (t, H, D) by its positions.
+
+    Dimensions i and i+R/2 are a pair, or 2i and 2i+1 if interleaved."""
+    R = 2 * cos.shape[-1]
+    if R < x.shape[-1]:
+        rotated = rotate(x[..., :R], cos, sin, interleaved)
+        return torch.cat((rotated, x[..., R:]), dim=-1)                         # (t, H, D)
     if interleaved:
         pairs = x.float().unflatten(-1, (-1, 2))                                # (t, H, D/2, 2)
         dim = -1
@@ -268,8 +303,9 @@ def rotate(x, cos, sin, interleaved):
 class Norm(nn.Module):
     """RMSNorm or LayerNorm of the last dimension, as config.norm says.
 
-    "rms": RMSNorm. "rms_plus_one": RMSNorm that scales by 1 + weight. "layer": LayerNorm without
-    bias. "layer_bias": LayerNorm with bias."""
+    "rms": RMSNorm. "rms_float32": RMSNorm whose product with the weight is float32, too.
+    "rms_plus_one": the same with 1 + weight. "layer": LayerNorm without bias. "layer_bias":
+    LayerNorm with bias."""
 
     def __init__(self, size, config):
         super().__init__()
@@ -302,15 +338,18 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Self-attention of a row whose tokens are spread over P ranks (Ulysses, arXiv 2309.14509)."""
 
-    def __init__(self, config, sp_group, execution):
+    def __init__(self, config, layer, sp_group, execution):
         super().__init__()
         C = config.hidden_size
         D = config.head_dim
         H = config.num_attention_heads
         G = config.num_key_value_heads
         self.head_dim = D
-        self.window = config.sliding_window
+        self.window = config.window(layer)
         self.interleaved = config.rope_interleaved
+        self.q_scale = 1.0  # kernels multiply q k by 1/sqrt(D)
+        if config.attention_multiplier is not None:
+            self.q_scale = config.attention_multiplier * D ** 0.5
         self.kernel_choice = execution.attention
         self.sp_group = sp_group
         self.P = 1 if sp_group is None else sp_group.size()
@@ -322,12 +361,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
         self.q_norm = None
         self.k_norm = None
-        if config.qk_norm and config.norm == "rms":  # Qwen3: the heads share one weight
-            self.q_norm = Norm(D, config)
-            self.k_norm = Norm(D, config)
-        elif config.qk_norm:  # Cohere: every head has its own
+        self.norm_across_heads = config.qk_norm_across_heads
+        self.norm_after_rope = config.qk_norm_after_rope
+        if config.qk_norm and config.qk_norm_across_heads:  # Olmo 2
+            self.q_norm = Norm(H * D, config)
+            self.k_norm = Norm(G * D, config)
+        elif config.qk_norm and config.norm == "layer":  # Cohere: every head has its own weight
             self.q_norm = Norm((H, D), config)
             self.k_norm = Norm((G, D), config)
+        elif config.qk_norm:  # Qwen 3: the heads share one weight
+            self.q_norm = Norm(D, config)
+            self.k_norm = Norm(D, config)
 
     def project(self, x, cos, sin, for_exchange):
         """x (t, C) -> q (t, H, D), k and v (t, G, D) of this rank's tokens, rotated.
@@ -337,14 +381,24 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-            k = self.k_norm(k)
-        q = rotate(q, cos, sin, self.interleaved)
+        if self.q_norm is not None and not self.norm_after_rope:
+            q, k = self.normalize(q, k)
         k = rotate(k, cos, sin, self.interleaved)
+        if self.q_scale != 1:  # in float32, so that q is rounded once
+            cos = cos * self.q_scale
+            sin = sin * self.q_scale
+        q = rotate(q, cos, sin, self.interleaved)
+        if self.norm_after_rope:  # Hunyuan
+            q, k = self.normalize(q, k)
         if for_exchange:
             return split_heads_by_rank((q, k, v), self.P)
         return q, k, v
+
+    def normalize(self, q, k):
+        """q (t, H, D), k (t, G, D) -> their norms."""
+        if self.norm_across_heads:
+            return self.q_norm(q.flatten(1)).view_as(q), self.k_norm(k.flatten(1)).view_as(k)
+        return self.q_norm(q), self.k_norm(k)
 
     def kernel_inputs(self, qkv, segments):
         """What `project` returned -> [(q, k, v) of local documents, (q, k, v) of crossing ones].
@@ -447,6 +501,8 @@ torch._dynamo.config.recompile_limit = 64
 class Block(nn.Module):
     """A transformer block: x + Attention(norm(x)), then x + MLP(norm(x)).
 
+    Some architectures have norms of what is added, x + norm(Attention(x)), or both.
+
     Outside the attention kernel every token is computed by itself. So a block has two halves,
     before and after the kernel, that are compiled, recomputed and cut into chunks of tokens.
 
@@ -472,14 +528,19 @@ class Block(nn.Module):
     step computes q, k and v once again.
     """
 
-    def __init__(self, config, sp_group, execution, recompute):
+    def __init__(self, config, layer, sp_group, execution, recompute):
         super().__init__()
-        self.input_layernorm = Norm(config.hidden_size, config)
-        self.self_attn = Attention(config, sp_group, execution)
-        self.post_attention_layernorm = None
+        C = config.hidden_size
+        no_norm = nn.Identity()
+        self.input_layernorm = Norm(C, config) if config.norm_before else no_norm
+        self.self_attn = Attention(config, layer, sp_group, execution)
+        self.post_self_attn_layernorm = Norm(C, config) if config.norm_after else no_norm
+        self.post_attention_layernorm = None  # of what the MLP reads, as Llama calls it
         if not config.parallel_residual:
-            self.post_attention_layernorm = Norm(config.hidden_size, config)
+            self.post_attention_layernorm = Norm(C, config) if config.norm_before else no_norm
         self.mlp = MLP(config)
+        self.post_mlp_layernorm = Norm(C, config) if config.norm_after else no_norm
+        self.residual_multiplier = config.residual_multiplier
         self.recompute = recompute
         self.mlp_chunk = execution.mlp_chunk
         self.call_half = compiled_call if execution.compile else call
@@ -490,10 +551,12 @@ class Block(nn.Module):
 
     def post_attention(self, x, a):
         """x (t, C), attention's output a (t, H*D) -> the block's output (t, C)."""
-        y = x + self.self_attn.o_proj(a)
+        attended = self.post_self_attn_layernorm(self.self_attn.o_proj(a))
+        y = torch.add(x, attended, alpha=self.residual_multiplier)
         if self.post_attention_layernorm is None:  # parallel residual
             return y + self.mlp(self.input_layernorm(x))
-        return y + self.mlp(self.post_attention_layernorm(y))
+        transformed = self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(y)))
+        return torch.add(y, transformed, alpha=self.residual_multiplier)
 
     def post_attention_in_chunks(self, x, a, recompute):
         """post_attention, mlp_chunk tokens at a time: a (t, I) of t = 1M, I = 14336 is 28 GiB."""
@@ -550,12 +613,13 @@ class Transformer(nn.Module):
         self.execution = execution
         self.sp_group = sp_group
         self.offload = parallel.Offload()
+        self.rope_kinds = {config.rope_kind(i) for i in range(config.num_hidden_layers)}
 
         layers = nn.ModuleList()
         for i in range(config.num_hidden_layers):
             keeps_everything = i >= config.num_hidden_layers - execution.keep_layers
             recompute = "none" if keeps_everything else execution.recompute
-            layers.append(Block(config, sp_group, execution, recompute))
+            layers.append(Block(config, i, sp_group, execution, recompute))
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": layers,
@@ -574,10 +638,11 @@ class Transformer(nn.Module):
         every target counts 1. Without labels -> logits (t, V)."""
         segments = parallel.segments_of_rank(
             cu_seqlens, self.sp_group, input_ids.device)
-        cos, sin = rope_cos_sin(self.config, position_ids)
+        ropes = {kind: rope_cos_sin(self.config, position_ids, kind) for kind in self.rope_kinds}
         x = self.embed(input_ids)                                               # (t, C)
         for i, block in enumerate(self.model["layers"]):
             offload = self.offload if i < self.execution.offload_layers else None
+            cos, sin = ropes[self.config.rope_kind(i)]
             x = block(x, cos, sin, segments, offload)
         x = self.model["norm"](x)
         head = self.head_weight()                                               # (V, C)
@@ -601,6 +666,8 @@ class Transformer(nn.Module):
             # Gemma was trained with this factor rounded to the dtype of the embeddings.
             scale = torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype, device="cpu")
             x = x * scale.item()
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         return x
 
     def head_weight(self):
@@ -704,6 +771,13 @@ def attention_pairs(cu_seqlens, window=None):
     return pairs / 2
 
 
+def mean_attention_pairs(config, cu_seqlens):
+    """-> attention_pairs of a layer: the mean over all layers, whose windows may differ."""
+    windows = [config.window(i) for i in range(config.num_hidden_layers)]
+    pairs = {window: attention_pairs(cu_seqlens, window) for window in set(windows)}
+    return sum(pairs[window] for window in windows) / len(windows)
+
+
 def block_parameters(config):
     """-> parameters of one block's matrix products: attention's four, the MLP's two or three."""
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
@@ -715,7 +789,7 @@ def block_parameters(config):
 def flops(config, tokens, pairs, recompute="none", keep_layers=0):
     """-> model FLOPs and hardware FLOPs of forward and backward over `tokens` tokens.
 
-    Model FLOPs are 3 x forward. In forward a parameter of a matrix product takes 2 per token, and
+    pairs: those of a layer, the mean over layers. Model FLOPs are 3 x forward. In forward a parameter of a matrix product takes 2 per token, and
     each of the `pairs` of attention 4 x H x D. Hardware FLOPs add what backward recomputes, which
     is all of a block but its last product, and the attention kernel only with "all"."""
     L = config.num_hidden_layers

@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 import convert
 import data
 import parallel
-from model import Config, Execution, Transformer, attention_kernel, attention_pairs, flops, memory
+from model import (
+    Config, Execution, Transformer, attention_kernel, flops, mean_attention_pairs, memory)
 
 # What to train, on what data, and where the results go
 MODEL = "demo"                  # Hugging Face folder; "demo": a small Llama, made on first use
@@ -317,7 +318,7 @@ def load_step(step, rows, total_rows, grid, config, stop_requests):
         step, GLOBAL_BATCH_SIZE, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, total_rows)
     parts = []
     for batch in batches:
-        pairs = attention_pairs(batch.cu_seqlens.tolist(), config.sliding_window)
+        pairs = mean_attention_pairs(config, batch.cu_seqlens.tolist())
         parts.append(StepSums(
             weight=batch.weights.double().sum().item(),
             targets=(batch.labels != data.IGNORE).sum().item(),
