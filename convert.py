@@ -1,7 +1,8 @@
 """Hugging Face folders: read config.json and safetensors into our model, and write them back.
 
-    python convert.py CHECKPOINT OUT    export a training checkpoint as a Hugging Face folder
+    python convert.py CHECKPOINT OUT [MODEL]    export a training checkpoint as such a folder
 
+MODEL is the folder that was trained, where it is no longer at the path that the checkpoint records.
 In this order: the table of architectures (FAMILIES), config.json to Config, longer contexts,
 loading weights, saving weights, and the demo model.
 """
@@ -10,6 +11,7 @@ import math
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +23,13 @@ import parallel
 from model import Config, Transformer, rope_frequencies
 
 SHARD_BYTES = 5 * 10**9  # largest safetensors file of an export, unless one tensor is larger
-INDEX = "model.safetensors.index.json"  # says which file holds which tensor
+SINGLE_FILE = "model.safetensors"  # holds all tensors of a small model
+INDEX = "model.safetensors.index.json"  # says which file holds which tensor of a larger one
 TOKENIZER_FILES = (  # what an export copies from the source folder, with code that comes with it
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.jinja", "generation_config.json", "*.tiktoken", "*.py")
+    "*.jinja", "additional_chat_templates/*", "chat_template.json", "generation_config.json",
+    "tekken.json", "*.tiktoken", "*.py")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 CHAT_TEMPLATE = (  # ChatML
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -84,11 +89,16 @@ def _mistral(get):
 
 MISTRAL = Family(fixed=NO_BIAS, switches=_mistral)
 
+
+def _qwen1(get):
+    # its intermediate_size counts the gate and the up projection together
+    return {"intermediate_size": get("intermediate_size") // 2}
+
+
 # Its dynamic RoPE and its scaling of attention by log n are off in training: neither is implemented
 QWEN_1 = Family(
     fixed={"qkv_bias": True},
-    # its intermediate_size counts the gate and the up projection together
-    switches=lambda get: {"intermediate_size": get("intermediate_size") // 2},
+    switches=_qwen1,
     keys={
         "head_dim": "kv_channels",
         "max_position_embeddings": "seq_length",
@@ -337,11 +347,17 @@ def _olmo3(get):
 OLMO_3 = OLMO_2._replace(
     defaults={**OLMO_2.defaults, "rope_theta": 5e5}, switches=_olmo3, sliding_rope=True)
 
-GRANITE = Family(
-    defaults={"attention_multiplier": 1.0},
-    keys={key: key for key in
-          ("attention_multiplier", "residual_multiplier", "embedding_multiplier")},
-    switches=lambda get: {"logit_scale": 1 / get("logits_scaling", 1.0)})
+
+def _granite(get):
+    return {
+        "attention_multiplier": get("attention_multiplier", 1.0),
+        "residual_multiplier": get("residual_multiplier", 1.0),
+        "embedding_multiplier": get("embedding_multiplier", 1.0),
+        "logit_scale": 1 / get("logits_scaling", 1.0),
+    }
+
+
+GRANITE = Family(switches=_granite)
 
 SEED_OSS = Family(
     defaults={"qkv_bias": True, "head_dim": 128}, keys={"o_bias": "attention_out_bias"})
@@ -494,11 +510,16 @@ def load_config(folder):
         raise FileNotFoundError(f"MODEL {str(folder)!r} has no config.json: "
                                 "give the path of a Hugging Face folder")
     try:
-        return _config(json.loads(path.read_text()))
+        config = _config(json.loads(path.read_text()))
     except KeyError as e:
         raise ValueError(f"{path}: {e} is missing") from e
     except (ValueError, TypeError) as e:
         raise ValueError(f"{path}: {e}") from e
+    if config.tie_word_embeddings and _stores_another_head(path.parent, config):
+        warnings.warn(f"{path} ties lm_head to the embedding, but the weights hold another lm_head: "
+                      "the two are trained and exported untied, as transformers 5 loads them", stacklevel=2)
+        config.tie_word_embeddings = False
+    return config
 
 
 def _config(source):
@@ -535,9 +556,9 @@ def _config(source):
 
     # what a config.json may leave out, and what it may not
     fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
-    for field, key in keys.items():
-        if field in REQUIRED_FIELDS and fields.get(field) is None:
-            raise KeyError(key)
+    for field in REQUIRED_FIELDS:
+        if fields.get(field) is None:
+            raise KeyError(keys[field])
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
 
     _refuse_other_keys(source, keys_read, fields["num_hidden_layers"], architecture)
@@ -666,7 +687,6 @@ def extend_context(config, positions, scaling, length):
     checkpoint's) unless it is given. length: tokens of the longest row in training.
     """
     old_positions = config.max_position_embeddings
-    old_theta = config.rope_theta
     if isinstance(scaling, str):
         wanted = {"rope_type": scaling}
     else:
@@ -677,41 +697,35 @@ def extend_context(config, positions, scaling, length):
     if 0 < positions < old_positions:
         raise ValueError(f"MAX_POSITION_EMBEDDINGS {positions} is less than the checkpoint's "
                          f"{old_positions}: use 0 to keep these")
+    rope = FAMILIES[config.architecture].rope
+    is_dynamic = (config.rope_scaling or {}).get("rope_type") == "dynamic"
+    if rope == "fixed" and (longer or wanted or theta or (is_dynamic and length > old_positions)):
+        raise ValueError(f"{config.architecture} reads no rope_scaling: keep its {old_positions} "
+                         "positions with MAX_POSITION_EMBEDDINGS 0 and ROPE_SCALING None, and "
+                         f"MAX_LENGTH at most {old_positions} if its RoPE is dynamic")
     if wanted.get("rope_type") == "dynamic" and length <= old_positions:
         raise ValueError(f"ROPE_SCALING dynamic changes rows of more than {old_positions} tokens "
                          f"only, and MAX_LENGTH is {length}: raise it, or use another type")
 
-    old_scaling = config.rope_scaling
+    # another base alone stretches the context without rope_scaling
+    new_scaling = config.rope_scaling
+    if wanted or (longer and not theta):
+        new_scaling = _extended_scaling(config.rope_scaling, wanted, old_positions, positions)
+    rope_type = new_scaling["rope_type"] if new_scaling else "default"
+    if rope == "theta" and rope_type not in ("default", "dynamic"):
+        raise ValueError(f"{config.architecture} does not read rope_scaling of type {rope_type!r}, "
+                         'or reads it otherwise: use ROPE_SCALING dynamic or {"rope_theta": base}')
+
+    config.rope_scaling = new_scaling
+    config.rope_theta = float(theta or config.rope_theta)
     if longer:
         config.max_position_embeddings = positions
-    config.rope_theta = float(theta or config.rope_theta)
-    # another base alone stretches the context without rope_scaling
-    if wanted or (longer and not theta):
-        config.rope_scaling = _extended_scaling(old_scaling, wanted, old_positions, positions)
     rope_frequencies(config)  # raises an error if the rope_type is unknown or lacks a parameter
-
-    rope_type = config.rope_scaling.get("rope_type") if config.rope_scaling else None
     if rope_type == "dynamic" and length > old_positions:
         _freeze_dynamic(config, old_positions, length)
     elif rope_type == "dynamic":
         # Rows of the checkpoint's context do not change the base, which grows from there.
         config.max_position_embeddings = old_positions
-    _refuse_what_an_export_cannot_say(config, old_positions, old_theta, old_scaling)
-
-
-def _refuse_what_an_export_cannot_say(config, old_positions, old_theta, old_scaling):
-    """ValueError if the family's own code would read other frequencies than `config` has."""
-    kept_theta = config.rope_theta == old_theta
-    kept_scaling = config.rope_scaling == old_scaling
-    kept_positions = config.max_position_embeddings == old_positions
-    rope = FAMILIES[config.architecture].rope
-    if rope == "fixed" and not (kept_theta and kept_scaling and kept_positions):
-        raise ValueError(f"{config.architecture} reads no rope_scaling: keep its {old_positions} "
-                         "positions with MAX_POSITION_EMBEDDINGS 0 and ROPE_SCALING None, and "
-                         f"MAX_LENGTH at most {old_positions} if its RoPE is dynamic")
-    if rope == "theta" and config.rope_scaling is not None and not kept_scaling:
-        raise ValueError(f"{config.architecture} does not read rope_scaling {config.rope_scaling} "
-                         'as it is meant: use ROPE_SCALING dynamic or {"rope_theta": base}')
 
 
 def _extended_scaling(old, wanted, old_positions, positions):
@@ -764,7 +778,8 @@ def _freeze_dynamic(config, old_positions, length):
     So all rows are trained, and later served, with the same frequencies.
     """
     factor = config.rope_scaling["factor"]
-    exponent = config.head_dim / (config.head_dim - 2)
+    rotated = config.head_dim * config.partial_rotary_factor  # dimensions of a head
+    exponent = rotated / (rotated - 2)
     config.rope_theta *= (factor * (length / old_positions - 1) + 1) ** exponent
     config.max_position_embeddings = max(config.max_position_embeddings, length)
     config.rope_scaling = None
@@ -802,6 +817,8 @@ def _exported_rope(config, family):
     if scaling is not None and family.rope == "theta":
         # InternLM 2 takes these two keys and no other
         older = {"type": scaling["rope_type"], "factor": scaling["factor"]}
+    elif scaling is not None and family.sliding_rope:
+        older = scaling  # version 5 merges it into rope_parameters, where "type" is unknown
     elif scaling is not None:
         older = {**scaling, "type": scaling["rope_type"]}
     exported = {"rope_theta": config.rope_theta, "rope_scaling": older, "rope_parameters": newer}
@@ -901,10 +918,12 @@ def load_weights(model, folder):
 def _open_weights(folder):
     """-> {tensor name: the open safetensors file that holds it}.
 
-    FileNotFoundError if there are none; ValueError names a file that is missing or damaged.
+    FileNotFoundError if there are none; ValueError names a file that is missing or damaged, or
+    says why it is not clear which files are the model's.
     """
     files = {}
-    for name in _weight_files(folder):
+    names = _weight_files(folder)
+    for name in names:
         path = folder / name
         # an index that somebody else wrote must not make us read other files
         if path.name != name or path.suffix != ".safetensors":
@@ -917,26 +936,47 @@ def _open_weights(folder):
             raise ValueError(f"{path} is {problem} ({e}): download it again") from e
         for tensor_name in file.keys():
             files[tensor_name] = file
+    if SINGLE_FILE not in names and (folder / SINGLE_FILE).exists():
+        raise ValueError(f"{folder} has {SINGLE_FILE}, which transformers would load, and {INDEX}, "
+                         "which names other files: remove the one that is not the model")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} has an adapter, which transformers would add to the weights: "
+                         "merge it, or remove adapter_config.json")
     return files
 
 
 def _weight_files(folder):
-    """-> the sorted names of the folder's safetensors files: those of its index, if it has one."""
+    """-> the names of the safetensors files that transformers loads: its index's, or the one.
+
+    Others, such as consolidated.safetensors, hold the same weights in another form.
+    """
     index = folder / INDEX
     if index.exists():
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
+            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError) as e:
             raise ValueError(f"{index} is damaged ({type(e).__name__}: {e}): "
                              "download it again") from e
-    else:
-        names = {path.name for path in folder.glob("*.safetensors")}
-    if not names:
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        found = f" ({pickles[0]} is a pickle)" if pickles else ""
-        raise FileNotFoundError(f"{folder} has no .safetensors{found}: save the model with "
-                                "safe_serialization=True, or set INIT=random")
-    return sorted(names)
+    if (folder / SINGLE_FILE).exists():
+        return [SINGLE_FILE]
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    found = f" ({pickles[0]} is a pickle)" if pickles else ""
+    raise FileNotFoundError(f"{folder} has no .safetensors that transformers would load, "
+                            f"{SINGLE_FILE} or {INDEX}{found}: save the model with "
+                            "safe_serialization=True, or set INIT=random")
+
+
+def _stores_another_head(folder, config):
+    """Whether the folder has a tensor lm_head that is not equal to its embedding."""
+    try:
+        files = _open_weights(folder)
+    except (ValueError, FileNotFoundError):
+        return False  # reported when the weights are loaded
+    head = their_name(config, "lm_head.weight")
+    embedding = their_name(config, "model.embed_tokens.weight")
+    if head not in files or embedding not in files:
+        return False
+    return not torch.equal(files[head].get_tensor(head), files[embedding].get_tensor(embedding))
 
 
 def _check_tensors(folder, config, files, shapes):
@@ -975,33 +1015,45 @@ def save_weights(model, source_folder, out_folder):
     source = Path(source_folder)
     out = Path(out_folder)
     source_config = json.loads((source / "config.json").read_text())
-    dtype = _export_dtype(source_config)
-    rank, world = _rank_and_world(model)
+    rank, _ = _rank_and_world(model)
 
     _, shapes = layout(model)
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards = _assign_shards(sizes, world)
+    dtypes = _export_dtypes(source, source_config, shapes)
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards = _assign_shards(sizes)
     files = _shard_files(len(shards))
-    _write_shards(model, dtype, shards, files, out)
+    _write_shards(model, dtypes, shards, files, out)
 
     # one rank writes what there is once
     if rank == 0:
         _remove_other_shards(out, files)
         if len(shards) > 1:
             _write_index(out / INDEX, shards, files, sum(sizes.values()))
-        exported = export_config(source_config, model.config, dtype)
+        embedding_dtype = dtypes[their_name(model.config, "model.embed_tokens.weight")]
+        exported = export_config(source_config, model.config, embedding_dtype)
         (out / "config.json").write_text(json.dumps(exported, indent=2))
         _copy_tokenizer(source, out)
 
 
-def _export_dtype(source_config):
-    """An export has the source's dtype; bfloat16 where that is neither float32 nor float16."""
+def _export_dtypes(source, source_config, shapes):
+    """-> {tensor name: dtype in the source folder}, which may not be the one config.json names.
+
+    Where the source has no such tensor: config.json's if it is float32 or float16, else bfloat16.
+    """
     name = source_config.get("dtype") or source_config.get("torch_dtype") or "float32"
-    if name == "float32":
-        return torch.float32
-    if name == "float16":
-        return torch.float16
-    return torch.bfloat16
+    default = torch.bfloat16
+    if name in ("float32", "float16"):
+        default = getattr(torch, name)
+    try:
+        stored = _open_weights(source)
+    except (ValueError, FileNotFoundError):
+        stored = {}
+    dtypes = {}
+    for name in shapes:
+        dtypes[name] = default
+        if name in stored:
+            dtypes[name] = DTYPES.get(stored[name].get_slice(name).get_dtype(), default)
+    return dtypes
 
 
 def _rank_and_world(model):
@@ -1012,19 +1064,15 @@ def _rank_and_world(model):
     return parameter.device_mesh.get_rank(), parameter.device_mesh.size()
 
 
-def _assign_shards(sizes, world):
+def _assign_shards(sizes):
     """{tensor name: bytes} -> the names of the tensors of each shard, in order.
 
     A shard has at most SHARD_BYTES, unless it is a single larger tensor.
     """
-    # small models are cut finer, so that every rank writes a part and holds no more than that
-    total = sum(sizes.values())
-    bytes_per_rank = -(-total // world)  # rounded up
-    limit = min(SHARD_BYTES, bytes_per_rank)
     shards = [[]]
     filled = 0
     for name, size in sizes.items():
-        if filled > 0 and filled + size > limit:
+        if filled > 0 and filled + size > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(name)
@@ -1035,11 +1083,11 @@ def _assign_shards(sizes, world):
 def _shard_files(n):
     """The file names of n shards, as transformers expects them."""
     if n == 1:
-        return ["model.safetensors"]
+        return [SINGLE_FILE]
     return [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
 
 
-def _write_shards(model, dtype, shards, files, out):
+def _write_shards(model, dtypes, shards, files, out):
     """Write shards[i] to out / files[i], in rounds: each rank holds and writes one shard a round.
 
     OSError after the last round if this rank could not write.
@@ -1047,7 +1095,7 @@ def _write_shards(model, dtype, shards, files, out):
     rank, world = _rank_and_world(model)
     error = None
     for start in range(0, len(shards), world):
-        tensors = _gather(model, dtype, shards[start:start + world], rank)
+        tensors = _gather(model, dtypes, shards[start:start + world], rank)
         try:
             out.mkdir(parents=True, exist_ok=True)
             if tensors:
@@ -1061,7 +1109,7 @@ def _write_shards(model, dtype, shards, files, out):
         raise OSError(f"{out}: {error}") from error
 
 
-def _gather(model, dtype, shards, rank):
+def _gather(model, dtypes, shards, rank):
     """Gather the tensors of `shards` on all ranks. -> {name: tensor} of shards[rank], on the host.
 
     It is empty if there is no such shard: the last round may have fewer shards than ranks.
@@ -1078,7 +1126,7 @@ def _gather(model, dtype, shards, rank):
         full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         if place.name in mine:
             if place.name not in tensors:
-                tensors[place.name] = torch.empty(shapes[place.name], dtype=dtype)
+                tensors[place.name] = torch.empty(shapes[place.name], dtype=dtypes[place.name])
             target = place.view(tensors[place.name])  # (groups, rows, ...)
             target.copy_(full.unflatten(0, (place.groups, place.rows)))
     return tensors
@@ -1107,20 +1155,25 @@ def _copy_tokenizer(source, out):
     """Copy the files of TOKENIZER_FILES byte for byte."""
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
-            target = out / path.name
+            target = out / path.relative_to(source)
             # source and out may be the same folder
             is_there = target.exists() and path.samefile(target)
             if path.is_file() and not is_there:
+                target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
 
 
-def main(checkpoint, out):
+def main(checkpoint, out, model_folder=None):
     """Export a training checkpoint as a Hugging Face folder, in one process, without a GPU."""
     manifest = parallel.read_manifest(Path(checkpoint))
+    source = Path(model_folder or manifest["model"])
+    if not (source / "config.json").exists():
+        raise FileNotFoundError(f"the folder {source} that was trained has no config.json: "
+                                f"give its new path, python convert.py {checkpoint} {out} MODEL")
     model = Transformer(Config(**manifest["config"]))
     parallel.load_checkpoint(checkpoint, model)
-    save_weights(model, manifest["model"], out)
-    print(f"{out}: step {manifest['step']} of {manifest['model']}")
+    save_weights(model, source, out)
+    print(f"{out}: step {manifest['step']} of {source}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1182,6 +1235,6 @@ def _write_demo_tokenizer(folder, texts, vocab_size):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_dir():
+    if len(sys.argv) not in (3, 4) or not Path(sys.argv[1]).is_dir():
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -46,8 +47,8 @@ FAMILIES = [  # model_type of transformers, what to change in its configuration
     ("starcoder2", {}),
     ("starcoder2", {"tie_word_embeddings": False, "use_bias": False, "sliding_window": 5}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-    ("smollm3", {**FOUR_LAYERS, "head_dim": 8}),
-    ("smollm3", {**FOUR_LAYERS, "head_dim": 8, "no_rope_layers": [0, 1, 1, 0],
+    ("smollm3", {**FOUR_LAYERS, "head_dim": 8, "pad_token_id": 0}),
+    ("smollm3", {**FOUR_LAYERS, "head_dim": 8, "pad_token_id": 0, "no_rope_layers": [0, 1, 1, 0],
                  "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": False}),
     ("olmo2", {"head_dim": 8}),
     ("olmo2", {"head_dim": 8, "num_key_value_heads": 6, **BIASED}),
@@ -312,9 +313,10 @@ def load_and_save_shards(folder, expected, out):
     convert.save_weights(model, folder, out)
 
 
-def test_fused_tensors_are_loaded_and_saved_by_shards(tmp_path):
+def test_fused_tensors_are_loaded_and_saved_by_shards(tmp_path, monkeypatch):
     """On 3 ranks, whose shards of the rows end inside a key/value head."""
     folder, llama = internlm2_folder(tmp_path / "hf", bias=True)
+    monkeypatch.setattr(convert, "SHARD_BYTES", 60_000)
     on_ranks(3, load_and_save_shards, folder, llama, tmp_path / "out", tmp_path=tmp_path)
     assert_same_tensors(tmp_path / "out", folder)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) >= 3
@@ -701,6 +703,49 @@ def test_extensions_that_cannot_be_are_refused(positions, scaling, message):
         convert.extend_context(config, positions, scaling, 512)
 
 
+@pytest.mark.parametrize("architecture,scaling", [
+    ("YiForCausalLM", "linear"), ("YiForCausalLM", "yarn"), ("InternLM2ForCausalLM", "linear"),
+    ("InternLM2ForCausalLM", None), ("Phi3ForCausalLM", "llama3"),
+])
+def test_families_are_extended_only_as_their_code_reads_it(architecture, scaling):
+    def config():
+        return Config(1, 512, 1, 1, 8, 8, 64, max_position_embeddings=512,
+                      architecture=architecture)
+
+    with pytest.raises(ValueError, match=f"{architecture} does not read rope_scaling of type"):
+        convert.extend_context(config(), 2048, scaling, 2048)
+    another_base = config()
+    convert.extend_context(another_base, 2048, {"rope_theta": 1e6}, 2048)
+    assert another_base.rope_theta == 1e6
+    assert another_base.rope_scaling is None
+    dynamic = config()
+    convert.extend_context(dynamic, 2048, "dynamic", 2048)
+    assert dynamic.rope_theta == pytest.approx(10000 * (4 * 3 + 1) ** (64 / 62))
+    assert dynamic.rope_scaling is None
+
+
+def test_dynamic_of_short_rows_acts_from_the_positions_of_the_checkpoint():
+    config = Config(1, 512, 1, 1, 8, 8, 64, max_position_embeddings=512)
+    with pytest.raises(ValueError, match="more than 512 tokens only, and MAX_LENGTH is 512"):
+        convert.extend_context(config, 1024, "dynamic", 512)
+    config.rope_scaling = {"rope_type": "dynamic", "factor": 2.0}
+    convert.extend_context(config, 1024, None, 512)
+    assert config.max_position_embeddings == 512
+    assert config.rope_scaling == {"rope_type": "dynamic", "factor": 2.0}
+
+
+@pytest.mark.parametrize("positions,factor", [(131072, 4.0), (131073, 8.0), (262144, 8.0)])
+def test_a_yarn_factor_that_covers_the_new_positions_stays(positions, factor):
+    """As the card of Qwen 2.5 says: factor 4 of 32768 positions reaches 131072."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    for old_positions in (32768, 131072):
+        config = Config(1, 512, 1, 1, 8, 8, 64, max_position_embeddings=old_positions,
+                        rope_scaling=dict(scaling))
+        convert.extend_context(config, positions, None, 1024)
+        assert config.rope_scaling == {**scaling, "factor": factor}
+        assert config.max_position_embeddings == positions
+
+
 # ------------------------------------------------------------------------------------------------
 # config.json as it is published
 
@@ -1015,6 +1060,16 @@ CONFIG_FAULTS = [  # changes of config.json, and the message
      "partial_rotary_factor 0.5 is not supported"),
     ({"rope_parameters": {**LINEAR, "rope_type": "yarn", "mscale": 0.7}},
      "mscale 0.7 is not supported"),
+    ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, "rope_scaling .* has no rope_type"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+    ({"architectures": ["GemmaForCausalLM"], "hidden_act": "silu"}, "hidden_act 'silu' .* Gemma"),
+    ({"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "hidden_activation": "relu"},
+     "hidden_activation 'relu' .* Gemma"),
+    ({"architectures": ["CohereForCausalLM"], "rope_parameters": None}, "'rope_theta' is missing"),
+    ({"architectures": ["ChatGLMModel"], "rope_ratio": 16, "padded_vocab_size": 65024},
+     "rope_ratio 16 divides the positions in ChatGLM 2"),
+    ({"architectures": None, "model_type": "baichuan"}, "architecture None is not supported"),
+    ({"vocab_size": None}, "'vocab_size' is missing"),
     ({"architectures": ["UnheardOfForCausalLM"]}, "UnheardOfForCausalLM .*is not supported"),
     ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\)"),
     ({"hidden_act": "relu"}, "hidden_act 'relu'"),
@@ -1060,8 +1115,47 @@ def test_neutral_and_harmless_keys_pass(hf_folder):
         attn_implementation="flash_attention_2",
         layer_types=["full_attention"] * 2,
         auto_map={"AutoConfig": "c.C"},
+        partial_rotary_factor=1.0,
     )
     convert.load_config(folder)
+    edit_config(folder, use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+    assert convert.load_config(folder).sliding_window is None
+    yarn = {"type": "yarn", "factor": 2.0, "finetuned": True, "partial_rotary_factor": 1.0}
+    edit_config(folder, drop=["rope_parameters"], rope_scaling=yarn)
+    assert convert.load_config(folder).rope_scaling == {"rope_type": "yarn", "factor": 2.0}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "mistral"])
+def test_a_key_that_the_code_of_a_family_does_not_read_changes_nothing(hf_folder, model_type):
+    folder, _ = hf_folder(model_type, head_dim=6)
+    edit_config(folder, attention_bias=True)
+    config = load(folder).config
+    assert config.qkv_bias == (model_type == "qwen2")
+    assert not config.o_bias
+
+
+@pytest.mark.parametrize("model_type,field,key", [
+    ("starcoder2", "activation", "hidden_act"), ("starcoder2", "qkv_bias", "use_bias"),
+    ("smollm3", "rope_theta", "rope_parameters"), ("olmo2", "rms_norm_eps", "rms_norm_eps"),
+    ("olmo3", "rope_theta", "rope_parameters"), ("olmo3", "sliding_layers", "layer_types"),
+    ("ernie4_5", "rope_theta", "rope_parameters"), ("seed_oss", "qkv_bias", "attention_bias"),
+    ("glm4", "partial_rotary_factor", "rope_parameters"), ("glm4", "qkv_bias", "attention_bias"),
+    ("gemma3_text", "sliding_rope_theta", "rope_parameters"),
+    ("gemma3_text", "sliding_layers", "layer_types"), ("smollm3", "nope_layers", "no_rope_layers"),
+    ("phi3", "rms_norm_eps", "rms_norm_eps"), ("cohere", "qk_norm", "use_qk_norm"),
+])
+def test_a_missing_key_means_the_default_of_the_family(hf_folder, model_type, field, key):
+    folder, _ = hf_folder(model_type, head_dim=6, num_hidden_layers=8, pad_token_id=0)
+    before = convert.load_config(folder)
+    edit_config(folder, drop=[key])
+    assert getattr(convert.load_config(folder), field) == getattr(before, field)
+
+
+def test_internlm_3_has_an_epsilon_of_its_own(hf_folder):
+    folder, _ = hf_folder()
+    edit_config(folder, drop=["rms_norm_eps", "attention_bias"],
+                architectures=["InternLM3ForCausalLM"])
+    assert convert.load_config(folder).rms_norm_eps == 1e-5
 
 
 @pytest.mark.parametrize("model_type,drop,changes,window", [
@@ -1163,6 +1257,15 @@ def no_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
+def stale_index(folder):
+    index_to("model-00001-of-00001.safetensors")(folder)
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
 FOLDER_FAULTS = {  # name: (what breaks the folder, the message)
     "an index that leaves the folder":
         (index_to("../hf/model.safetensors"), "points out of the folder"),
@@ -1179,6 +1282,8 @@ FOLDER_FAULTS = {  # name: (what breaks the folder, the message)
     "a git-lfs pointer": (lfs_pointer, "git-lfs pointer"),
     "a truncated file": (truncated_file, r"model.safetensors is damaged"),
     "pickles only": (only_pickles, r"pytorch_model.bin is a pickle"),
+    "an index beside a whole model": (stale_index, "remove the one that is not the model"),
+    "an adapter": (adapter, "has an adapter"),
     "nothing": (no_weights, "has no .safetensors"),
 }
 
@@ -1204,6 +1309,30 @@ def test_leftover_frequencies_and_a_stored_tied_head_are_accepted(hf_folder):
         "lm_head.weight": embedding.clone(),
     })
     load(folder)
+
+
+def test_only_files_that_transformers_loads_are_read(hf_folder):
+    folder, theirs = hf_folder()
+    for stray in ("consolidated", "adapter_model", "zzz"):
+        save_file({NORM: torch.full((48,), 7.0)}, folder / f"{stray}.safetensors")
+    assert torch.equal(load(folder).model["norm"].weight, theirs.model.norm.weight)
+
+
+def test_a_head_that_differs_from_its_embedding_is_untied(hf_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = hf_folder(tie_word_embeddings=True)
+    edit_tensors(folder, **{"lm_head.weight": torch.randn(97, 48)})
+    with pytest.warns(UserWarning, match="ties lm_head to the embedding, but"):
+        ours = load(folder)
+    ids, positions, cu_seqlens, max_seqlen, _ = row([23])
+    logits = ours(ids, positions, cu_seqlens, max_seqlen)
+    convert.save_weights(ours, folder, tmp_path / "out")
+    assert json_of(tmp_path / "out")["tie_word_embeddings"] is False
+    for opened in (folder, tmp_path / "out"):
+        theirs = AutoModelForCausalLM.from_pretrained(opened, attn_implementation="eager")
+        expected = theirs(ids[None]).logits[0]
+        assert_close(logits, expected, "logits", atol=1e-5 * expected.abs().max().item())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1304,6 +1433,57 @@ def test_export_replaces_one_of_other_shards(hf_folder, tmp_path, monkeypatch):
             assert "model.safetensors" not in shards
             assert len(shards) > 1
         assert (out / "model-mine.safetensors.txt").exists()
+
+
+@pytest.mark.parametrize("stored,written", [
+    (torch.float32, "bfloat16"), (torch.bfloat16, "float16"), (torch.float16, "float32"),
+])
+def test_export_has_the_dtype_of_the_tensors(hf_folder, tmp_path, stored, written):
+    """Not that of config.json: 1e6 is infinite in float16, and bfloat16 rounds float32."""
+    folder, theirs = hf_folder()
+    theirs.to(stored).save_pretrained(folder)
+    norm = torch.ones(48) if stored == torch.float16 else torch.full((48,), 1e6)
+    edit_tensors(folder, **{NORM: norm})  # some folders have norms in float32
+    edit_config(folder, dtype=written, torch_dtype=written)
+    convert.save_weights(load(folder), folder, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", folder)
+    assert json_of(tmp_path / "out")["dtype"] == str(stored).removeprefix("torch.")
+
+
+def save_on_ranks(folder, out):
+    _, model = load_sharded(folder)
+    convert.save_weights(model, folder, out)
+
+
+def test_shards_do_not_depend_on_the_number_of_ranks(hf_folder, tmp_path):
+    folder, _ = hf_folder()
+    on_ranks(2, save_on_ranks, folder, tmp_path / "out", tmp_path=tmp_path)
+    shards = [path.name for path in (tmp_path / "out").glob("*.safetensors")]
+    assert shards == ["model.safetensors"]
+
+
+def test_all_files_of_a_tokenizer_are_exported(hf_folder, tmp_path):
+    folder, _ = hf_folder()
+    (folder / "additional_chat_templates").mkdir()
+    names = ("additional_chat_templates/rag.jinja", "tekken.json", "chat_template.json")
+    for name in names:
+        (folder / name).write_text(name)
+    convert.save_weights(load(folder), folder, tmp_path / "out")
+    for name in names:
+        assert (tmp_path / "out" / name).read_text() == name
+
+
+def test_export_of_a_checkpoint_whose_model_has_moved(hf_folder, tmp_path, monkeypatch):
+    folder, _ = hf_folder()
+    model = load(folder)
+    manifest = {"config": vars(model.config), "model": str(tmp_path / "moved"), "step": 3}
+    monkeypatch.setattr(parallel, "read_manifest", lambda checkpoint: manifest)
+    monkeypatch.setattr(
+        parallel, "load_checkpoint", lambda checkpoint, model: convert.load_weights(model, folder))
+    with pytest.raises(FileNotFoundError, match="moved that was trained has no .* MODEL"):
+        convert.main("checkpoint", tmp_path / "out")
+    convert.main("checkpoint", tmp_path / "out", folder)
+    assert_same_tensors(tmp_path / "out", folder)
 
 
 def export_where_one_cannot_write(folder, out):
