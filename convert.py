@@ -71,6 +71,8 @@ class Family(NamedTuple):
     # What that code, or transformers, reads of RoPE, and so how the context can be extended: "all"
     # rope_types, "theta": another base only, which "dynamic" becomes in training, or "fixed": none.
     rope: str = "all"
+    # Keys of rope_scaling that it has besides ROPE_KEYS.
+    rope_keys: tuple = ()
     # Layers with a sliding window have plain RoPE, with a base of their own (sliding_rope_theta).
     sliding_rope: bool = False
 
@@ -88,6 +90,18 @@ def _mistral(get):
 
 
 MISTRAL = Family(fixed=NO_BIAS, switches=_mistral)
+
+
+def _ministral3(get):
+    return {"sliding_window": get("sliding_window", None)}
+
+
+# It scales q by its position, and "mscale" is about YaRN's temperature
+MINISTRAL_3 = Family(
+    fixed=NO_BIAS,
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": None},
+    switches=_ministral3,
+    rope_keys=("llama_4_scaling_beta", "mscale", "mscale_all_dim", "max_position_embeddings"))
 
 
 def _qwen1(get):
@@ -221,7 +235,9 @@ NAMES_OF_NORMS_AFTER = {
 GEMMA_3 = GEMMA._replace(
     fixed={**GEMMA.fixed, "norm_after": True, "qk_norm": True},
     defaults={**GEMMA.defaults, "activation": "gelu_pytorch_tanh", "rope_theta": 1e6,
-              "sliding_rope_theta": 1e4},
+              "sliding_rope_theta": 1e4, "max_position_embeddings": 131072,
+              # those of the 4B model, whose config.json leaves them out
+              "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4},
     keys={"activation": "hidden_activation", "sliding_rope_theta": "rope_local_base_freq"},
     switches=_gemma3,
     names={"post_attention_layernorm": "pre_feedforward_layernorm", **NAMES_OF_NORMS_AFTER},
@@ -416,6 +432,7 @@ FAMILIES = {  # the first of "architectures" in config.json -> its family
     "LlamaForCausalLM": Family(),
     "YiForCausalLM": YI,
     "MistralForCausalLM": MISTRAL,
+    "Ministral3ForCausalLM": MINISTRAL_3,
     "Qwen2ForCausalLM": QWEN_2,
     "Qwen3ForCausalLM": QWEN_3,
     "QWenLMHeadModel": QWEN_1,
@@ -447,6 +464,7 @@ FAMILIES = {  # the first of "architectures" in config.json -> its family
 
 # model_type -> architecture, for a config.json without "architectures"
 MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
+MODEL_TYPES["gemma3_text"] = "Gemma3ForCausalLM"
 del MODEL_TYPES["baichuan"]  # two architectures have this model_type
 
 # field of Config -> its key in config.json; where that is missing or null, the family's default
@@ -499,6 +517,10 @@ REQUIRED_FIELDS = (
     "num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 
 
+# Models of text and images whose text model can be trained; text_config describes it.
+WITH_IMAGES = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
+
+
 def load_config(folder):
     """Hugging Face folder -> Config.
 
@@ -510,7 +532,7 @@ def load_config(folder):
         raise FileNotFoundError(f"MODEL {str(folder)!r} has no config.json: "
                                 "give the path of a Hugging Face folder")
     try:
-        config = _config(json.loads(path.read_text()))
+        config = _config(_text_model(json.loads(path.read_text())))
     except KeyError as e:
         raise ValueError(f"{path}: {e} is missing") from e
     except (ValueError, TypeError) as e:
@@ -520,6 +542,19 @@ def load_config(folder):
                       "the two are trained and exported untied, as transformers 5 loads them", stacklevel=2)
         config.tie_word_embeddings = False
     return config
+
+
+def _text_model(source):
+    """config.json as a dict -> that of its text model, if it also describes a model of images."""
+    architecture = (source.get("architectures") or [None])[0]
+    if architecture not in WITH_IMAGES:
+        return source
+    text = dict(source["text_config"])
+    text["architectures"] = [MODEL_TYPES.get(text["model_type"])]
+    for key in ("dtype", "torch_dtype", "quantization_config", "eos_token_id", "bos_token_id"):
+        if key in source:
+            text.setdefault(key, source[key])
+    return text
 
 
 def _config(source):
@@ -626,7 +661,7 @@ def _rope_fields(source, family):
     found = {}
     older = {key: source.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     for given in (older, source.get("rope_scaling"), newer):
-        for key, value in _checked_scaling(given).items():
+        for key, value in _checked_scaling(given, family.rope_keys).items():
             if value is None:
                 continue
             if key not in found:
@@ -657,10 +692,10 @@ def _rope_fields(source, family):
     return fields
 
 
-def _checked_scaling(given):
+def _checked_scaling(given, more_keys=()):
     """rope_scaling (a dict or None) -> a copy in which "type", its older key, is "rope_type".
 
-    ValueError names a key that is misspelt or not supported.
+    ValueError names a key that is misspelt or not supported: neither in ROPE_KEYS nor more_keys.
     """
     scaling = {}
     for key, value in (given or {}).items():
@@ -668,7 +703,7 @@ def _checked_scaling(given):
             continue
         if key == "type":
             key = "rope_type"
-        if key not in ROPE_KEYS:
+        if key not in ROPE_KEYS and key not in more_keys:
             raise ValueError(f"rope_scaling's {key} {value!r} is not supported: "
                              f"use {', '.join(sorted(ROPE_KEYS))}")
         scaling[key] = value
@@ -793,7 +828,7 @@ def export_config(source, config, dtype):
     if not family.remote_code:
         exported.pop("auto_map", None)
     if family.rope != "fixed":
-        exported.update(_exported_rope(config, family))
+        exported.update(_exported_rope(source, config, family))
         exported["max_position_embeddings"] = config.max_position_embeddings
     if source.get("tie_word_embeddings") is not None:
         exported["tie_word_embeddings"] = config.tie_word_embeddings
@@ -804,7 +839,7 @@ def export_config(source, config, dtype):
     return exported
 
 
-def _exported_rope(config, family):
+def _exported_rope(source, config, family):
     """-> RoPE's keys, both as transformers 4 and as transformers 5 write them.
 
     Version 4 silently takes a rope_theta of 10000 where it finds rope_parameters only.
@@ -813,14 +848,12 @@ def _exported_rope(config, family):
     newer = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     if "partial_rotary_factor" in family.defaults:
         newer["partial_rotary_factor"] = config.partial_rotary_factor
-    older = None
+    older = scaling
     if scaling is not None and family.rope == "theta":
         # InternLM 2 takes these two keys and no other
         older = {"type": scaling["rope_type"], "factor": scaling["factor"]}
-    elif scaling is not None and family.sliding_rope:
-        older = scaling  # version 5 merges it into rope_parameters, where "type" is unknown
-    elif scaling is not None:
-        older = {**scaling, "type": scaling["rope_type"]}
+    elif scaling is not None and "type" in (source.get("rope_scaling") or {}):
+        older = {**scaling, "type": scaling["rope_type"]}  # code before rope_type reads "type"
     exported = {"rope_theta": config.rope_theta, "rope_scaling": older, "rope_parameters": newer}
 
     if family.sliding_rope:
@@ -910,13 +943,16 @@ def load_weights(model, folder):
     _check_tensors(folder, model.config, files, shapes)
     for ours, local, first in model.local_parameters():
         place = slices[ours]
-        tensor = files[place.name].get_tensor(place.name)  # memory-mapped: nothing is read yet
+        file, stored_name = files[place.name]
+        tensor = file.get_tensor(stored_name)  # memory-mapped: nothing is read yet
         full = place.view(tensor).flatten(0, 1)  # the shape of the whole parameter
         local.copy_(full[first:first + len(local)])
 
 
 def _open_weights(folder):
-    """-> {tensor name: the open safetensors file that holds it}.
+    """-> {tensor name: (the open safetensors file that holds it, its name there)}.
+
+    The two names are equal but for the text model in a model of text and images.
 
     FileNotFoundError if there are none; ValueError names a file that is missing or damaged, or
     says why it is not clear which files are the model's.
@@ -934,8 +970,10 @@ def _open_weights(folder):
         except (OSError, SafetensorError) as e:
             problem = "damaged, or a git-lfs pointer" if path.exists() else "missing"
             raise ValueError(f"{path} is {problem} ({e}): download it again") from e
-        for tensor_name in file.keys():
-            files[tensor_name] = file
+        for stored_name in file.keys():
+            tensor_name = _name_in_text_model(stored_name)
+            if tensor_name is not None:
+                files[tensor_name] = (file, stored_name)
     if SINGLE_FILE not in names and (folder / SINGLE_FILE).exists():
         raise ValueError(f"{folder} has {SINGLE_FILE}, which transformers would load, and {INDEX}, "
                          "which names other files: remove the one that is not the model")
@@ -943,6 +981,14 @@ def _open_weights(folder):
         raise ValueError(f"{folder} has an adapter, which transformers would add to the weights: "
                          "merge it, or remove adapter_config.json")
     return files
+
+
+def _name_in_text_model(name):
+    """The name that a tensor has where the text model is alone; None: it is about images."""
+    if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
+        return None
+    name = name.replace("language_model.lm_head", "lm_head")
+    return re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
 
 
 def _weight_files(folder):
@@ -972,19 +1018,22 @@ def _stores_another_head(folder, config):
         files = _open_weights(folder)
     except (ValueError, FileNotFoundError):
         return False  # reported when the weights are loaded
-    head = their_name(config, "lm_head.weight")
-    embedding = their_name(config, "model.embed_tokens.weight")
-    if head not in files or embedding not in files:
-        return False
-    return not torch.equal(files[head].get_tensor(head), files[embedding].get_tensor(embedding))
+    tensors = []
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        name = their_name(config, name)
+        if name not in files:
+            return False
+        file, stored_name = files[name]
+        tensors.append(file.get_tensor(stored_name))
+    return not torch.equal(*tensors)
 
 
 def _check_tensors(folder, config, files, shapes):
     """ValueError if the tensors in `files` are not those of `shapes`."""
     found = {}
-    for name, file in files.items():
+    for name, (file, stored_name) in files.items():
         if not name.endswith(".inv_freq"):  # RoPE's frequencies, which old exports store
-            found[name] = tuple(file.get_slice(name).get_shape())
+            found[name] = tuple(file.get_slice(stored_name).get_shape())
     if config.tie_word_embeddings:  # some folders store the tied matrix a second time
         found.pop(their_name(config, "lm_head.weight"), None)
 
@@ -1014,7 +1063,7 @@ def save_weights(model, source_folder, out_folder):
     """
     source = Path(source_folder)
     out = Path(out_folder)
-    source_config = json.loads((source / "config.json").read_text())
+    source_config = _text_model(json.loads((source / "config.json").read_text()))
     rank, _ = _rank_and_world(model)
 
     _, shapes = layout(model)
@@ -1052,7 +1101,8 @@ def _export_dtypes(source, source_config, shapes):
     for name in shapes:
         dtypes[name] = default
         if name in stored:
-            dtypes[name] = DTYPES.get(stored[name].get_slice(name).get_dtype(), default)
+            file, stored_name = stored[name]
+            dtypes[name] = DTYPES.get(file.get_slice(stored_name).get_dtype(), default)
     return dtypes
 
 

@@ -67,7 +67,7 @@ class Config:
     norm_after: bool = False            # what attention and MLP add to x is normalized first
     qk_norm_across_heads: bool = False  # qk_norm of all heads together, not of every head
     qk_norm_after_rope: bool = False
-    attention_multiplier: float | None = None   # of q k, instead of 1/sqrt(head_dim)
+    attention_multiplier: float | None = None   # of q k; None: 1/sqrt(head_dim)
     residual_multiplier: float = 1.0    # of what attention and MLP add to x
     embedding_multiplier: float = 1.0
     partial_rotary_factor: float = 1.0  # RoPE rotates this fraction of a head's dimensions
@@ -260,6 +260,9 @@ def yarn_attention_factor(factor, scaling):
         return scaling["attention_factor"]
     if factor <= 1:
         return 1.0
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        numerator = 0.1 * scaling["mscale"] * math.log(factor) + 1.0
+        return numerator / (0.1 * scaling["mscale_all_dim"] * math.log(factor) + 1.0)
     return 0.1 * math.log(factor) + 1.0
 
 
@@ -267,7 +270,9 @@ def rope_cos_sin(config, position_ids, kind="default"):
     """position_ids (t,) -> cos and sin (t, 1, R/2) float32, computed once for all layers of a kind.
 
     kind: "default", "sliding": plain RoPE with sliding_rope_theta, or "none": angles of zero, which
-    leave q and k as they are. Together they take 512 MiB at t = 1M and R = 128."""
+    leave q and k as they are. Together they take 512 MiB at t = 1M and R = 128. Where q is scaled,
+    they are (t, 2, R/2): [:, 0] for q and [:, 1] for k."""
+    q_scale = attention_scale(config, position_ids)
     if kind != "default":
         theta = config.sliding_rope_theta or config.rope_theta
         config = replace(config, rope_theta=theta, rope_scaling=None)
@@ -278,7 +283,21 @@ def rope_cos_sin(config, position_ids, kind="default"):
     angle = position_ids.double()[:, None, None] * frequency                    # (t, 1, R/2)
     cos = angle.cos() * attention_factor
     sin = angle.sin() * attention_factor
+    if q_scale is not None:
+        cos = torch.cat((cos * q_scale, cos), dim=1)                            # (t, 2, R/2)
+        sin = torch.cat((sin * q_scale, sin), dim=1)                            # (t, 2, R/2)
     return cos.float(), sin.float()
+
+
+def attention_scale(config, position_ids):
+    """What q is multiplied by besides the kernel's 1/sqrt(D): a number, (t, 1, 1), or None."""
+    scaling = config.rope_scaling or {}
+    if config.attention_multiplier is not None:
+        return config.attention_multiplier * config.head_dim ** 0.5
+    if scaling.get("llama_4_scaling_beta"):  # Ministral 3: it grows with the position of q
+        turns = (position_ids / scaling["original_max_position_embeddings"]).floor()
+        return 1 + scaling["llama_4_scaling_beta"] * turns.log1p().double()[:, None, None]
+    return None
 
 
 def rotate(x, cos, sin, interleaved):
@@ -347,9 +366,6 @@ class Attention(nn.Module):
         self.head_dim = D
         self.window = config.window(layer)
         self.interleaved = config.rope_interleaved
-        self.q_scale = 1.0  # kernels multiply q k by 1/sqrt(D)
-        if config.attention_multiplier is not None:
-            self.q_scale = config.attention_multiplier * D ** 0.5
         self.kernel_choice = execution.attention
         self.sp_group = sp_group
         self.P = 1 if sp_group is None else sp_group.size()
@@ -383,11 +399,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (t, G, D)
         if self.q_norm is not None and not self.norm_after_rope:
             q, k = self.normalize(q, k)
-        k = rotate(k, cos, sin, self.interleaved)
-        if self.q_scale != 1:  # in float32, so that q is rounded once
-            cos = cos * self.q_scale
-            sin = sin * self.q_scale
-        q = rotate(q, cos, sin, self.interleaved)
+        q = rotate(q, cos[:, :1], sin[:, :1], self.interleaved)
+        k = rotate(k, cos[:, -1:], sin[:, -1:], self.interleaved)
         if self.norm_after_rope:  # Hunyuan
             q, k = self.normalize(q, k)
         if for_exchange:

@@ -69,6 +69,11 @@ FAMILIES = [  # model_type of transformers, what to change in its configuration
         "rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}}),
     ("phi3", {"head_dim": 8, "pad_token_id": 0}),
     ("phi3", {"head_dim": 8, "pad_token_id": 0, "sliding_window": 5, "tie_word_embeddings": True}),
+    ("ministral3", {"head_dim": 8, "pad_token_id": 0, "max_position_embeddings": 64,
+                    "sliding_window": 7, "rope_parameters": {
+                        "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0,
+                        "beta_slow": 1.0, "original_max_position_embeddings": 4, "mscale": 1.0,
+                        "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}}),
     ("glm", {"head_dim": 12, "pad_token_id": 0}),
     ("glm4", {"head_dim": 12, "pad_token_id": 0}),
     ("glm4", {"head_dim": 12, "pad_token_id": 0, "attention_bias": False}),
@@ -161,6 +166,39 @@ def test_family_equals_transformers(hf_folder, tmp_path, model_type, changes):
     assert config_before.rope_parameters == config_after.rope_parameters
     reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     assert torch.equal(reopened(ids[None]).logits[0], expected)
+
+
+@pytest.mark.parametrize("model_type,text_type", [
+    ("gemma3", "gemma3_text"), ("mistral3", "mistral")])
+@pytest.mark.parametrize("newer_names", [False, True])
+def test_the_text_model_of_one_with_images(hf_folder, tmp_path, model_type, text_type, newer_names):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text_folder, text_model = hf_folder(
+        text_type, "text", head_dim=8, tie_word_embeddings=False, pad_token_id=0)
+    config = AutoConfig.for_model(
+        model_type, text_config=text_model.config.to_dict(), tie_word_embeddings=False,
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                       "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+                       "head_dim": 8})
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.model.language_model.load_state_dict(text_model.model.state_dict())
+    whole.lm_head.load_state_dict(text_model.lm_head.state_dict())
+    folder = tmp_path / "whole"
+    whole.save_pretrained(folder)
+    if newer_names:
+        tensors = {}
+        for name, tensor in tensors_of(folder).items():
+            name = name.replace("language_model.model", "model.language_model")
+            tensors[name.replace("language_model.lm_head", "lm_head")] = tensor
+        save_file(tensors, folder / "model.safetensors")
+
+    convert.save_weights(load(folder), folder, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", text_folder)
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(reopened) is type(text_model)
+    ids = row([23]).input_ids[None]
+    assert_close(reopened(ids).logits, text_model(ids).logits, "logits", atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
