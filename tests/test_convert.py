@@ -1217,6 +1217,15 @@ def test_a_window_no_shorter_than_the_rows_is_none(hf_folder, monkeypatch, lengt
     assert train.plan(1)[1].sliding_window == window
 
 
+def test_layers_without_their_window_keep_their_rope(hf_folder, monkeypatch):
+    folder, _ = hf_folder("gemma3_text", sliding_window=7, num_hidden_layers=6)
+    monkeypatch.setattr(train, "MODEL", str(folder))
+    monkeypatch.setattr(train, "MAX_LENGTH", 7)
+    config = train.plan(1)[1]
+    assert [config.window(i) for i in range(6)] == [None] * 6
+    assert [config.rope_kind(i) for i in range(6)] == ["sliding"] * 5 + ["default"]
+
+
 def test_windows_of_some_layers(hf_folder):
     folder, _ = hf_folder("qwen2", head_dim=6)
     edit_config(folder, ["layer_types"],

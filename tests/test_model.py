@@ -15,6 +15,7 @@ from model import (
     Execution,
     attention_pairs,
     flops,
+    mean_attention_pairs,
     memory,
     rope_cos_sin,
     rope_frequencies,
@@ -235,6 +236,16 @@ def test_flops_by_hand():
 def test_pairs_within_a_window():
     """Ten tokens that see 4 each, but the first ones, and a document shorter than the window."""
     assert attention_pairs([0, 10, 13], window=4) == (10 ** 2 - 6 ** 2) / 2 + 3 ** 2 / 2
+
+
+def test_pairs_of_layers_with_different_windows():
+    every_third = dict(num_hidden_layers=3, sliding_window=4, sliding_layers=[0, 1])
+    within = attention_pairs([0, 10, 13], window=4)
+    whole = attention_pairs([0, 10, 13])
+    pairs = mean_attention_pairs(tiny_config(**every_third), [0, 10, 13])
+    assert pairs == (2 * within + whole) / 3
+    config = tiny_config(**{**every_third, "sliding_layers": None})
+    assert mean_attention_pairs(config, [0, 10, 13]) == within
 
 
 def execution_of(constants, layers):

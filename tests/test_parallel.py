@@ -221,7 +221,14 @@ def model_on_layout(layout, changes, execution, expected_loss, expected):
     ({}, Execution()),
     ({"num_key_value_heads": 2}, Execution(recompute="all_but_attention")),
     ({"sliding_window": 5}, Execution(recompute="all_but_attention", offload_layers=9)),
-], ids=["plain", "fewer key/value heads than ranks", "window, offloaded"])
+    ({"num_key_value_heads": 2, "sliding_window": 5, "sliding_layers": [0], "qk_norm": True,
+      "sliding_rope_theta": 50.0, "attention_multiplier": 0.3, "norm_after": True},
+     Execution(recompute="all_but_attention")),
+    ({"sliding_window": 5, "sliding_layers": [1], "nope_layers": [1], "norm_before": False,
+      "norm_after": True, "qk_norm": True, "qk_norm_across_heads": True},
+     Execution(recompute="all_but_attention", mlp_chunk=5)),
+], ids=["plain", "fewer key/value heads than ranks", "window, offloaded",
+        "a window and its RoPE in one layer", "a window without RoPE in one layer"])
 def test_only_crossing_documents_are_exchanged(layout, changes, execution, tmp_path):
     lengths, _ = LAYOUTS[layout]
     alone = tiny_model(**changes)
