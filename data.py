@@ -277,6 +277,51 @@ class ControlTokens(NamedTuple):
     pattern: re.Pattern  # matches any of them
 
 
+def open_tokenizer(folder):
+    """Returns the tokenizer of a Hugging Face folder. Code that is in the folder is not run.
+
+    Raises ValueError if the tokenizer cannot be read without it.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    model_file = folder / "tokenizer.model"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if model_file.exists() and not (folder / "tokenizer.json").exists():
+            read_as_sentencepiece(tokenizer.backend_tokenizer, model_file)
+    except Exception as error:
+        raise ValueError(
+            f"The tokenizer of {folder} cannot be read, and code that is in the folder is not run: "
+            f"put a tokenizer.json beside it, or use rows of input_ids. ({error})") from error
+    return tokenizer
+
+
+def read_as_sentencepiece(backend, model_file):
+    """Makes a tokenizers.Tokenizer split text as sentencepiece does with its `model_file`.
+
+    transformers 5 leaves out the space before a text where it does not know the tokenizer's class.
+    """
+    import sentencepiece
+    from tokenizers import normalizers
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+
+    def agrees():
+        for text in ("a word", " a  b", "a\n\tb", "1234 \u00e9\u6f22", "x = f(y)"):
+            if backend.encode(text, add_special_tokens=False).ids != model.encode(text):
+                return False
+        return True
+
+    if not agrees():
+        space = "\u2581"
+        steps = [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+        backend.normalizer = normalizers.Sequence(steps)
+        backend.pre_tokenizer = None
+    if not agrees():
+        raise ValueError("transformers reads tokenizer.model differently from sentencepiece")
+
+
 def control_tokens(tokenizer):
     ids = {}
     for token_id, token in tokenizer.added_tokens_decoder.items():
@@ -403,9 +448,7 @@ class Encoder:
     """
 
     def __init__(self, folder, append_eos, train_on_prompt, mask_history, overlong, cap):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = open_tokenizer(folder)
         # Many tokenizers have a bos token, and only some begin a text with it.
         begins_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
         self.tokenizer = tokenizer

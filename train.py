@@ -757,8 +757,7 @@ def finish(model, folder, grid, trained):
 @torch.no_grad()
 def sample(model, folder, grid, temperature=0.5):
     """Print continuations of SAMPLE_PROMPTS. Each token takes a forward over the whole text."""
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = data.open_tokenizer(folder)
     generator = torch.Generator().manual_seed(SEED)
     for prompt in SAMPLE_PROMPTS:
         ids = tokenizer(prompt).input_ids

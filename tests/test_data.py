@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1002,3 +1003,42 @@ def test_rows_can_be_looked_at(tmp_path, tokenizer_files, hf_folder, capsys, mon
 
     show.main(["SEQUENCE_PARALLEL_SIZE=8", "SHOW=0"])
     assert "--- padding" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizers whose code is in the folder
+
+
+def remote_tokenizer(folder, tokenizer_class):
+    """A folder whose tokenizer is said to need code that is in the folder."""
+    auto_map = {"AutoTokenizer": ["tokenization.T", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": tokenizer_class, "auto_map": auto_map, "add_bos_token": True,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "internlm2", "auto_map": {"AutoConfig": "configuration.C"}}))
+    for name in ("tokenization.py", "configuration.py"):
+        (folder / name).write_text("raise SystemExit('this code must not run')")
+
+
+def test_a_tokenizer_that_needs_its_own_code_is_refused(tmp_path):
+    remote_tokenizer(tmp_path, "QWenTokenizer")
+    (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
+    with pytest.raises(ValueError, match="put a tokenizer.json beside it, or use rows of input_ids"):
+        data.open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+def test_a_tokenizer_model_is_read_as_sentencepiece_reads_it(tmp_path, dummy_prefix):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    corpus = Path(data.__file__)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=500,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, add_dummy_prefix=dummy_prefix, minloglevel=2)
+    remote_tokenizer(tmp_path, "InternLM2Tokenizer")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = data.open_tokenizer(tmp_path)
+    for text in ("hello world", "  two spaces", "caf\u00e9\n\n\u6f22", corpus.read_text()[:5000]):
+        assert tokenizer(text).input_ids == [model.bos_id(), *model.encode(text)]
