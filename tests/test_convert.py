@@ -840,6 +840,16 @@ GLM = {
 }
 
 
+PLAIN = {
+    "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+}
+OLMO_3_YARN = {
+    "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+    "original_max_position_embeddings": 8192, "rope_type": "yarn",
+}
+
+
 def sizes(C, I, L, H, G=None, **more):
     """The sizes of a published model by the letters of model.py, as keys of config.json."""
     found = {
@@ -1026,6 +1036,115 @@ PUBLISHED = {  # name: (config.json, what is expected of Config)
          "padded_vocab_size": 151552, "rope_ratio": 500, "seq_length": 131072,
          "vocab_size": 151552},
         {"rope_theta": 5e6, "rms_norm_eps": 1.5625e-07}),
+    "SmolLM 3 3B": (
+        {**PLAIN, **sizes(2048, 11008, 36, 16, 4), "architectures": ["SmolLM3ForCausalLM"],
+         "model_type": "smollm3", "layer_types": ["full_attention"] * 36, "max_window_layers": 28,
+         "max_position_embeddings": 65536, "mlp_bias": False, "no_rope_layer_interval": 4,
+         "no_rope_layers": [1, 1, 1, 0] * 9, "pretraining_tp": 2, "rope_theta": 5000000.0,
+         "sliding_window": None, "use_sliding_window": False, "vocab_size": 128256},
+        {"nope_layers": [3, 7, 11, 15, 19, 23, 27, 31, 35], "tie_word_embeddings": True}),
+    "OLMo 2 7B": (
+        {**PLAIN, **sizes(4096, 11008, 32, 32, 32), "architectures": ["Olmo2ForCausalLM"],
+         "model_type": "olmo2", "max_position_embeddings": 4096, "rope_theta": 500000,
+         "tie_word_embeddings": False, "vocab_size": 100352},
+        {"norm_before": False, "norm_after": True}),
+    "Olmo 3 7B": (
+        {**PLAIN, **sizes(4096, 11008, 32, 32, 32), "architectures": ["Olmo3ForCausalLM"],
+         "model_type": "olmo3", "max_position_embeddings": 65536, "rope_theta": 500000,
+         "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+         "rope_scaling": OLMO_3_YARN, "sliding_window": 4096, "tie_word_embeddings": False,
+         "vocab_size": 100278},
+        {"rope_scaling": OLMO_3_YARN, "sliding_rope_theta": 5e5, "sliding_window": 4096}),
+    "Granite 3.3 8B": (
+        {**PLAIN, **sizes(4096, 12800, 40, 32, 8), "architectures": ["GraniteForCausalLM"],
+         "model_type": "granite", "attention_multiplier": 0.0078125, "embedding_multiplier": 12.0,
+         "logits_scaling": 16.0, "max_position_embeddings": 131072, "mlp_bias": False,
+         "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "rope_theta": 10000000.0,
+         "tie_word_embeddings": True, "vocab_size": 49159},
+        {"logit_scale": 1 / 16, "residual_multiplier": 0.22, "attention_multiplier": 1 / 128}),
+    "Seed-OSS 36B": (
+        {**PLAIN, **sizes(5120, 27648, 64, 80, 8, head_dim=128), "model_type": "seed_oss",
+         "architectures": ["SeedOssForCausalLM"], "attention_bias": True,
+         "attention_out_bias": False, "residual_dropout": 0.1, "mlp_bias": False,
+         "max_position_embeddings": 524288, "rope_scaling": {"rope_type": "default"},
+         "rope_theta": 10000000.0, "tie_word_embeddings": False, "vocab_size": 155136},
+        {"head_dim": 128, "qkv_bias": True, "o_bias": False, "rope_scaling": None}),
+    "Ernie 4.5 0.3B": (
+        {**PLAIN, **sizes(1024, 3072, 18, 16, 2, head_dim=128), "model_type": "ernie4_5",
+         "architectures": ["Ernie4_5ForCausalLM"], "compression_ratio": 1.0,
+         "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+         "tie_word_embeddings": True, "use_bias": False, "vocab_size": 103424},
+        {"head_dim": 128, "rope_interleaved": True, "qkv_bias": False}),
+    "Hunyuan 7B": (
+        {**PLAIN, **sizes(4096, 14336, 32, 32, 8, head_dim=128), "model_type": "hunyuan_v1_dense",
+         "architectures": ["HunYuanDenseV1ForCausalLM"], "attention_head_dim": 128,
+         "kv_lora_rank": 512, "q_lora_rank": 1536, "max_position_embeddings": 32768,
+         "mlp_bias": False, "moe_intermediate_size": None, "moe_topk": 1, "norm_topk_prob": True,
+         "norm_type": "rms", "num_experts": 1, "num_shared_expert": 1, "use_qk_norm": True,
+         "use_rotary_pos_emb": True, "rope_theta": 10000.0, "routed_scaling_factor": 1.0,
+         "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0,
+                          "mscale": 1.0, "mscale_all_dim": 1.0, "type": "dynamic"},
+         "tie_word_embeddings": False, "vocab_size": 128167},
+        {"rope_theta": 1e4 * 1000 ** (128 / 126), "rope_scaling": None, "qk_norm": True}),
+    "Phi 3 mini 4k": (
+        {**PLAIN, **sizes(3072, 8192, 32, 32, 32), "architectures": ["Phi3ForCausalLM"],
+         "model_type": "phi3", "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+         "embd_pdrop": 0.0, "resid_pdrop": 0.0, "max_position_embeddings": 4096,
+         "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+         "sliding_window": 2047, "tie_word_embeddings": False, "vocab_size": 32064},
+        {"sliding_window": 2047}),
+    "Phi 4": (
+        {**PLAIN, **sizes(5120, 17920, 40, 40, 10), "architectures": ["Phi3ForCausalLM"],
+         "model_type": "phi3", "embd_pdrop": 0.0, "resid_pdrop": 0.0, "rope_theta": 250000,
+         "max_position_embeddings": 16384, "original_max_position_embeddings": 16384,
+         "rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False,
+         "vocab_size": 100352},
+        {"rope_theta": 250000.0, "sliding_window": None}),
+    "GLM 4 9B 0414": (
+        {**PLAIN, **sizes(4096, 13696, 40, 32, 2, head_dim=128), "model_type": "glm4",
+         "architectures": ["Glm4ForCausalLM"], "attention_bias": True, "rms_norm_eps": 1e-5,
+         "max_position_embeddings": 32768, "partial_rotary_factor": 0.5, "rope_theta": 10000.0,
+         "tie_word_embeddings": False, "vocab_size": 151552},
+        {"partial_rotary_factor": 0.5, "norm_after": True, "qkv_bias": True, "o_bias": False}),
+    "Gemma 3 1B": (
+        {**PLAIN, **sizes(1152, 6912, 26, 4, 1, head_dim=256), "model_type": "gemma3_text",
+         "architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": None,
+         "cache_implementation": "hybrid", "final_logit_softcapping": None,
+         "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 32768,
+         "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_theta": 1000000,
+         "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144},
+        {"sliding_window": 512, "sliding_rope_theta": 1e4, "rope_theta": 1e6,
+         "attention_multiplier": 1 / 16, "tie_word_embeddings": True}),
+    "Gemma 3 4B": (
+        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+         "text_config": {
+             "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+             "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+             "sliding_window": 1024},
+         "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"}},
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208,
+         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "rope_theta": 1e6}),
+    "Mistral Small 3.1": (
+        {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+         "text_config": {
+             **sizes(5120, 32768, 40, 32, 8, head_dim=128), "attention_dropout": 0.0,
+             "hidden_act": "silu", "max_position_embeddings": 131072, "model_type": "mistral",
+             "rms_norm_eps": 1e-5, "rope_theta": 1000000000.0, "sliding_window": None,
+             "vocab_size": 131072},
+         "vision_config": {"hidden_size": 1024, "model_type": "pixtral"}},
+        {"head_dim": 128, "rope_theta": 1e9, "sliding_window": None}),
+    "Ministral 3 8B": (
+        {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+         "text_config": {
+             **sizes(4096, 14336, 34, 32, 8, head_dim=128), "attention_dropout": 0.0,
+             "hidden_act": "silu", "max_position_embeddings": 262144, "model_type": "ministral3",
+             "rms_norm_eps": 1e-5, "sliding_window": None, "vocab_size": 131072,
+             "rope_parameters": {
+                 "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1,
+                 "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
+                 "rope_theta": 1000000.0, "rope_type": "yarn", "type": "yarn"}},
+         "vision_config": {"hidden_size": 1024, "model_type": "pixtral"}},
+        {"head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 262144}),
 }
 
 
@@ -1034,8 +1153,9 @@ def test_published_configs_are_read(tmp_path, name):
     published, expected = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps({**ALWAYS, **published}))
     config = convert.load_config(tmp_path)
+    text = published.get("text_config", published)
     for key in ("hidden_size", "num_attention_heads", "vocab_size"):
-        assert getattr(config, key) == published[key], key
+        assert getattr(config, key) == text.get(key, expected.get(key)), key
     for key, value in expected.items():
         assert getattr(config, key) == value, key
 
@@ -1044,18 +1164,25 @@ def test_published_configs_are_read(tmp_path, name):
         assert config.head_dim == 256
     elif "Nemo" in name:
         assert width == 4096
+    elif "head_dim" in text:
+        assert config.head_dim == text["head_dim"]
     else:
         assert width == config.hidden_size
 
-    in_transformers = ("llama", "mistral", "qwen2", "qwen3", "gemma", "cohere", "starcoder2")
-    if published["model_type"] in in_transformers:
+    remote_code = convert.FAMILIES[config.architecture].remote_code
+    if not remote_code:
         from transformers import AutoConfig
 
-        theirs = AutoConfig.from_pretrained(tmp_path)
+        theirs = AutoConfig.from_pretrained(tmp_path).get_text_config()
         for key in ("num_key_value_heads", "intermediate_size", "max_position_embeddings",
                     "tie_word_embeddings"):
             assert getattr(config, key) == getattr(theirs, key), key
-        assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+        rope = theirs.rope_parameters
+        if config.sliding_rope_theta is not None:
+            assert config.sliding_rope_theta == rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
+        if name != "Hunyuan 7B":  # whose alpha is in our base
+            assert config.rope_theta == rope["rope_theta"]
 
 
 # ------------------------------------------------------------------------------------------------
