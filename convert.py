@@ -53,8 +53,8 @@ class Family(NamedTuple):
     """
     # Field of Config -> its value for this architecture, whatever config.json says.
     fixed: dict = {}
-    # Field of Config -> its value where config.json has no such key, or null. These are the defaults
-    # of the architecture's own configuration class. None: there is none, the key is required.
+    # Field of Config -> its value where config.json has no such key, or null: the defaults of the
+    # architecture's own configuration class. None: there is none, the key is required.
     defaults: dict = {}
     # Field of Config -> its key in config.json, where it differs from CONFIG_KEYS.
     keys: dict = {}
@@ -134,25 +134,27 @@ QWEN_1 = Family(
     remote_code=True, rope="fixed")
 
 
-def _layer_windows(get, default_types):
-    """The sliding window and the layers that have it, which layer_types names."""
-    layer_types = get("layer_types", default_types)
+def _layer_windows(get, slides):
+    """The sliding window and the layers that have it: those of layer_types, or of `slides`.
+
+    slides: whether each layer has the window.
+    """
+    default = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    layer_types = get("layer_types", default)
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ValueError(f"layer_types {sorted(unknown)} are not supported: "
                          "use full_attention and sliding_attention")
-    sliding = [i for i, kind in enumerate(layer_types) if kind == "sliding_attention"]
+    layers = [i for i, kind in enumerate(layer_types) if kind == "sliding_attention"]
     window = get("sliding_window", 4096)
-    return {"sliding_window": window if sliding else None, "sliding_layers": sliding}
+    return {"sliding_window": window if layers else None, "sliding_layers": layers}
 
 
 def _qwen_windows(get):
     # all keys are read in any case, because a key that is not read would be refused
     used = get("use_sliding_window", False)
     first = get("max_window_layers", 28)
-    n = get("num_hidden_layers")
-    windows = _layer_windows(
-        get, ["sliding_attention" if i >= first else "full_attention" for i in range(n)])
+    windows = _layer_windows(get, [i >= first for i in range(get("num_hidden_layers"))])
     return windows if used else {}
 
 
@@ -220,8 +222,7 @@ GEMMA = Family(
 def _gemma3(get):
     period = get("sliding_window_pattern", get("_sliding_window_pattern", 6))
     n = get("num_hidden_layers")
-    windows = _layer_windows(
-        get, ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n)])
+    windows = _layer_windows(get, [(i + 1) % period != 0 for i in range(n)])
     return {**windows, "attention_multiplier": get("query_pre_attn_scalar", 256) ** -0.5}
 
 
@@ -291,9 +292,9 @@ BAICHUAN_2 = BAICHUAN_1._replace(switches=_baichuan2)
 def _chatglm(get):
     ratio = get("rope_ratio", 1)
     if ratio != 1 and get("padded_vocab_size") == 65024:
-        raise ValueError(f"rope_ratio {ratio} divides the positions in ChatGLM 2 and multiplies the "
-                         "base of RoPE in ChatGLM 3, and config.json does not tell these apart: "
-                         "use a model without it, or GLM 4")
+        raise ValueError(f"rope_ratio {ratio} divides the positions in ChatGLM 2, but multiplies "
+                         "the base of RoPE in ChatGLM 3, and config.json does not tell these "
+                         "apart: use a model without it, or GLM 4")
     return {"rope_theta": 1e4 * ratio}
 
 
@@ -337,8 +338,7 @@ def _smollm3(get):
     n = get("num_hidden_layers")
     period = get("no_rope_layer_interval", 4)
     has_rope = get("no_rope_layers", [(i + 1) % period != 0 for i in range(n)])
-    windows = _layer_windows(
-        get, ["full_attention" if has_rope[i] else "sliding_attention" for i in range(n)])
+    windows = _layer_windows(get, [not has_rope[i] for i in range(n)])
     if not get("use_sliding_window", False):
         windows = {}
     return {**windows, "nope_layers": [i for i in range(n) if not has_rope[i]]}
@@ -354,9 +354,7 @@ OLMO_2 = Family(
 
 
 def _olmo3(get):
-    n = get("num_hidden_layers")
-    return _layer_windows(
-        get, ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(n)])
+    return _layer_windows(get, [(i + 1) % 4 != 0 for i in range(get("num_hidden_layers"))])
 
 
 # Its sliding layers have the base of the others, but not their rope_scaling
@@ -459,6 +457,11 @@ FAMILIES = {  # the first of "architectures" in config.json -> its family
     "Phi3ForCausalLM": PHI_3,
 }
 
+# architecture -> why it is not in the table, where that is not plain from its name
+REASONS_AGAINST = {
+    "Gemma2ForCausalLM": " (it caps the scores of attention, which not all kernels here can do)",
+}
+
 # ------------------------------------------------------------------------------------------------
 # config.json -> Config
 
@@ -538,8 +541,9 @@ def load_config(folder):
     except (ValueError, TypeError) as e:
         raise ValueError(f"{path}: {e}") from e
     if config.tie_word_embeddings and _stores_another_head(path.parent, config):
-        warnings.warn(f"{path} ties lm_head to the embedding, but the weights hold another lm_head: "
-                      "the two are trained and exported untied, as transformers 5 loads them", stacklevel=2)
+        warnings.warn(f"{path} ties lm_head to the embedding, but the weights hold another "
+                      "lm_head: the two are trained and exported untied, as transformers 5 loads "
+                      "them", stacklevel=2)
         config.tie_word_embeddings = False
     return config
 
@@ -612,7 +616,8 @@ def _architecture(source):
     else:
         architecture = MODEL_TYPES.get(source.get("model_type"))
     if architecture not in FAMILIES:
-        raise ValueError(f"architecture {architecture} is not supported: "
+        reason = REASONS_AGAINST.get(architecture, "")
+        raise ValueError(f"architecture {architecture} is not supported{reason}: "
                          f"use one of {', '.join(FAMILIES)}")
     return architecture
 

@@ -75,16 +75,18 @@ class Config:
     sliding_rope_theta: float | None = None     # these layers' plain RoPE; None: that of all
     nope_layers: list = field(default_factory=list)     # layers without RoPE
 
+    def slides(self, layer):
+        return self.sliding_layers is None or layer in self.sliding_layers
+
     def window(self, layer):
         """The sliding window of a layer, or None."""
-        slides = self.sliding_layers is None or layer in self.sliding_layers
-        return self.sliding_window if slides else None
+        return self.sliding_window if self.slides(layer) else None
 
     def rope_kind(self, layer):
         """Which RoPE a layer has, as rope_cos_sin takes it."""
         if layer in self.nope_layers:
             return "none"
-        if self.sliding_rope_theta is not None and layer in self.sliding_layers:
+        if self.sliding_rope_theta is not None and self.slides(layer):
             return "sliding"
         return "default"
 
@@ -194,9 +196,9 @@ def attention_kernel(choice, device_type, dtype):
 def rope_frequencies(config):
     """-> inverse frequencies (R/2,) float32, and the factor that cos and sin are multiplied by.
 
-    R is the number of a head's dimensions that RoPE rotates, D unless partial_rotary_factor is
-    less than one. The formulas are those of transformers, including the rounding to float32, because
-    the checkpoints were trained with these numbers. ValueError for an unknown rope_type."""
+    R is the number of a head's dimensions that RoPE rotates: D x partial_rotary_factor. The formulas
+    are those of transformers, including the rounding to float32, because the checkpoints were
+    trained with these numbers. ValueError for an unknown rope_type."""
     R = int(config.head_dim * config.partial_rotary_factor)
     scaling = config.rope_scaling or {}
     rope_type = scaling.get("rope_type", "default")
@@ -295,8 +297,8 @@ def attention_scale(config, position_ids):
     if config.attention_multiplier is not None:
         return config.attention_multiplier * config.head_dim ** 0.5
     if scaling.get("llama_4_scaling_beta"):  # Ministral 3: it grows with the position of q
-        turns = (position_ids / scaling["original_max_position_embeddings"]).floor()
-        return 1 + scaling["llama_4_scaling_beta"] * turns.log1p().double()[:, None, None]
+        contexts = position_ids // int(scaling["original_max_position_embeddings"])
+        return 1 + scaling["llama_4_scaling_beta"] * contexts.double().log1p()[:, None, None]
     return None
 
 
@@ -802,9 +804,10 @@ def block_parameters(config):
 def flops(config, tokens, pairs, recompute="none", keep_layers=0):
     """-> model FLOPs and hardware FLOPs of forward and backward over `tokens` tokens.
 
-    pairs: those of a layer, the mean over layers. Model FLOPs are 3 x forward. In forward a parameter of a matrix product takes 2 per token, and
-    each of the `pairs` of attention 4 x H x D. Hardware FLOPs add what backward recomputes, which
-    is all of a block but its last product, and the attention kernel only with "all"."""
+    Model FLOPs are 3 x forward. In forward a parameter of a matrix product takes 2 per token, and
+    each of the `pairs` of attention, those of a layer on average, 4 x H x D. Hardware FLOPs add what
+    backward recomputes, which is all of a block but its last product, and the attention kernel only
+    with "all"."""
     L = config.num_hidden_layers
     block = block_parameters(config)
     lm_head = config.hidden_size * config.vocab_size

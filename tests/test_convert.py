@@ -634,6 +634,9 @@ def test_other_architectures_are_refused(hf_folder):
     message = "architecture MixtralForCausalLM is not supported: use one of Llama"
     with pytest.raises(ValueError, match=message):
         convert.load_config(folder)
+    edit_config(folder, architectures=["Gemma2ForCausalLM"])
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM is not supported .it caps the scores"):
+        convert.load_config(folder)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1024,7 +1024,8 @@ def remote_tokenizer(folder, tokenizer_class):
 def test_a_tokenizer_that_needs_its_own_code_is_refused(tmp_path):
     remote_tokenizer(tmp_path, "QWenTokenizer")
     (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
-    with pytest.raises(ValueError, match="put a tokenizer.json beside it, or use rows of input_ids"):
+    message = "put a tokenizer.json beside it, or use rows of input_ids"
+    with pytest.raises(ValueError, match=message):
         data.open_tokenizer(tmp_path)
 
 
