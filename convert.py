@@ -71,6 +71,8 @@ class Family(NamedTuple):
     # What that code, or transformers, reads of RoPE, and so how the context can be extended: "all"
     # rope_types, "theta": another base only, which "dynamic" becomes in training, or "fixed": none.
     rope: str = "all"
+    # Its configuration takes a rope_scaling of "type" and "factor" and of no other key.
+    two_key_scaling: bool = False
     # Keys of rope_scaling that it has besides ROPE_KEYS.
     rope_keys: tuple = ()
     # Layers with a sliding window have plain RoPE, with a base of their own (sliding_rope_theta).
@@ -195,7 +197,7 @@ INTERNLM_2 = Family(
         "down_proj": "w2",
     },
     grouped_qkv="wqkv",
-    remote_code=True, rope="theta")
+    remote_code=True, rope="theta", two_key_scaling=True)
 
 # Its "bias" is about the output projection and the MLP only
 INTERNLM_3 = Family(
@@ -350,7 +352,8 @@ OLMO_2 = Family(
     fixed={"norm": "rms_float32", "norm_before": False, "norm_after": True, "qk_norm": True,
            "qk_norm_across_heads": True},
     defaults={"rms_norm_eps": 1e-5},
-    names=NAMES_OF_NORMS_AFTER)
+    names=NAMES_OF_NORMS_AFTER,
+    two_key_scaling=True)
 
 
 def _olmo3(get):
@@ -359,7 +362,8 @@ def _olmo3(get):
 
 # Its sliding layers have the base of the others, but not their rope_scaling
 OLMO_3 = OLMO_2._replace(
-    defaults={**OLMO_2.defaults, "rope_theta": 5e5}, switches=_olmo3, sliding_rope=True)
+    defaults={**OLMO_2.defaults, "rope_theta": 5e5}, switches=_olmo3, sliding_rope=True,
+    two_key_scaling=False)
 
 
 def _granite(get):
@@ -518,7 +522,6 @@ ROPE_KEYS = (
 REQUIRED = object()  # stands for a default that does not exist
 REQUIRED_FIELDS = (
     "num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-
 
 # Models of text and images whose text model can be trained; text_config describes it.
 WITH_IMAGES = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
@@ -726,20 +729,21 @@ def extend_context(config, positions, scaling, length):
     None for the checkpoint's own rope_type, else linear. Its factor is ceil(positions / the
     checkpoint's) unless it is given. length: tokens of the longest row in training.
     """
+    family = FAMILIES[config.architecture]
     old_positions = config.max_position_embeddings
+    old_type = (config.rope_scaling or {}).get("rope_type", "default")
     if isinstance(scaling, str):
         wanted = {"rope_type": scaling}
     else:
-        wanted = _checked_scaling(scaling)
+        wanted = _checked_scaling(scaling, family.rope_keys)
     theta = wanted.pop("rope_theta", None)
 
     longer = positions > old_positions
     if 0 < positions < old_positions:
         raise ValueError(f"MAX_POSITION_EMBEDDINGS {positions} is less than the checkpoint's "
                          f"{old_positions}: use 0 to keep these")
-    rope = FAMILIES[config.architecture].rope
-    is_dynamic = (config.rope_scaling or {}).get("rope_type") == "dynamic"
-    if rope == "fixed" and (longer or wanted or theta or (is_dynamic and length > old_positions)):
+    grows = old_type == "dynamic" and length > old_positions
+    if family.rope == "fixed" and (longer or wanted or theta or grows):
         raise ValueError(f"{config.architecture} reads no rope_scaling: keep its {old_positions} "
                          "positions with MAX_POSITION_EMBEDDINGS 0 and ROPE_SCALING None, and "
                          f"MAX_LENGTH at most {old_positions} if its RoPE is dynamic")
@@ -752,9 +756,12 @@ def extend_context(config, positions, scaling, length):
     if wanted or (longer and not theta):
         new_scaling = _extended_scaling(config.rope_scaling, wanted, old_positions, positions)
     rope_type = new_scaling["rope_type"] if new_scaling else "default"
-    if rope == "theta" and rope_type not in ("default", "dynamic"):
+    if family.rope == "theta" and rope_type not in ("default", "dynamic"):
         raise ValueError(f"{config.architecture} does not read rope_scaling of type {rope_type!r}, "
                          'or reads it otherwise: use ROPE_SCALING dynamic or {"rope_theta": base}')
+    if family.rope_keys and rope_type != old_type:
+        raise ValueError(f"{config.architecture} was trained with keys of rope_scaling that "
+                         f"{rope_type!r} lacks: keep its type with ROPE_SCALING None")
 
     config.rope_scaling = new_scaling
     config.rope_theta = float(theta or config.rope_theta)
@@ -835,7 +842,11 @@ def export_config(source, config, dtype):
     if family.rope != "fixed":
         exported.update(_exported_rope(source, config, family))
         exported["max_position_embeddings"] = config.max_position_embeddings
-    if source.get("tie_word_embeddings") is not None:
+    elif source.get("rope_parameters"):  # Hunyuan's, for transformers 4
+        exported["rope_scaling"] = source["rope_parameters"]
+        exported["rope_theta"] = source["rope_parameters"]["rope_theta"]
+    tied_by_default = family.defaults.get("tie_word_embeddings", False)
+    if source.get("tie_word_embeddings", tied_by_default) != config.tie_word_embeddings:
         exported["tie_word_embeddings"] = config.tie_word_embeddings
 
     exported["architectures"] = [config.architecture]
@@ -851,16 +862,16 @@ def _exported_rope(source, config, family):
     """
     scaling = config.rope_scaling
     newer = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
-    if "partial_rotary_factor" in family.defaults:
-        newer["partial_rotary_factor"] = config.partial_rotary_factor
     older = scaling
-    if scaling is not None and family.rope == "theta":
-        # InternLM 2 takes these two keys and no other
+    if scaling is not None and family.two_key_scaling and len(scaling) == 2:
         older = {"type": scaling["rope_type"], "factor": scaling["factor"]}
     elif scaling is not None and "type" in (source.get("rope_scaling") or {}):
         older = {**scaling, "type": scaling["rope_type"]}  # code before rope_type reads "type"
     exported = {"rope_theta": config.rope_theta, "rope_scaling": older, "rope_parameters": newer}
 
+    if "partial_rotary_factor" in family.defaults:
+        newer["partial_rotary_factor"] = config.partial_rotary_factor
+        exported["partial_rotary_factor"] = config.partial_rotary_factor
     if family.sliding_rope:
         sliding = {"rope_theta": config.sliding_rope_theta, "rope_type": "default"}
         exported["rope_parameters"] = {"full_attention": newer, "sliding_attention": sliding}

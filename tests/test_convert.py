@@ -74,6 +74,8 @@ FAMILIES = [  # model_type of transformers, what to change in its configuration
                         "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0,
                         "beta_slow": 1.0, "original_max_position_embeddings": 4, "mscale": 1.0,
                         "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}}),
+    ("phi3", {"head_dim": 8, "pad_token_id": 0, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
     ("glm", {"head_dim": 12, "pad_token_id": 0}),
     ("glm4", {"head_dim": 12, "pad_token_id": 0}),
     ("glm4", {"head_dim": 12, "pad_token_id": 0, "attention_bias": False}),
@@ -706,6 +708,66 @@ def test_extended_context_is_what_transformers_serves(
     convert.extend_context(reloaded, positions, scaling if factor else None, length)
     assert reloaded.rope_theta == theta_before
     assert reloaded.rope_scaling == scaling_before
+
+
+MINISTRAL_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+@pytest.mark.parametrize("model_type,scaling,changes", [
+    ("smollm3", "yarn", FOUR_LAYERS), ("olmo2", "linear", {}),
+    ("granite", "yarn", {"attention_multiplier": 0.2}),
+    ("olmo3", "yarn", {**FOUR_LAYERS, "sliding_window": 5}), ("seed_oss", "dynamic", {}),
+    ("ernie4_5", "llama3", {}), ("glm4", "yarn", {"num_attention_heads": 4}),
+    ("gemma3_text", "linear", {**FOUR_LAYERS, "sliding_window": 5,
+                               "layer_types": ["full_attention", "sliding_attention"] * 2}),
+    ("phi3", {"rope_theta": 1e6}, {}), ("ministral3", None, {"rope_parameters": MINISTRAL_YARN}),
+], ids=str)
+def test_extended_families_are_what_transformers_serves(
+        hf_folder, tmp_path, model_type, scaling, changes):
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = hf_folder(model_type, **{
+        "head_dim": 16, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "pad_token_id": 0, **changes})
+    ours = load(folder)
+    convert.extend_context(ours.config, 2048, scaling, 2048)
+    convert.save_weights(ours, folder, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    ids, _, cu_seqlens, max_seqlen, _ = row([40])
+    positions_far_apart = torch.arange(40) * 50
+    expected = theirs.eval()(ids[None], position_ids=positions_far_apart[None]).logits[0]
+    logits = ours(ids, positions_far_apart, cu_seqlens, max_seqlen)
+    assert_close(logits, expected, "logits", atol=1e-4 * expected.abs().max().item())
+    assert convert.load_config(tmp_path / "out") == ours.config
+    if model_type == "olmo2":  # transformers 4 takes exactly these keys
+        assert json_of(tmp_path / "out")["rope_scaling"] == {"type": "linear", "factor": 4.0}
+
+
+def test_alpha_of_hunyuan_is_exported_for_both_versions_of_transformers(hf_folder, tmp_path):
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+    folder, _ = hf_folder("hunyuan_v1_dense", rope_parameters=scaling)
+    ours = load(folder)
+    with pytest.raises(ValueError, match="HunYuanDenseV1ForCausalLM reads no rope_scaling"):
+        convert.extend_context(ours.config, 2048, None, 512)
+    convert.save_weights(ours, folder, tmp_path / "out")
+    config = json_of(tmp_path / "out")
+    assert config["rope_scaling"] == config["rope_parameters"] == scaling
+    assert config["rope_theta"] == 1e4
+    edit_config(folder, rope_parameters={**scaling, "rope_type": "yarn"})
+    with pytest.raises(ValueError, match="not supported for Hunyuan: use dynamic with alpha"):
+        convert.load_config(folder)
+
+
+def test_ministral_keeps_its_type_of_scaling(hf_folder):
+    folder, _ = hf_folder("ministral3", pad_token_id=0, rope_parameters=MINISTRAL_YARN)
+    config = convert.load_config(folder)
+    for scaling in ({"rope_type": "linear", "factor": 4.0}, "default"):
+        with pytest.raises(ValueError, match="keep its type with ROPE_SCALING None"):
+            convert.extend_context(config, 2048, scaling, 2048)
 
 
 @pytest.mark.parametrize("positions", [0, 1024])
@@ -1495,11 +1557,14 @@ def test_only_files_that_transformers_loads_are_read(hf_folder):
     assert torch.equal(load(folder).model["norm"].weight, theirs.model.norm.weight)
 
 
-def test_a_head_that_differs_from_its_embedding_is_untied(hf_folder, tmp_path):
+@pytest.mark.parametrize("model_type", ["llama", "gemma"])
+def test_a_head_that_differs_from_its_embedding_is_untied(hf_folder, tmp_path, model_type):
     from transformers import AutoModelForCausalLM
 
-    folder, _ = hf_folder(tie_word_embeddings=True)
+    folder, _ = hf_folder(model_type, tie_word_embeddings=True)
     edit_tensors(folder, **{"lm_head.weight": torch.randn(97, 48)})
+    if model_type == "gemma":  # tied unless config.json says otherwise
+        edit_config(folder, drop=["tie_word_embeddings"])
     with pytest.warns(UserWarning, match="ties lm_head to the embedding, but"):
         ours = load(folder)
     ids, positions, cu_seqlens, max_seqlen, _ = row([23])
