@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import weakref
 from datetime import timedelta
@@ -50,6 +51,17 @@ class Grid(NamedTuple):
     device: torch.device
 
 
+def sequence_parallel_sizes(world, heads, kv_heads):
+    """-> the sizes that work with so many processes and heads, the smallest first."""
+    sizes = []
+    for p in range(1, world + 1):
+        # Key/value heads are split, or replicated to exactly one a rank.
+        fits_kv_heads = kv_heads % p == 0 or p % kv_heads == 0
+        if heads % p == 0 and fits_kv_heads and world % p == 0:
+            sizes.append(p)
+    return sizes
+
+
 def check(world, replicas, sp, heads, kv_heads):
     """-> dp, the number of rows that are processed at the same time.
 
@@ -57,33 +69,71 @@ def check(world, replicas, sp, heads, kv_heads):
     if world % replicas != 0:
         raise ValueError(
             f"REPLICAS {replicas} does not divide {world} processes: use a divisor of {world}")
-
-    def divides_heads(p):
-        return heads % p == 0
-
-    def fits_kv_heads(p):  # they are split, or replicated to exactly one a rank
-        return kv_heads % p == 0 or p % kv_heads == 0
-
-    def divides_world(p):
-        return world % p == 0
-
     rules = {
-        f"divide {heads} attention heads": divides_heads,
-        f"fit {kv_heads} key/value heads": fits_kv_heads,
-        f"divide {world} processes": divides_world,
+        f"divide {heads} attention heads": heads % sp == 0,
+        f"fit {kv_heads} key/value heads": kv_heads % sp == 0 or sp % kv_heads == 0,
+        f"divide {world} processes": world % sp == 0,
     }
     for rule, holds in rules.items():
-        if not holds(sp):
-            works = [str(p) for p in range(1, world + 1)
-                     if divides_heads(p) and fits_kv_heads(p) and divides_world(p)]
+        if not holds:
+            works = [str(p) for p in sequence_parallel_sizes(world, heads, kv_heads)]
             raise ValueError(f"SEQUENCE_PARALLEL_SIZE {sp} does not {rule}: use {', '.join(works)}")
     return world // sp
 
 
+def adopt_slurm():
+    """Set the variables of torchrun from those of srun, for a task that has only the latter.
+
+    A rank is a task. The first host of the job is the master, unless MASTER_ADDR names another."""
+    environment = os.environ
+    if "RANK" in environment or "SLURM_PROCID" not in environment:
+        return
+    n_tasks = int(environment.get("SLURM_NTASKS", 1))
+    if n_tasks == 1:
+        return
+    # "8(x2),4": 8 tasks on each of two hosts, 4 on the third. Ranks of a host follow each other.
+    tasks_of_hosts = []
+    for part in environment.get("SLURM_TASKS_PER_NODE", str(n_tasks)).split(","):
+        n, _, times = part.rstrip(")").partition("(x")
+        tasks_of_hosts += [n] * int(times or 1)
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    job = int(environment.get("SLURM_JOB_ID", 0))
+    variables = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(n_tasks),
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": tasks_of_hosts[int(environment.get("SLURM_NODEID", 0))],
+        "MASTER_ADDR": first_host(hosts) if hosts else "127.0.0.1",
+        "MASTER_PORT": str(20000 + job % 10000),  # jobs that share a host differ
+    }
+    for name, value in variables.items():
+        environment.setdefault(name, value)
+
+
+def first_host(hosts):
+    """"gpu[003-006,9],login1", a list of hosts as SLURM writes it -> "gpu003"."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", hosts)
+    return match[1] + (match[2] or "")
+
+
+def world_size():
+    """-> the number of processes, before any of them has joined the others."""
+    adopt_slurm()
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size():
+    """-> the number of processes on this host."""
+    adopt_slurm()
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def init(replicas, sp):
-    """Join the process group that torchrun describes, or form one of a single process. -> Grid."""
+    """Join the process group that torchrun or srun describes, or form one of a single process.
+
+    -> Grid."""
+    local_world = local_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if local_world > gpus:
