@@ -726,7 +726,7 @@ def extend_context(config, positions, scaling, length):
     """Change `config`, in place, to a context of `positions` tokens; 0 keeps the checkpoint's.
 
     scaling: a rope_type, a dict of rope_scaling, {"rope_theta": base} for another base alone, or
-    None for the checkpoint's own rope_type, else linear. Its factor is ceil(positions / the
+    None for the checkpoint's own rope_type, else yarn. Its factor is ceil(positions / the
     checkpoint's) unless it is given. length: tokens of the longest row in training.
     """
     family = FAMILIES[config.architecture]
@@ -782,7 +782,7 @@ def _extended_scaling(old, wanted, old_positions, positions):
     the rest.
     """
     old_type = old["rope_type"] if old else None
-    rope_type = wanted.get("rope_type", old_type or "linear")
+    rope_type = wanted.get("rope_type", old_type or "yarn")
     if rope_type == "default":
         return None
 

@@ -12,7 +12,6 @@ are float32, because their sums and exponentials lose too much in bfloat16. RoPE
 in float64: near position one million a float32 angle is up to 0.03 radians off. FSDP2 keeps the
 master weights in float32 (parallel.py).
 """
-import dataclasses
 import functools
 import importlib
 import itertools
@@ -838,7 +837,7 @@ class Settings(NamedTuple):
 
     def execution(self, given):
         """-> a copy of the Execution `given` with these settings."""
-        return dataclasses.replace(
+        return replace(
             given, recompute=self.recompute, keep_layers=self.keep_layers,
             mlp_chunk=self.mlp_chunk, offload_layers=self.offload_layers)
 
