@@ -1097,10 +1097,11 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
     if recompute == "all":
         recomputation += recomputed * forward
 
-    # The exchange of sequence parallelism: of q, k, v and of the output, in forward, in backward
-    # and where they are recomputed.
+    # The exchange of sequence parallelism: of q, k, v and of the output of documents that cross a
+    # border, in forward, in backward and where they are recomputed.
     link = gpu.link if work.sp <= GPUS_PER_HOST else NETWORK
-    exchanged = 2 * t * (qkv + q) * (work.sp - 1) / work.sp
+    crossing = min(length / t, 1)       # share of the tokens, about a document at every border
+    exchanged = 2 * t * crossing * (qkv + q) * (work.sp - 1) / work.sp
     exchange = (2 * L + recomputed) * exchanged / link
     compute = products + recomputation + attention + exchange
 

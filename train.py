@@ -27,7 +27,23 @@ import convert
 import data
 import parallel
 from model import (
-    Config, Execution, Transformer, attention_kernel, flops, mean_attention_pairs, memory)
+    GPUS,
+    USABLE_HOST_MEMORY,
+    USABLE_MEMORY,
+    Config,
+    Execution,
+    Settings,
+    Transformer,
+    Work,
+    attention_kernel,
+    choose,
+    flops,
+    gpu_of,
+    host_memory,
+    mean_attention_pairs,
+    memory,
+    step_seconds,
+)
 
 # What to train, on what data, and where the results go
 MODEL = "demo"                  # Hugging Face folder; "demo": a small Llama, made on first use
@@ -38,7 +54,7 @@ RUN_DIR = "runs/demo"           # checkpoints, metrics and the trained hf/ folde
 CACHE_DIR = "runs/cache"        # tokenized data and the demo; can be shared by all runs
 
 # How documents become rows
-MAX_LENGTH = 1024               # tokens per row, and at most per document or piece of one
+MAX_LENGTH = 8192               # tokens per row, and at most per document or piece of one
 PACKING = "split"               # "split": concatenate and cut; "whole": uncut documents; "none"
 USE_VARLEN_ATTN = True          # attention within documents; False: within the whole row
 BATCH_SIZE = 1                  # documents per row, used with PACKING="none" only
@@ -48,47 +64,61 @@ APPEND_EOS = True               # plain text ends with the tokenizer's eos, whic
 TRAIN_ON_PROMPT = False         # chat: train all tokens; False: the assistant's only
 MASK_HISTORY = False            # chat: train the last assistant turn only
 MAX_POSITION_EMBEDDINGS = 0     # extend the context to so many tokens; 0: as in the checkpoint
-ROPE_SCALING = None             # how: "linear", "dynamic", "yarn", "llama3" or a dict; None: linear
+ROPE_SCALING = None             # how: "yarn", "linear", "dynamic", "llama3" or a dict; None: yarn
 LOSS_WEIGHT = "token"           # n targets in a document count n; "sample": 1; "square": sqrt(n)
 
 # How the work is divided: world = REPLICAS x data parallel x SEQUENCE_PARALLEL_SIZE
-SEQUENCE_PARALLEL_SIZE = 0      # ranks that share one row; 0: all ranks of a replica
-GLOBAL_BATCH_SIZE = 4           # rows per optimizer step, independent of the number of ranks
-ZERO_STAGE = 2                  # 2 shards gradients; 3 also frees weights after forward; 1 neither
+SEQUENCE_PARALLEL_SIZE = 0      # ranks that share one row; 0: the fewest with which it fits
+GLOBAL_BATCH_SIZE = 8           # rows per optimizer step, independent of the number of ranks
 REPLICAS = 1                    # copies of the sharded states; raise where hosts are slowly linked
-RECOMPUTE = "all_but_attention"  # in backward: this, "all" (less memory) or "none" (faster)
+
+# Memory for time. "auto" chooses this and the five below, except those that are set, by what fits.
+RECOMPUTE = "auto"              # in backward: "none", "all_but_attention", "all" (least memory)
 KEEP_LAYERS = 0                 # last layers exempt from RECOMPUTE; raise while memory is free
+ZERO_STAGE = 2                  # 2 shards gradients; 3 also frees weights after forward; 1 neither
 OFFLOAD_ACTIVATIONS = 0         # first layers whose kept activations go to CPU memory; -1: all
 OFFLOAD_OPTIMIZER = False       # keep parameters and optimizer states in CPU memory
 MLP_CHUNK = 0                   # tokens per pass through an MLP; 0: all; lower to save memory
 LOSS_CHUNK = 8192               # tokens whose logits exist at a time; lower to save memory
 COMPILE = True                  # use torch.compile on a GPU
 ATTENTION = "auto"              # flash_attn_4, flash_attn_3, flash_attn_2, torch_varlen, sdpa
-DTYPE = "bfloat16"              # of the matrix products; "float32" for exact tests
+DTYPE = "auto"                  # of matrix products: "bfloat16"; "float32", for exact tests, CPUs
 
 # Optimization
-LEARNING_RATE = 6e-3            # peak, reached after the warm-up
-MIN_LEARNING_RATE = 3e-4        # at the end of the schedule
+LEARNING_RATE = 1e-5            # peak, reached after the warm-up; for pretrained models of 1 to 8B
+MIN_LEARNING_RATE_RATIO = 0.1   # of the peak, at the end of the schedule
 LR_SCHEDULE = "cosine"          # "linear", "constant", "wsd": constant, then linear in the last 20%
-WARMUP_RATIO = 0.05             # fraction of all steps
+WARMUP_RATIO = 0.05             # fraction of all steps, at least one step; 0: no warm-up
 BETAS = (0.9, 0.95)             # of AdamW
 WEIGHT_DECAY = 0.1              # of matrices; norms and biases have none
 MAX_GRAD_NORM = 1.0             # gradients are clipped to this global norm; 0: no clipping
 EPOCHS = 1.0                    # passes over DATA, used if MAX_STEPS is -1
-MAX_STEPS = 360                 # optimizer steps; -1: follow EPOCHS; 0: load, check and export
+MAX_STEPS = -1                  # optimizer steps; -1: follow EPOCHS; 0: load, check and export
 SEED = 0                        # of the data order, of INIT="random" and of the samples
 
 # Evaluation, samples and checkpoints
 EVAL_DATA = ""                  # like DATA; "": no evaluation
 EVAL_EVERY = 0                  # steps between evaluations; 0: after the last step only
-SAMPLE_PROMPTS = ["def __init__(self, ", "import os\nimport sys\n\ndef main(", "class Error("]
-SAMPLE_TOKENS = 80              # tokens to sample after each of SAMPLE_PROMPTS, at the end of a run
+SAMPLE_PROMPTS = []             # texts to continue at the end of a run
+SAMPLE_TOKENS = 80              # tokens to sample after each of SAMPLE_PROMPTS
 SAVE_EVERY = 200                # steps between checkpoints; 0: last step only; -1: none, no hf/
 KEEP_CHECKPOINTS = 2            # number of newest checkpoints to keep
 RESUME = "auto"                 # "auto": newest checkpoint in RUN_DIR; "never"; or a checkpoint
 
 # The names of the constants above, which the command line can set and every run records.
 CONSTANTS = [name for name in globals() if name.isupper()]
+DEFAULTS = {name: globals()[name] for name in CONSTANTS}
+SET_BY_HAND = set()  # names that the command line has set, maybe to their defaults
+
+# What MODEL="demo" uses instead of the defaults above: it learns from nothing, in two minutes.
+DEMO = {
+    "MAX_LENGTH": 512,
+    "GLOBAL_BATCH_SIZE": 4,
+    "LEARNING_RATE": 4e-3,
+    "MIN_LEARNING_RATE_RATIO": 0.05,
+    "MAX_STEPS": 300,
+    "SAMPLE_PROMPTS": ["def __init__(self", "import os\nimport sys\n", "class Error(Exception):\n"],
+}
 
 # Constants that take one of a few values.
 CHOICES = {
@@ -97,19 +127,33 @@ CHOICES = {
     "OVERLONG": ("split", "truncate", "truncate_middle", "drop"),
     "LOSS_WEIGHT": ("token", "sample", "square"),
     "ZERO_STAGE": (1, 2, 3),
-    "RECOMPUTE": ("all_but_attention", "all", "none"),
-    "DTYPE": ("bfloat16", "float32"),
+    "RECOMPUTE": ("auto", "none", "all_but_attention", "all"),
+    "DTYPE": ("auto", "bfloat16", "float32"),
     "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd"),
 }
 
-# Constants that must be greater than zero.
+# Constants that must be greater than zero, that may also be zero, that may also be -1, and those
+# that must be between 0 and 1.
 POSITIVE = ("MAX_LENGTH", "BATCH_SIZE", "GLOBAL_BATCH_SIZE", "REPLICAS", "LOSS_CHUNK", "EPOCHS")
+NOT_NEGATIVE = (
+    "SYNTHETIC_DOCUMENT", "MAX_POSITION_EMBEDDINGS", "SEQUENCE_PARALLEL_SIZE", "KEEP_LAYERS",
+    "MLP_CHUNK", "LEARNING_RATE", "WEIGHT_DECAY", "MAX_GRAD_NORM", "SEED", "EVAL_EVERY",
+    "SAMPLE_TOKENS")
+FROM_MINUS_ONE = ("MAX_STEPS", "SAVE_EVERY")
+RATIOS = ("WARMUP_RATIO", "MIN_LEARNING_RATE_RATIO")
 
 # Constants whose value may be of another type than the default: a path or a list of paths.
 ANY_TYPE = ("DATA", "EVAL_DATA", "BETAS", "ROPE_SCALING")
 
-# FLOP/s of dense bfloat16 matrix products, by a part of the GPU's name. MFU is relative to it.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}
+# The constants that RECOMPUTE="auto" chooses, and the fields of model.Settings that they are.
+CHOSEN = {
+    "RECOMPUTE": "recompute",
+    "KEEP_LAYERS": "keep_layers",
+    "ZERO_STAGE": "zero_stage",
+    "MLP_CHUNK": "mlp_chunk",
+    "OFFLOAD_ACTIVATIONS": "offload_layers",
+    "OFFLOAD_OPTIMIZER": "offload_optimizer",
+}
 
 # The line that is printed for each step: keys of metrics.jsonl, in this order and format.
 LOG_FORMAT = {
@@ -150,7 +194,7 @@ class StepSums(NamedTuple):
 def main():
     """Train MODEL on DATA as the constants say, and export it to RUN_DIR."""
     # Plan. Wrong constants are reported before any process waits for another.
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = parallel.world_size()
     folder, config, sp, _ = plan(world)
     dtype = getattr(torch, DTYPE)  # of the matrix products; master weights are float32
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,15 +207,15 @@ def main():
     total_rows = rows.count(EPOCHS) if MAX_STEPS < 0 else MAX_STEPS * GLOBAL_BATCH_SIZE
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
 
-    # Process groups, model and optimizer
+    # Process groups, model and optimizer. What the run will need is printed before it is taken.
     grid = parallel.init(REPLICAS, sp)
     execution = execution_settings(config, device_type)
+    print_once(grid, f"{rows.describe()}\n{steps:,} steps")
+    print_once(grid, describe_context(folder, config, rows))
+    print_once(grid, describe_plan(config, grid, execution, rows, steps))
     model = build_model(folder, config, grid, execution, dtype)
     optimizer = build_optimizer(model)
-    expected_memory = describe_memory(config, grid, execution)
     print_once(grid, describe(model, kernel_name, grid))
-    print_once(grid, f"{rows.describe()}\n{steps:,} steps")
-    print_once(grid, f"expected peak memory of a GPU: {expected_memory}")
 
     # Resume
     notes = manifest_notes(folder, config, rows)
@@ -182,7 +226,7 @@ def main():
     try:
         accounting = rows.accounting()
         parallel.together("RUN_DIR", open_run, run_lock, notes, steps_done, accounting, only=0)
-        with explain_out_of_memory(expected_memory):
+        with explain_out_of_memory(config, grid, execution):
             stopped = training_loop(
                 model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes)
         if not stopped:
@@ -216,6 +260,23 @@ def override(arguments):
             raise ValueError(f"{name}={text} is not of type {type(default).__name__}: "
                              f"use a value like {default!r}.")
         globals()[name] = value
+        SET_BY_HAND.add(name)
+
+
+def is_set(name):
+    """Return whether a constant was set, on the command line or to another value than its default.
+    """
+    return name in SET_BY_HAND or globals()[name] != DEFAULTS[name]
+
+
+def complete_constants():
+    """Set the constants that depend on others, as far as they are not set by hand."""
+    if MODEL == "demo":
+        for name, value in DEMO.items():
+            if not is_set(name):
+                globals()[name] = value
+    if DTYPE == "auto":  # on CPUs bfloat16 is slower than float32
+        globals()["DTYPE"] = "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def check_constants():
@@ -226,9 +287,22 @@ def check_constants():
             known = ", ".join(str(choice) for choice in choices)
             raise ValueError(f"{name} {value!r} is unknown: use one of {known}.")
     for name in POSITIVE:
-        value = globals()[name]
-        if value <= 0:
-            raise ValueError(f"{name} {value} is not positive: use a number greater than 0.")
+        if not 0 < globals()[name] < math.inf:  # false for nan, too
+            raise ValueError(
+                f"{name} {globals()[name]} is not positive: use a number greater than 0.")
+    for name in NOT_NEGATIVE:
+        if not 0 <= globals()[name] < math.inf:
+            raise ValueError(
+                f"{name} {globals()[name]} is out of range: use 0 or a number greater than 0.")
+    for name in FROM_MINUS_ONE:
+        if not -1 <= globals()[name] < math.inf:
+            raise ValueError(
+                f"{name} {globals()[name]} is out of range: use -1, 0 or a greater number.")
+    for name in RATIOS:
+        if not 0 <= globals()[name] <= 1:
+            raise ValueError(
+                f"{name} {globals()[name]} is out of range: use a number between 0 and 1.")
+    check_betas()
     if OFFLOAD_ACTIVATIONS < -1:
         raise ValueError(f"OFFLOAD_ACTIVATIONS {OFFLOAD_ACTIVATIONS} is not a number of layers: "
                          "use 0 for none, -1 for all, or the number of first layers to offload.")
@@ -237,11 +311,21 @@ def check_constants():
                          "'none': use RECOMPUTE 'all_but_attention' or 'all'.")
 
 
+def check_betas():
+    """Raise ValueError if BETAS are not two numbers of which each is at least 0 and less than 1."""
+    pair = isinstance(BETAS, (tuple, list)) and len(BETAS) == 2
+    if not pair or not all(0 <= beta < 1 for beta in BETAS):
+        raise ValueError(f"BETAS {BETAS!r} are not two numbers from 0 to below 1: "
+                         f"use values like {DEFAULTS['BETAS']}.")
+
+
 def plan(world):
-    """Check the constants and return the Plan for `world` processes.
+    """Check the constants, choose those that choose themselves, and return the Plan for `world`
+    processes.
 
     Raises ValueError or FileNotFoundError that names the constant, the rule and the remedy.
     """
+    complete_constants()
     check_constants()
     demo = Path(CACHE_DIR) / "demo"
     if "demo" in (MODEL, DATA, EVAL_DATA):
@@ -250,11 +334,15 @@ def plan(world):
     folder = demo if MODEL == "demo" else Path(MODEL)
     config = convert.load_config(folder)
     convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, MAX_LENGTH)
+    if MAX_LENGTH > config.max_position_embeddings:
+        raise ValueError(
+            f"MAX_LENGTH {MAX_LENGTH} is beyond the model's {config.max_position_embeddings} "
+            f"positions: extend them with MAX_POSITION_EMBEDDINGS={MAX_LENGTH} and, if not by "
+            "yarn, ROPE_SCALING, or lower MAX_LENGTH.")
     if config.sliding_window and config.sliding_window >= MAX_LENGTH:
         config.sliding_window = None  # it covers every row; kernels are faster without a window
 
-    # The largest sequence-parallel size, unless the constant gives one.
-    sp = SEQUENCE_PARALLEL_SIZE or max(world // REPLICAS, 1)
+    sp, settings = choose_settings(config, world)
     dp = parallel.check(
         world, REPLICAS, sp, config.num_attention_heads, config.num_key_value_heads)
     if GLOBAL_BATCH_SIZE % dp != 0:
@@ -262,7 +350,93 @@ def plan(world):
         raise ValueError(
             f"GLOBAL_BATCH_SIZE {GLOBAL_BATCH_SIZE} is not a multiple of the data-parallel size "
             f"{dp} ({world} processes / SEQUENCE_PARALLEL_SIZE {sp}): use {next_multiple}.")
+    for name, field in CHOSEN.items():
+        globals()[name] = getattr(settings, field)
     return Plan(folder, config, sp, dp)
+
+
+def choose_settings(config, world):
+    """Return the sequence-parallel size and the Settings of a run of `world` processes.
+
+    The size is the smallest that the heads and GLOBAL_BATCH_SIZE allow and with which a step fits,
+    and the Settings are the fastest that fit. What is set by hand stays. Raises ValueError if
+    nothing fits.
+    """
+    sizes = [SEQUENCE_PARALLEL_SIZE]
+    if SEQUENCE_PARALLEL_SIZE == 0:
+        works = parallel.sequence_parallel_sizes(
+            world // REPLICAS, config.num_attention_heads, config.num_key_value_heads)
+        # A size that GLOBAL_BATCH_SIZE does not allow is tried only if there is no other.
+        sizes = [sp for sp in works if GLOBAL_BATCH_SIZE * sp % world == 0] or works[:1]
+
+    given = settings_by_hand(config)
+    gpu = this_gpu()
+    if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
+        offloads = given.get("offload_layers", 0) != 0 and "recompute" not in given
+        recompute = "all_but_attention" if offloads else "none"
+        return sizes[0], Settings(**{"recompute": recompute, **given})
+
+    # AdamW on the CPU is slow: a larger size without it is better than a smaller one with it.
+    gpu_limit = USABLE_MEMORY * gpu.memory
+    for offload_optimizer in (False, True):
+        limited = {"offload_optimizer": offload_optimizer, **given}
+        for sp in sizes:
+            settings = choose(config, gpu, work_of_gpu(config, world, sp),
+                              execution_settings(config, "cuda"), limited, gpu_limit,
+                              host_memory_per_process())
+            if settings is not None:
+                return sp, settings
+    if RECOMPUTE != "auto":  # all was set by hand
+        return sizes[-1], Settings(**given)
+    raise ValueError(
+        f"Rows of MAX_LENGTH {MAX_LENGTH} do not fit in {gpu.memory:.0f} GiB of a GPU and "
+        f"{host_memory_per_process():.0f} GiB of CPU memory for each of {world} processes: use "
+        "more GPUs or a smaller MAX_LENGTH. RECOMPUTE=all with other constants tries it anyway.")
+
+
+def settings_by_hand(config):
+    """Return {field of Settings: value} of the constants in CHOSEN that are not to be chosen."""
+    given = {}
+    for name, field in CHOSEN.items():
+        if RECOMPUTE != "auto" or (name != "RECOMPUTE" and is_set(name)):
+            given[field] = globals()[name]
+    if given.get("offload_layers") == -1:
+        given["offload_layers"] = config.num_hidden_layers
+    return given
+
+
+def this_gpu():
+    """Return the model.GPU of this process, with the memory it really has, or None on a CPU.
+
+    A GPU that is not in GPUS gets the rates of an A100: the choice needs their proportions only.
+    """
+    if not torch.cuda.is_available():
+        return None
+    size = torch.cuda.get_device_properties(0).total_memory / 2**30
+    known = gpu_of(torch.cuda.get_device_name()) or GPUS["A100-80"]
+    return known._replace(memory=size)
+
+
+def host_memory_per_process():
+    """Return how many GiB of CPU memory each process of this host may use."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
+    if limit.exists() and limit.read_text().strip().isdigit():
+        size = min(size, int(limit.read_text()))
+    return USABLE_HOST_MEMORY * size / 2**30 / parallel.local_world_size()
+
+
+def work_of_gpu(config, world, sp, pairs=None):
+    """Return the model.Work of one GPU. `pairs` of a row; without it, a row is one document."""
+    if pairs is None:
+        pairs = attention_pairs([0, MAX_LENGTH], config.sliding_window)
+    dp = max(world // sp, 1)
+    return Work(
+        tokens=ceil_div(MAX_LENGTH, sp),
+        pairs=pairs,
+        sp=sp,
+        ranks=max(world // REPLICAS, 1),
+        accumulate=ceil_div(GLOBAL_BATCH_SIZE, dp))
 
 
 def make_demo(folder):
@@ -285,6 +459,9 @@ def open_data(source, folder, config):
 
     Files are tokenized with the tokenizer of `folder` unless they are in CACHE_DIR already.
     """
+    if source == "demo" and MODEL != "demo":
+        raise ValueError(f"DATA 'demo' is for MODEL 'demo' only, not for {MODEL!r}: set DATA to "
+                         "your files.")
     if source == "synthetic":
         corpus = synthetic_corpus(config.vocab_size)
     else:
@@ -392,6 +569,8 @@ def learning_rate(step, steps):
     """Return the learning rate of optimizer step `step`, counted from 1, of a run of `steps`."""
     # It depends on the step alone, so that a resumed run needs no state of a scheduler.
     warmup = round(WARMUP_RATIO * steps)
+    if WARMUP_RATIO > 0:
+        warmup = max(warmup, 1)
     if step <= warmup:
         return LEARNING_RATE * step / warmup
     progress = (step - warmup) / max(steps - warmup, 1)
@@ -404,7 +583,7 @@ def learning_rate(step, steps):
         decay = max(0.0, (progress - 0.8) / 0.2)
     else:
         decay = 0.0
-    return LEARNING_RATE + (MIN_LEARNING_RATE - LEARNING_RATE) * decay
+    return LEARNING_RATE * (1 + (MIN_LEARNING_RATE_RATIO - 1) * decay)
 
 
 # -------------------------------------------------------------------------- what a run prints first
@@ -431,33 +610,98 @@ def describe(model, kernel_name, grid):
         f"(accumulative_counts); at most {GLOBAL_BATCH_SIZE * MAX_LENGTH:,} tokens per step")
 
 
+def describe_context(folder, config, rows):
+    """Return how many tokens of the data use an extension of the context; "" if there is none."""
+    positions = convert.load_config(folder).max_position_embeddings
+    if config.max_position_embeddings <= positions:
+        return ""
+    beyond = np.maximum(rows.lengths - positions, 0).sum() / rows.lengths.sum()
+    text = (f"extended from {positions:,} to {config.max_position_embeddings:,} positions: "
+            f"{beyond:.1%} of the tokens are beyond the old context of their document")
+    if beyond < 0.05:
+        text += ". WARNING: with so few the model hardly learns to use the new one"
+    return text
+
+
+def describe_plan(config, grid, execution, rows, steps):
+    """Return what the run is expected to take, and the constants that were chosen, to paste."""
+    chosen = {name: globals()[name] for name in CHOSEN}
+    chosen["SEQUENCE_PARALLEL_SIZE"] = grid.sp
+    lines = ["settings: " + " ".join(f"{name}={value}" for name, value in chosen.items())]
+    works = parallel.sequence_parallel_sizes(
+        grid.world, config.num_attention_heads, config.num_key_value_heads)
+    if grid.world not in works:
+        sizes = ", ".join(str(size) for size in works)
+        lines.append(
+            f"{config.num_attention_heads} attention heads and {config.num_key_value_heads} "
+            f"key/value heads allow SEQUENCE_PARALLEL_SIZE {sizes} with {grid.world} processes")
+    gpu = this_gpu()
+    if gpu is not None:
+        work = work_of_gpu(config, grid.world, grid.sp, mean_pairs(config, rows))
+        step = sum(step_seconds(
+            config, gpu, work, execution, ZERO_STAGE, OFFLOAD_OPTIMIZER).values())
+        hours = steps * step / 3600
+        host = host_memory(config, work.tokens, work.ranks, execution, OFFLOAD_OPTIMIZER, grid.sp)
+        lines.append(f"expected peak memory of a GPU: {describe_memory(config, grid, execution)}; "
+                     f"{host:.1f} GiB of CPU memory for each process")
+        lines.append(f"expected: {step:.2f} s a step, {hours / 24:.2f} days for {steps:,} steps, "
+                     f"{hours * grid.world:,.1f} GPU-hours")
+    return "\n".join(lines)
+
+
+def mean_pairs(config, rows, n=64):
+    """Return the mean over the first `n` rows of the pairs of tokens that attention computes."""
+    pairs = []
+    for row in range(min(n, rows.per_epoch)):
+        lengths = rows.find(row)["length"]
+        if not USE_VARLEN_ATTN:
+            lengths = [lengths.sum()]
+        cu_seqlens = [0, *np.cumsum(lengths).tolist()]
+        pairs.append(attention_pairs(cu_seqlens, config.sliding_window))
+    return sum(pairs) / len(pairs)
+
+
+def memory_parts(config, grid, execution):
+    """Return {part: GiB} of the expected peak memory of a GPU."""
+    work = work_of_gpu(config, grid.world, grid.sp)
+    return memory(config, work.tokens, work.ranks, execution, ZERO_STAGE, work.accumulate, grid.sp,
+                  OFFLOAD_OPTIMIZER)
+
+
 def describe_memory(config, grid, execution):
     """Return the expected peak memory of a GPU in GiB as a sum of its parts."""
-    # A rank holds its part of a row, and its shard of the states of one replica.
-    tokens = ceil_div(MAX_LENGTH, grid.sp)
-    shards = grid.world // REPLICAS
-    accumulation = GLOBAL_BATCH_SIZE // grid.dp
-    parts = memory(config, tokens, shards, execution, ZERO_STAGE, accumulation)
-    if OFFLOAD_OPTIMIZER:
-        parts["optimizer states"] = 0.0
+    parts = memory_parts(config, grid, execution)
     terms = " + ".join(f"{size:.1f} {part}" for part, size in parts.items())
     return f"{sum(parts.values()):.1f} GiB = {terms}"
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(expected):
+def explain_out_of_memory(config, grid, execution):
     """Add to an out-of-memory error what was expected and which constants to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"{error}\n"
-            f"The expected peak was {expected}.\n"
-            "Change these constants one after the other, in this order, until the run fits: "
+            f"The expected peak was {describe_memory(config, grid, execution)}.\n"
+            f"{less_memory(config, grid, execution)}"
+            "Or change these constants one after the other, in this order, until the run fits: "
             "RECOMPUTE=all_but_attention, KEEP_LAYERS=0, ZERO_STAGE=3, MLP_CHUNK=32768, "
             "OFFLOAD_ACTIVATIONS=-1, RECOMPUTE=all, OFFLOAD_OPTIMIZER=True. If it still does not "
             "fit, raise SEQUENCE_PARALLEL_SIZE or lower MAX_LENGTH. "
             "The last checkpoint is complete.") from error
+
+
+def less_memory(config, grid, execution):
+    """Return the fastest settings that take 8% less memory than those of this run, as advice."""
+    gpu = this_gpu() or GPUS["H200"]
+    limit = 0.92 * sum(memory_parts(config, grid, execution).values())
+    work = work_of_gpu(config, grid.world, grid.sp)
+    settings = choose(config, gpu, work, execution, {}, limit, host_memory_per_process())
+    if settings is None:
+        return ""
+    constants = [f"{name}={getattr(settings, field)}" for name, field in CHOSEN.items()]
+    return f"The next settings to take are {' '.join(constants)}.\n"
 
 
 # ----------------------------------------------------------------------------------- files of a run
@@ -702,10 +946,8 @@ def speed_and_memory(config, sums, seconds, grid):
 def peak_flops(grid):
     """Return the bfloat16 FLOP/s of this GPU, or None if DTYPE is another or it is not known."""
     if grid.device.type == "cuda" and DTYPE == "bfloat16":
-        gpu_name = torch.cuda.get_device_name()
-        for name, peak in PEAK_FLOPS.items():
-            if name in gpu_name:
-                return peak
+        gpu = gpu_of(torch.cuda.get_device_name())
+        return gpu.peak if gpu else None
     return None
 
 
@@ -788,7 +1030,18 @@ def next_token_logits(model, ids, grid):
     return logits
 
 
+def print_help():
+    """Print the usage and the constants with their comments, as they stand in this file."""
+    source = Path(__file__).read_text()
+    begin = source.index("# What to train")
+    end = source.index("# The names of the constants above")
+    print(f"{__doc__}\n{source[begin:end]}", end="")
+
+
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print_help()
+        sys.exit()
     try:
         override(sys.argv[1:])
         main()

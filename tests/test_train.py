@@ -151,8 +151,7 @@ def test_every_target_is_trained_once_an_epoch(setup, tmp_path, packing):
 def test_evaluation_does_not_depend_on_ranks(setup, tmp_path):
     """eval_loss of an untrained model is the mean over all targets of EVAL_DATA, on any grid."""
     chat = setup("", data="chat")["DATA"]
-    settings = {"EVAL_DATA": chat, "EVAL_EVERY": 2, "MAX_STEPS": 3, "LEARNING_RATE": 0.0,
-                "MIN_LEARNING_RATE": 0.0}
+    settings = {"EVAL_DATA": chat, "EVAL_EVERY": 2, "MAX_STEPS": 3, "LEARNING_RATE": 0.0}
     on_ranks(1, run, setup("alone", **settings), tmp_path=tmp_path)
     on_ranks(4, run, setup("spread", SEQUENCE_PARALLEL_SIZE=2, **settings), tmp_path=tmp_path)
 
@@ -547,7 +546,7 @@ def test_overrides():
 @pytest.mark.parametrize("argument,message", [
     ("MAX_LENGHT=5", "nearest name is MAX_LENGTH"),
     ("MAX_LENGTH", "write NAME=VALUE"),
-    ("MAX_LENGTH=long", "not of type int: use a value like 1024"),
+    ("MAX_LENGTH=long", "not of type int: use a value like 8192"),
     ("OFFLOAD_ACTIVATIONS=True", "OFFLOAD_ACTIVATIONS=True is not of type int: use a value like 0"),
 ])
 def test_wrong_overrides_are_refused(argument, message):
@@ -571,7 +570,7 @@ def test_offload_activations_counts_layers(setup, offload, layers):
     ("wsd", [0.5, 1, 1, 1, 0]),
 ])
 def test_schedules(schedule, rates):
-    set_constants({"LEARNING_RATE": 1.0, "MIN_LEARNING_RATE": 0.0, "WARMUP_RATIO": 0.2,
+    set_constants({"LEARNING_RATE": 1.0, "MIN_LEARNING_RATE_RATIO": 0.0, "WARMUP_RATIO": 0.2,
                    "LR_SCHEDULE": schedule})
     assert [round(train.learning_rate(step, 10), 6) for step in (1, 2, 4, 8, 10)] == rates
 
