@@ -342,7 +342,7 @@ def plan(world):
     if config.sliding_window and config.sliding_window >= MAX_LENGTH:
         config.sliding_window = None  # it covers every row; kernels are faster without a window
 
-    sp, settings = choose_settings(config, world)
+    sp, settings = choose_settings(config, world, this_gpu(), host_memory_per_process())
     dp = parallel.check(
         world, REPLICAS, sp, config.num_attention_heads, config.num_key_value_heads)
     if GLOBAL_BATCH_SIZE % dp != 0:
@@ -355,22 +355,21 @@ def plan(world):
     return Plan(folder, config, sp, dp)
 
 
-def choose_settings(config, world):
+def choose_settings(config, world, gpu, host_limit):
     """Return the sequence-parallel size and the Settings of a run of `world` processes.
 
-    The size is the smallest that the heads and GLOBAL_BATCH_SIZE allow and with which a step fits,
-    and the Settings are the fastest that fit. What is set by hand stays. Raises ValueError if
-    nothing fits.
+    The size is the smallest that the heads and GLOBAL_BATCH_SIZE allow and with which a step fits
+    in the model.GPU and `host_limit` GiB of CPU memory a process. The Settings are the fastest that
+    fit. What is set by hand stays. Raises ValueError if nothing fits.
     """
     sizes = [SEQUENCE_PARALLEL_SIZE]
     if SEQUENCE_PARALLEL_SIZE == 0:
         works = parallel.sequence_parallel_sizes(
-            world // REPLICAS, config.num_attention_heads, config.num_key_value_heads)
+            max(world // REPLICAS, 1), config.num_attention_heads, config.num_key_value_heads)
         # A size that GLOBAL_BATCH_SIZE does not allow is tried only if there is no other.
         sizes = [sp for sp in works if GLOBAL_BATCH_SIZE * sp % world == 0] or works[:1]
 
     given = settings_by_hand(config)
-    gpu = this_gpu()
     if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
         offloads = given.get("offload_layers", 0) != 0 and "recompute" not in given
         recompute = "all_but_attention" if offloads else "none"
@@ -378,20 +377,26 @@ def choose_settings(config, world):
 
     # AdamW on the CPU is slow: a larger size without it is better than a smaller one with it.
     gpu_limit = USABLE_MEMORY * gpu.memory
+    execution = execution_settings(config, "cuda")
     for offload_optimizer in (False, True):
         limited = {"offload_optimizer": offload_optimizer, **given}
         for sp in sizes:
-            settings = choose(config, gpu, work_of_gpu(config, world, sp),
-                              execution_settings(config, "cuda"), limited, gpu_limit,
-                              host_memory_per_process())
+            work = work_of_gpu(config, world, sp)
+            settings = choose(config, gpu, work, execution, limited, gpu_limit, host_limit)
             if settings is not None:
                 return sp, settings
-    if RECOMPUTE != "auto":  # all was set by hand
+    if RECOMPUTE != "auto":  # everything was set by hand, and is tried
         return sizes[-1], Settings(**given)
     raise ValueError(
         f"Rows of MAX_LENGTH {MAX_LENGTH} do not fit in {gpu.memory:.0f} GiB of a GPU and "
-        f"{host_memory_per_process():.0f} GiB of CPU memory for each of {world} processes: use "
-        "more GPUs or a smaller MAX_LENGTH. RECOMPUTE=all with other constants tries it anyway.")
+        f"{host_limit:.0f} GiB of CPU memory for each of {world} processes: use more GPUs or a "
+        "smaller MAX_LENGTH. RECOMPUTE=all, with the constants below it set by hand, tries it.")
+
+
+def format_settings(settings, sp):
+    """Return Settings as constants to paste into a command line."""
+    constants = [f"{name}={getattr(settings, field)}" for name, field in CHOSEN.items()]
+    return " ".join([f"SEQUENCE_PARALLEL_SIZE={sp}", *constants])
 
 
 def settings_by_hand(config):
@@ -625,9 +630,8 @@ def describe_context(folder, config, rows):
 
 def describe_plan(config, grid, execution, rows, steps):
     """Return what the run is expected to take, and the constants that were chosen, to paste."""
-    chosen = {name: globals()[name] for name in CHOSEN}
-    chosen["SEQUENCE_PARALLEL_SIZE"] = grid.sp
-    lines = ["settings: " + " ".join(f"{name}={value}" for name, value in chosen.items())]
+    settings = Settings(**{field: globals()[name] for name, field in CHOSEN.items()})
+    lines = [f"settings: {format_settings(settings, grid.sp)}"]
     works = parallel.sequence_parallel_sizes(
         grid.world, config.num_attention_heads, config.num_key_value_heads)
     if grid.world not in works:
@@ -700,8 +704,7 @@ def less_memory(config, grid, execution):
     settings = choose(config, gpu, work, execution, {}, limit, host_memory_per_process())
     if settings is None:
         return ""
-    constants = [f"{name}={getattr(settings, field)}" for name, field in CHOSEN.items()]
-    return f"The next settings to take are {' '.join(constants)}.\n"
+    return f"The next settings to take are {format_settings(settings, grid.sp)}.\n"
 
 
 # ----------------------------------------------------------------------------------- files of a run
