@@ -810,11 +810,14 @@ PROCESS = 2 * 2**30         # bytes of CPU memory of a process that offloads not
 
 
 def gpu_of(device_name):
-    """-> the GPU of GPUS whose name is a part of the device's name, or None."""
+    """-> the GPU of GPUS whose name is a part of the device's name.
+
+    An unknown one gets the rates of an A100, whose proportions are good enough to choose settings,
+    and no peak."""
     for name, gpu in GPUS.items():
         if name.partition("-")[0] in device_name:
             return gpu
-    return None
+    return GPUS["A100-80"]._replace(peak=None)
 
 
 class Work(NamedTuple):
@@ -1141,16 +1144,16 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
     }
 
 
-def fits(config, work, execution, settings, gpu_limit, host_limit):
-    """-> whether a step with these Settings fits in so many GiB of the GPU and of CPU memory."""
+def fits(config, gpu, work, execution, settings, host):
+    """-> whether a step with these Settings fits in the GPU and `host` GiB of CPU memory a rank."""
     execution = settings.execution(execution)
-    host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
-                       work.sp)
-    if host > host_limit:
+    on_host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
+                          work.sp)
+    if on_host > USABLE_HOST_MEMORY * host:
         return False
     parts = memory(config, work.tokens, work.ranks, execution, settings.zero_stage,
                    work.accumulate, work.sp, settings.offload_optimizer)
-    return sum(parts.values()) <= gpu_limit
+    return sum(parts.values()) <= USABLE_MEMORY * gpu.memory
 
 
 def candidates(config, work, given):
@@ -1173,23 +1176,20 @@ def candidates(config, work, given):
             yield settings
 
 
-def choose(config, gpu, work, execution, given, gpu_limit, host_limit):
+def choose(config, gpu, work, execution, given, host):
     """-> the Settings with the shortest step that fit, the simplest of those that are alike; or
     None if none fits.
 
-    given: see candidates. Limits in GiB: of a GPU, and of CPU memory for each rank."""
-    def fits_with(settings):
-        return fits(config, work, execution, settings, gpu_limit, host_limit)
-
+    given: see candidates. host: GiB of CPU memory for each rank."""
     fitting = []
     for settings in candidates(config, work, given):
-        if not fits_with(settings):
+        if not fits(config, gpu, work, execution, settings, host):
             continue
         if settings.recompute != "none" and "keep_layers" not in given:
             # The more layers keep everything, the shorter the step.
             for layers in range(1, config.num_hidden_layers - settings.offload_layers):
                 longer = settings._replace(keep_layers=layers)
-                if not fits_with(longer):
+                if not fits(config, gpu, work, execution, longer, host):
                     break
                 settings = longer
         seconds = step_seconds(config, gpu, work, settings.execution(execution),

@@ -27,9 +27,6 @@ import convert
 import data
 import parallel
 from model import (
-    GPUS,
-    USABLE_HOST_MEMORY,
-    USABLE_MEMORY,
     Config,
     Execution,
     Settings,
@@ -313,8 +310,9 @@ def check_constants():
 
 def check_betas():
     """Raise ValueError if BETAS are not two numbers of which each is at least 0 and less than 1."""
-    pair = isinstance(BETAS, (tuple, list)) and len(BETAS) == 2
-    if not pair or not all(0 <= beta < 1 for beta in BETAS):
+    betas = BETAS if isinstance(BETAS, (tuple, list)) else ()
+    in_range = [beta for beta in betas if isinstance(beta, (int, float)) and 0 <= beta < 1]
+    if len(betas) != 2 or len(in_range) != 2:
         raise ValueError(f"BETAS {BETAS!r} are not two numbers from 0 to below 1: "
                          f"use values like {DEFAULTS['BETAS']}.")
 
@@ -355,11 +353,11 @@ def plan(world):
     return Plan(folder, config, sp, dp)
 
 
-def choose_settings(config, world, gpu, host_limit):
+def choose_settings(config, world, gpu, host):
     """Return the sequence-parallel size and the Settings of a run of `world` processes.
 
     The size is the smallest that the heads and GLOBAL_BATCH_SIZE allow and with which a step fits
-    in the model.GPU and `host_limit` GiB of CPU memory a process. The Settings are the fastest that
+    in the model.GPU and `host` GiB of CPU memory a process. The Settings are the fastest that
     fit. What is set by hand stays. Raises ValueError if nothing fits.
     """
     sizes = [SEQUENCE_PARALLEL_SIZE]
@@ -376,20 +374,19 @@ def choose_settings(config, world, gpu, host_limit):
         return sizes[0], Settings(**{"recompute": recompute, **given})
 
     # AdamW on the CPU is slow: a larger size without it is better than a smaller one with it.
-    gpu_limit = USABLE_MEMORY * gpu.memory
     execution = execution_settings(config, "cuda")
     for offload_optimizer in (False, True):
         limited = {"offload_optimizer": offload_optimizer, **given}
         for sp in sizes:
             work = work_of_gpu(config, world, sp)
-            settings = choose(config, gpu, work, execution, limited, gpu_limit, host_limit)
+            settings = choose(config, gpu, work, execution, limited, host)
             if settings is not None:
                 return sp, settings
     if RECOMPUTE != "auto":  # everything was set by hand, and is tried
         return sizes[-1], Settings(**given)
     raise ValueError(
         f"Rows of MAX_LENGTH {MAX_LENGTH} do not fit in {gpu.memory:.0f} GiB of a GPU and "
-        f"{host_limit:.0f} GiB of CPU memory for each of {world} processes: use more GPUs or a "
+        f"{host:.0f} GiB of CPU memory for each of {world} processes: use more GPUs or a "
         "smaller MAX_LENGTH. RECOMPUTE=all, with the constants below it set by hand, tries it.")
 
 
@@ -411,24 +408,20 @@ def settings_by_hand(config):
 
 
 def this_gpu():
-    """Return the model.GPU of this process, with the memory it really has, or None on a CPU.
-
-    A GPU that is not in GPUS gets the rates of an A100: the choice needs their proportions only.
-    """
+    """Return the model.GPU of this process, with the memory it really has, or None on a CPU."""
     if not torch.cuda.is_available():
         return None
     size = torch.cuda.get_device_properties(0).total_memory / 2**30
-    known = gpu_of(torch.cuda.get_device_name()) or GPUS["A100-80"]
-    return known._replace(memory=size)
+    return gpu_of(torch.cuda.get_device_name())._replace(memory=size)
 
 
 def host_memory_per_process():
-    """Return how many GiB of CPU memory each process of this host may use."""
+    """Return how many GiB of CPU memory there are for each process of this host."""
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
     if limit.exists() and limit.read_text().strip().isdigit():
         size = min(size, int(limit.read_text()))
-    return USABLE_HOST_MEMORY * size / 2**30 / parallel.local_world_size()
+    return size / 2**30 / parallel.local_world_size()
 
 
 def work_of_gpu(config, world, sp, pairs=None):
@@ -697,11 +690,12 @@ def explain_out_of_memory(config, grid, execution):
 
 
 def less_memory(config, grid, execution):
-    """Return the fastest settings that take 8% less memory than those of this run, as advice."""
-    gpu = this_gpu() or GPUS["H200"]
-    limit = 0.92 * sum(memory_parts(config, grid, execution).values())
+    """Return the fastest settings that need a little less memory than those of this run."""
+    # A GPU as large as the memory that was expected, of which choose() leaves a part free.
+    gpu = this_gpu() or gpu_of("H200")
+    gpu = gpu._replace(memory=sum(memory_parts(config, grid, execution).values()))
     work = work_of_gpu(config, grid.world, grid.sp)
-    settings = choose(config, gpu, work, execution, {}, limit, host_memory_per_process())
+    settings = choose(config, gpu, work, execution, {}, host_memory_per_process())
     if settings is None:
         return ""
     return f"The next settings to take are {format_settings(settings, grid.sp)}.\n"
@@ -949,8 +943,7 @@ def speed_and_memory(config, sums, seconds, grid):
 def peak_flops(grid):
     """Return the bfloat16 FLOP/s of this GPU, or None if DTYPE is another or it is not known."""
     if grid.device.type == "cuda" and DTYPE == "bfloat16":
-        gpu = gpu_of(torch.cuda.get_device_name())
-        return gpu.peak if gpu else None
+        return gpu_of(torch.cuda.get_device_name()).peak
     return None
 
 

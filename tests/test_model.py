@@ -11,14 +11,20 @@ from conftest import assert_close, row, tiny_config, tiny_model
 import parallel
 from bench.run import SHAPES
 from model import (
+    GPUS,
     Config,
     Execution,
+    Settings,
+    Work,
     attention_pairs,
+    choose,
     flops,
+    host_memory,
     mean_attention_pairs,
     memory,
     rope_cos_sin,
     rope_frequencies,
+    step_seconds,
 )
 
 
@@ -265,27 +271,113 @@ def execution_of(constants, layers):
     return execution, number("ZERO_STAGE", 2), number("GLOBAL_BATCH_SIZE", 1)
 
 
-def test_memory_is_what_was_measured():
-    """On the rows that name the code they ran, with FlashAttention 4, but the one that memory()'s
-    docstring excludes."""
-    lines = (Path(__file__).parents[1] / "bench/results.jsonl").read_text().splitlines()
-    results = {}
-    for line in lines:
+def measured_rows():
+    """Yields what the runs of bench/results.jsonl that name their code were given and have taken:
+    result, config, Work, Execution, ZERO_STAGE. With FlashAttention 4 only."""
+    text = (Path(__file__).parents[1] / "bench/results.jsonl").read_text()
+    for line in text.splitlines():
         result = json.loads(line)
-        if "env" in result and "ATTENTION" not in result["row"]:
-            results[result["row"]] = result
-    compared = 0
-    for name, result in results.items():
-        shape, gpus, length, *constants = name.split()
-        if (gpus, length) == ("1", "524288"):
+        other = "ATTENTION=" in result["row"] or "RECOMPUTE=auto" in result["row"]
+        if "env" not in result or other:
             continue
+        shape, gpus, length, *constants = result["row"].split()
         _, width, heads, kv_heads, inner, vocabulary, tied = SHAPES[shape]
         layers = result["layers"]
         config = Config(vocabulary, width, inner, layers, heads, kv_heads, head_dim=128,
                         tie_word_embeddings=tied)
         execution, zero_stage, global_batch_size = execution_of(constants, layers)
-        tokens = int(length) // int(gpus)
-        parts = memory(config, tokens, int(gpus), execution, zero_stage, global_batch_size)
-        assert_close(sum(parts.values()), result["peak_memory_gib"], f"{name}: {parts}", rtol=0.12)
+        P = int(gpus)
+        T = int(length)
+        given = dict(constant.split("=") for constant in constants)
+        document = int(given.get("SYNTHETIC_DOCUMENT", T))
+        work = Work(T // P, T * document / 2, sp=P, ranks=P, accumulate=global_batch_size)
+        yield result, config, work, execution, zero_stage
+
+
+def test_memory_is_what_was_measured():
+    compared = 0
+    for result, config, work, execution, zero_stage in measured_rows():
+        parts = memory(config, work.tokens, work.ranks, execution, zero_stage, work.accumulate,
+                       work.sp)
+        total = sum(parts.values())
+        if "MAX_STEPS=1" in result["row"].split():
+            total -= parts["optimizer states"] * 2 / 3  # the first step has no moments yet
+        assert_close(total, result["peak_memory_gib"], f"{result['row']}: {parts}", rtol=0.05)
+        host = host_memory(config, work.tokens, work.ranks, execution, sp=work.sp)
+        measured_host = result["peak_host_memory_gib"]
+        assert_close(host, measured_host, f"{result['row']}: CPU memory", atol=0.2, rtol=0.05)
         compared += 1
-    assert compared >= 6
+    assert compared >= 18
+
+
+def test_seconds_are_what_was_measured():
+    compared = 0
+    for result, config, work, execution, zero_stage in measured_rows():
+        if "MAX_STEPS=1" in result["row"].split():
+            continue  # the first step also pins memory
+        parts = step_seconds(config, GPUS["H200"], work, execution, zero_stage)
+        assert_close(sum(parts.values()), result["seconds"], f"{result['row']}: {parts}", rtol=0.1)
+        compared += 1
+    assert compared >= 18
+
+
+LLAMA_3B = Config(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True)
+
+
+def choose_for(length, document=None, given=None, gpu_memory=139.8, host=128):
+    """-> the Settings for llama3.2-3b on one H200, or one of another memory."""
+    gpu = GPUS["H200"]._replace(memory=gpu_memory)
+    work = Work(length, length * (document or length) / 2)
+    return choose(LLAMA_3B, gpu, work, Execution(), given or {}, host)
+
+
+def test_the_fastest_settings_that_fit_are_chosen():
+    """Where nothing has to be recomputed nothing is; otherwise what was found best by hand."""
+    assert choose_for(8192) == Settings()
+    assert choose_for(32768) == Settings()
+    assert choose_for(131072) == Settings(recompute="all_but_attention", keep_layers=3)
+    assert choose_for(131072, gpu_memory=128).keep_layers < 3
+    long = choose_for(524288, document=8192)
+    assert long.offload_layers > 0
+    assert choose_for(524288, document=8192, host=3) is None
+    assert choose_for(2**24) is None
+
+
+@pytest.mark.parametrize("length", [8192, 65536, 131072, 262144])
+@pytest.mark.parametrize("size", [60, 80, 140])
+def test_what_is_chosen_fits(length, size):
+    settings = choose_for(length, gpu_memory=size)
+    if settings is not None:
+        parts = memory(LLAMA_3B, length, 1, settings.execution(Execution()), settings.zero_stage,
+                       offload_optimizer=settings.offload_optimizer)
+        assert sum(parts.values()) < 0.95 * size
+
+
+def test_settings_that_are_given_stay():
+    given = {"recompute": "all", "zero_stage": 3, "offload_layers": 5}
+    settings = choose_for(32768, given=given)
+    assert {name: getattr(settings, name) for name in given} == given
+    given = {"recompute": "none", "offload_optimizer": False}
+    assert choose_for(32768, given=given, gpu_memory=50) is None
+    assert choose_for(524288, document=8192).mlp_chunk != 16384
+    assert choose_for(524288, document=8192, given={"mlp_chunk": 16384}).mlp_chunk == 16384
+
+
+def test_less_memory_takes_longer():
+    """The settings that README lists, from the fastest to the least memory."""
+    order = [
+        Settings(),
+        Settings(recompute="all_but_attention", keep_layers=14),
+        Settings(recompute="all_but_attention"),
+        Settings(recompute="all"),
+        Settings(recompute="all", mlp_chunk=8192),
+    ]
+    work = Work(32768, 32768**2 / 2)
+    sizes = []
+    seconds = []
+    for settings in order:
+        execution = settings.execution(Execution())
+        sizes.append(sum(memory(LLAMA_3B, work.tokens, 1, execution).values()))
+        seconds.append(sum(step_seconds(LLAMA_3B, GPUS["H200"], work, execution).values()))
+    assert seconds == sorted(seconds)
+    assert sizes == sorted(sizes, reverse=True)

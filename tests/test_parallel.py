@@ -1,10 +1,12 @@
 """Every way of spreading a step over ranks, against one process: loss and every gradient."""
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import assert_close, on_ranks, row, tiny_config, tiny_model
 
 import convert
@@ -346,3 +348,74 @@ def test_published_checkpoints_and_foreign_folders_stay(tmp_path):
         (root / name).mkdir(parents=True)
     on_ranks(2, save_and_find, root, tmp_path=tmp_path)
     assert {folder.name for folder in root.iterdir()} == {"step-00000002", *foreign}
+
+
+# ------------------------------------------------------------------------------------------- SLURM
+
+def join_as_task(variables, queue):
+    """The body of a task of srun: join the other tasks, and report the grid and a sum over it."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                 "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    torch.cuda.is_available = lambda: False
+    world_before = parallel.world_size()
+    grid = parallel.init(1, 2)
+    total = parallel.all_sum(torch.tensor(grid.rank + 1.0))
+    queue.put((grid.rank, world_before, grid.world, grid.sp_rank, total.item()))
+    parallel.close()
+
+
+def test_tasks_of_srun_join_each_other():
+    """Two processes that have only the variables of SLURM."""
+    context = mp.get_context("fork")
+    queue = context.SimpleQueue()
+    processes = []
+    for rank in range(2):
+        variables = {
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "SLURM_NODEID": "0",
+            "SLURM_NTASKS": "2",
+            "SLURM_TASKS_PER_NODE": "2",
+            "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_JOB_ID": str(os.getpid()),
+        }
+        processes.append(context.Process(target=join_as_task, args=(variables, queue)))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    reports = sorted(queue.get() for _ in range(2))
+    assert reports == [(0, 2, 2, 0, 3.0), (1, 2, 2, 1, 3.0)]
+
+
+@pytest.mark.parametrize("given,expected", [
+    # A task of srun: the third host of uneven ones.
+    ({"SLURM_PROCID": "17", "SLURM_LOCALID": "1", "SLURM_NTASKS": "20", "SLURM_NODEID": "2",
+      "SLURM_TASKS_PER_NODE": "8(x2),4", "SLURM_JOB_NODELIST": "gpu[003-005],login1",
+      "SLURM_JOB_ID": "123456"},
+     {"RANK": "17", "WORLD_SIZE": "20", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
+      "MASTER_ADDR": "gpu003", "MASTER_PORT": "23456"}),
+    # A process of torchrun under srun.
+    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "RANK": "9", "WORLD_SIZE": "16"},
+     {"RANK": "9", "WORLD_SIZE": "16"}),
+    # A job of a single task.
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {}),
+    ({}, {}),
+])
+def test_variables_of_slurm(monkeypatch, given, expected):
+    monkeypatch.setattr(os, "environ", dict(given))
+    parallel.adopt_slurm()
+    found = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    assert found == expected
+
+
+@pytest.mark.parametrize("hosts,first", [
+    ("node7", "node7"), ("node7,node8", "node7"), ("gpu[003-006,9],a", "gpu003"),
+    ("gpu[12,14-16]", "gpu12"), ("rack-1-gpu[2-3]", "rack-1-gpu2"),
+])
+def test_first_host(hosts, first):
+    assert parallel.first_host(hosts) == first

@@ -18,7 +18,8 @@ import convert
 import data
 import parallel
 import train
-from model import Transformer
+from model import GPUS, Transformer
+from tools import plan as plan_tool
 
 DEFAULTS = {name: getattr(train, name) for name in train.CONSTANTS}
 
@@ -452,6 +453,21 @@ WRONG_CONSTANTS = [
     ({"DATA": "no-such.jsonl"}, "matches no file"),
     ({"PACKING": "tight"}, "PACKING 'tight' is unknown: use one of split, whole, none"),
     ({"GLOBAL_BATCH_SIZE": 0}, "GLOBAL_BATCH_SIZE 0 is not positive"),
+    ({"EPOCHS": float("nan")}, "EPOCHS nan is not positive"),
+    ({"LEARNING_RATE": -1e-3}, "LEARNING_RATE -0.001 is out of range: use 0 or a number greater"),
+    ({"LEARNING_RATE": float("inf")}, "LEARNING_RATE inf is out of range"),
+    ({"WEIGHT_DECAY": float("nan")}, "WEIGHT_DECAY nan is out of range"),
+    ({"MLP_CHUNK": -5}, "MLP_CHUNK -5 is out of range"),
+    ({"SEQUENCE_PARALLEL_SIZE": -1}, "SEQUENCE_PARALLEL_SIZE -1 is out of range"),
+    ({"MAX_STEPS": -2}, "MAX_STEPS -2 is out of range: use -1, 0 or a greater number"),
+    ({"WARMUP_RATIO": 1.5}, "WARMUP_RATIO 1.5 is out of range: use a number between 0 and 1"),
+    ({"MIN_LEARNING_RATE_RATIO": -0.1}, "MIN_LEARNING_RATE_RATIO -0.1 is out of range"),
+    ({"BETAS": 3}, "BETAS 3 are not two numbers from 0 to below 1"),
+    ({"BETAS": (0.9, 1.0)}, "BETAS .0.9, 1.0. are not two numbers"),
+    ({"BETAS": ("a", "b")}, "BETAS .'a', 'b'. are not two numbers"),
+    ({"DATA": "demo"}, "DATA 'demo' is for MODEL 'demo' only"),
+    ({"MAX_LENGTH": 1024},
+     "MAX_LENGTH 1024 is beyond the model's 512 positions: .* MAX_POSITION_EMBEDDINGS=1024 and"),
     ({"ATTENTION": "fast"}, "ATTENTION 'fast' is not known: use auto, flash_attn_4"),
     ({"ATTENTION": "flash_attn_2"}, "is not available for torch.float32"),
     ({"OFFLOAD_ACTIVATIONS": -2},
@@ -523,9 +539,158 @@ def fill_memory():
 
 def test_out_of_memory_is_explained(setup, tmp_path):
     message = (r"(?s)CUDA out of.*expected peak was [\d.]+ GiB = [\d.]+ .* \+ .*"
+               r"next settings to take are SEQUENCE_PARALLEL_SIZE=1 RECOMPUTE=\w+ KEEP_LAYERS.*"
                "in this order.*ZERO_STAGE=3.*OFFLOAD_ACTIVATIONS=-1.*lower MAX_LENGTH")
     with pytest.raises(AssertionError, match=message):
         on_ranks(1, run, setup("run"), fill_memory, tmp_path=tmp_path)
+
+
+# ---------------------------------------------------------------------- constants that choose themselves
+
+def pretend_gpu(monkeypatch, gib):
+    """Let train.py plan for H200s of another size, with enough CPU memory."""
+    monkeypatch.setattr(train, "this_gpu", lambda: GPUS["H200"]._replace(memory=gib))
+    monkeypatch.setattr(train, "host_memory_per_process", lambda: 200.0)
+
+
+@pytest.fixture
+def large_folder(tmp_path):
+    """A function that writes config.json of a 3B model with 262,144 positions. -> its folder."""
+    def write(**changes):
+        config = {
+            "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 3072,
+            "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+            "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+            "max_position_embeddings": 262144, **changes}
+        folder = tmp_path / "large"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+    return write
+
+
+def planned(settings, world):
+    """Returns the Plan, and what RECOMPUTE="auto" has chosen."""
+    set_constants(settings)
+    plan = train.plan(world)
+    return plan, {name: getattr(train, name) for name in train.CHOSEN}
+
+
+def test_memory_settings_choose_themselves(large_folder, monkeypatch):
+    pretend_gpu(monkeypatch, 139.8)
+    settings = {"MODEL": large_folder(), "MAX_LENGTH": 32768, "GLOBAL_BATCH_SIZE": 1}
+    _, chosen = planned(settings, 1)
+    assert chosen["RECOMPUTE"] == "none"
+
+    pretend_gpu(monkeypatch, 79)
+    _, chosen = planned(settings, 1)
+    assert chosen["RECOMPUTE"] == "all_but_attention"
+    assert 0 < chosen["KEEP_LAYERS"] < 28
+
+    # What is set by hand stays, by assignment and on the command line.
+    _, chosen = planned({**settings, "OFFLOAD_ACTIVATIONS": -1, "MLP_CHUNK": 4096}, 1)
+    assert chosen["OFFLOAD_ACTIVATIONS"] == 28
+    assert chosen["MLP_CHUNK"] == 4096
+    monkeypatch.setattr(train, "SET_BY_HAND", {"KEEP_LAYERS"})
+    _, chosen = planned(settings, 1)
+    assert chosen["KEEP_LAYERS"] == 0
+    _, chosen = planned({**settings, "RECOMPUTE": "all"}, 1)
+    assert chosen == {"RECOMPUTE": "all", "KEEP_LAYERS": 0, "ZERO_STAGE": 2, "MLP_CHUNK": 0,
+                      "OFFLOAD_ACTIVATIONS": 0, "OFFLOAD_OPTIMIZER": False}
+
+    pretend_gpu(monkeypatch, 20)
+    with pytest.raises(ValueError, match="MAX_LENGTH 262144 do not fit in 20 GiB .* more GPUs"):
+        planned({**settings, "MAX_LENGTH": 262144}, 1)
+
+
+@pytest.mark.parametrize("length,batch,changes,sp", [
+    (8192, 8, {}, 1),
+    (262144, 8, {}, 2),         # two are needed, as tested below
+    (8192, 2, {}, 4),           # two rows for eight GPUs
+    (8192, 8, {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 1152}, 1),
+])
+def test_the_smallest_sequence_parallel_size_that_fits(
+        large_folder, monkeypatch, length, batch, changes, sp):
+    pretend_gpu(monkeypatch, 60)
+    monkeypatch.setattr(train, "host_memory_per_process", lambda: 3.0)
+    settings = {"MODEL": large_folder(**changes), "MAX_LENGTH": length, "GLOBAL_BATCH_SIZE": batch}
+    plan, _ = planned(settings, 8)
+    assert plan.sp == sp
+    if sp == 2:
+        with pytest.raises(ValueError, match="do not fit"):
+            planned({**settings, "SEQUENCE_PARALLEL_SIZE": 1}, 8)
+
+
+def test_the_demo_has_constants_of_its_own(tmp_path):
+    settings = {"CACHE_DIR": str(tmp_path), "LEARNING_RATE": 0.5}
+    planned(settings, 2)
+    assert train.MAX_LENGTH == train.DEMO["MAX_LENGTH"] != DEFAULTS["MAX_LENGTH"]
+    assert train.MAX_STEPS == train.DEMO["MAX_STEPS"]
+    assert train.LEARNING_RATE == 0.5
+    assert train.DTYPE == "float32"
+
+
+def test_other_models_have_the_defaults(setup):
+    planned(setup("run", MAX_LENGTH=64), 1)
+    for name in ("LEARNING_RATE", "MAX_STEPS", "SAMPLE_PROMPTS", "GLOBAL_BATCH_SIZE"):
+        assert getattr(train, name) == DEFAULTS[name]
+
+
+def test_a_run_prints_its_settings_and_why(setup, hf_folder, tmp_path, capfd):
+    """Nine heads cannot be divided among two processes; nothing speaks of a GPU on a CPU."""
+    folder, _ = hf_folder(
+        name="nine", vocab_size=260, num_attention_heads=9, num_key_value_heads=3, hidden_size=72,
+        eos_token_id=0, bos_token_id=None)
+    given = setup("run", MAX_STEPS=1, SEQUENCE_PARALLEL_SIZE=0)
+    shutil.copytree(given["MODEL"], tmp_path / "tokenizer")
+    for file in (tmp_path / "tokenizer").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    on_ranks(2, run, {**given, "MODEL": str(folder)}, tmp_path=tmp_path)
+    out = capfd.readouterr().out
+    assert "settings: SEQUENCE_PARALLEL_SIZE=1 RECOMPUTE=none KEEP_LAYERS=0 ZERO_STAGE=2" in out
+    assert "9 attention heads and 3 key/value heads allow SEQUENCE_PARALLEL_SIZE 1 with 2" in out
+    assert "GPU" not in out
+
+
+def test_an_extension_that_few_tokens_use_is_told(setup, tmp_path, capfd):
+    given = setup("run", MAX_STEPS=1, MAX_POSITION_EMBEDDINGS=1024)
+    on_ranks(1, run, given, tmp_path=tmp_path)
+    out = capfd.readouterr().out
+    assert "extended from 512 to 1,024 positions: 0.0% of the tokens are beyond" in out
+    assert "WARNING: with so few" in out
+
+    long = write_jsonl(tmp_path / "long.jsonl", [{"text": "abc " * 500}])
+    on_ranks(1, run, {**given, "DATA": long, "RUN_DIR": str(tmp_path / "long")}, tmp_path=tmp_path)
+    out = capfd.readouterr().out
+    assert "74.4% of the tokens are beyond" in out
+    assert "WARNING" not in out
+
+
+def test_help_shows_the_constants(capsys):
+    train.print_help()
+    out = capsys.readouterr().out
+    assert "torchrun --nproc_per_node 8 train.py [NAME=VALUE ...]" in out
+    for name in train.CONSTANTS:
+        assert f"\n{name} = " in out
+    assert "# steps between checkpoints" in out
+
+
+def test_a_plan_for_other_machines(large_folder, monkeypatch, capsys):
+    for name in train.CONSTANTS:
+        monkeypatch.setattr(train, name, DEFAULTS[name])
+    monkeypatch.setattr(train, "SET_BY_HAND", set())
+    plan_tool.main([f"MODEL={large_folder()}", "MAX_LENGTH=131072", "GPU=H100", "GPUS=8",
+                    "HOST_MEMORY=1000", "TOKENS=1e9"])
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line[:28].strip(): line.split() for line in lines[2:-9]}
+    assert lines[0].startswith("3.21B parameters on 8 x H100")
+    assert cells["MAX_LENGTH"][1:] == ["131,072", "65,536", "262,144"] + 4 * ["131,072"]
+    assert cells["sequence parallel"][-4:] == ["1", "2", "4", "8"]
+    assert cells["fits"][1] == "yes"
+    assert float(cells["GPU, GiB"][2]) <= 0.94 * 79.1
+    assert any(line.startswith("131,072 at 8: SEQUENCE_PARALLEL_SIZE=8 RECOMPUTE=") for line in lines)
+    with pytest.raises(ValueError, match="GPU 'V100' is unknown: use one of A100-40, A100-80"):
+        plan_tool.main(["GPU=V100"])
 
 
 # --------------------------------------------------------------------------------- single functions
@@ -573,6 +738,18 @@ def test_schedules(schedule, rates):
     set_constants({"LEARNING_RATE": 1.0, "MIN_LEARNING_RATE_RATIO": 0.0, "WARMUP_RATIO": 0.2,
                    "LR_SCHEDULE": schedule})
     assert [round(train.learning_rate(step, 10), 6) for step in (1, 2, 4, 8, 10)] == rates
+
+
+def test_the_learning_rate_of_short_runs():
+    """It never exceeds the peak, ends at the ratio, and warms up for a step at least."""
+    set_constants({"LEARNING_RATE": 2.0, "MIN_LEARNING_RATE_RATIO": 0.25, "WARMUP_RATIO": 0.01})
+    for steps in (1, 2, 5, 50):
+        rates = [train.learning_rate(step, steps) for step in range(1, steps + 1)]
+        assert max(rates) == rates[0] == 2.0
+        if steps > 1:
+            assert rates[-1] == 0.5
+    set_constants({"LEARNING_RATE": 2.0, "WARMUP_RATIO": 0.0})
+    assert train.learning_rate(1, 10) < 2.0
 
 
 # ------------------------------------------------------------------ how the files import each other

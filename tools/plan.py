@@ -21,11 +21,10 @@ import train  # noqa: E402
 from model import (  # noqa: E402
     GPUS,
     GPUS_PER_HOST,
-    USABLE_HOST_MEMORY,
-    USABLE_MEMORY,
     Execution,
     attention_pairs,
     count_parameters,
+    fits,
     flops,
     host_memory,
     memory,
@@ -68,10 +67,10 @@ def make_column(config, options, length, sp):
     train.SEQUENCE_PARALLEL_SIZE = sp
     world = options["GPUS"]
     gpu = GPUS[options["GPU"]]
-    host_limit = USABLE_HOST_MEMORY * options["HOST_MEMORY"] / min(world, GPUS_PER_HOST)
+    host_of_gpu = options["HOST_MEMORY"] / min(world, GPUS_PER_HOST)
     cells = {"MAX_LENGTH": f"{length:,}", "sequence parallel": f"{sp}" if sp else "?"}
     try:
-        sp, settings = train.choose_settings(config, world, gpu, host_limit)
+        sp, settings = train.choose_settings(config, world, gpu, host_of_gpu)
         dp = parallel.check(
             world, train.REPLICAS, sp, config.num_attention_heads, config.num_key_value_heads)
         if train.GLOBAL_BATCH_SIZE % dp != 0:
@@ -91,9 +90,9 @@ def make_column(config, options, length, sp):
                    work.accumulate, sp, offload)
     total = sum(parts.values())
     host = host_memory(config, work.tokens, work.ranks, execution, offload, sp)
-    fits = total <= USABLE_MEMORY * gpu.memory and host <= host_limit
+    it_fits = fits(config, gpu, work, execution, settings, host_of_gpu)
     cells["sequence parallel"] = f"{sp}"
-    cells["fits"] = "yes" if fits else "no"
+    cells["fits"] = "yes" if it_fits else "no"
     for part, size in parts.items():
         cells[f"  {part}, GiB"] = f"{size:.1f}"
     cells["GPU, GiB"] = f"{total:.1f}"
