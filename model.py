@@ -1030,7 +1030,8 @@ def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
 
     # The moments that can be the peak, as (weights, gradients, kept, transient, loss).
     head_gradient = 2 * config.vocab_size * config.hidden_size
-    moments = [(all_gathered, earlier, kept(L), 0, loss_memory(config, tokens, execution.loss_chunk))]
+    loss = loss_memory(config, tokens, execution.loss_chunk)
+    moments = [(all_gathered, earlier, kept(L), 0, loss)]
     # Backward of a block. Along blocks of one kind the sum is linear, so the ends are enough.
     for i in {L - 1, L - 1 - whole, offloaded - 1, min(prefetched, L) - 1, 0}:
         if i < 0:

@@ -426,11 +426,12 @@ def host_memory_per_process():
 
 def work_of_gpu(config, world, sp, pairs=None):
     """Return the model.Work of one GPU. `pairs` of a row; without it, a row is one document."""
+    row = MAX_LENGTH * BATCH_SIZE if PACKING == "none" else MAX_LENGTH  # tokens, at most
     if pairs is None:
-        pairs = attention_pairs([0, MAX_LENGTH], config.sliding_window)
+        pairs = attention_pairs([0, row], config.sliding_window)
     dp = max(world // sp, 1)
     return Work(
-        tokens=ceil_div(MAX_LENGTH, sp),
+        tokens=ceil_div(row, sp),
         pairs=pairs,
         sp=sp,
         ranks=max(world // REPLICAS, 1),
@@ -639,10 +640,14 @@ def describe_plan(config, grid, execution, rows, steps):
             config, gpu, work, execution, ZERO_STAGE, OFFLOAD_OPTIMIZER).values())
         hours = steps * step / 3600
         host = host_memory(config, work.tokens, work.ranks, execution, OFFLOAD_OPTIMIZER, grid.sp)
-        lines.append(f"expected peak memory of a GPU: {describe_memory(config, grid, execution)}; "
-                     f"{host:.1f} GiB of CPU memory for each process")
-        lines.append(f"expected: {step:.2f} s a step, {hours / 24:.2f} days for {steps:,} steps, "
-                     f"{hours * grid.world:,.1f} GPU-hours")
+        speed = GLOBAL_BATCH_SIZE * MAX_LENGTH / step / grid.world
+        lines += [
+            f"expected peak memory of a GPU of {gpu.memory:.0f} GiB: "
+            f"{describe_memory(config, grid, execution)}; "
+            f"{host:.1f} GiB of CPU memory for each process",
+            f"expected time: {step:.2f} s a step, {speed:,.0f} tokens/s a GPU; {steps:,} steps "
+            f"take {hours / 24:.2f} days, {hours * grid.world:,.1f} GPU-hours",
+        ]
     return "\n".join(lines)
 
 
