@@ -26,13 +26,9 @@ from filelock import FileLock, Timeout
 import convert
 import data
 import parallel
-from model import (
-    Config,
-    Execution,
+from costs import (
     Settings,
-    Transformer,
     Work,
-    attention_kernel,
     choose,
     flops,
     gpu_of,
@@ -41,6 +37,7 @@ from model import (
     memory,
     step_seconds,
 )
+from model import Config, Execution, Transformer, attention_kernel
 
 # What to train, on what data, and where the results go
 MODEL = "demo"                  # Hugging Face folder; "demo": a small Llama, made on first use
@@ -142,7 +139,7 @@ RATIOS = ("WARMUP_RATIO", "MIN_LEARNING_RATE_RATIO")
 # Constants whose value may be of another type than the default: a path or a list of paths.
 ANY_TYPE = ("DATA", "EVAL_DATA", "BETAS", "ROPE_SCALING")
 
-# The constants that RECOMPUTE="auto" chooses, and the fields of model.Settings that they are.
+# The constants that RECOMPUTE="auto" chooses, and the fields of costs.Settings that they are.
 CHOSEN = {
     "RECOMPUTE": "recompute",
     "KEEP_LAYERS": "keep_layers",
@@ -357,7 +354,7 @@ def choose_settings(config, world, gpu, host):
     """Return the sequence-parallel size and the Settings of a run of `world` processes.
 
     The size is the smallest that the heads and GLOBAL_BATCH_SIZE allow and with which a step fits
-    in the model.GPU and `host` GiB of CPU memory a process. The Settings are the fastest that
+    in the costs.GPU and `host` GiB of CPU memory a process. The Settings are the fastest that
     fit. What is set by hand stays. Raises ValueError if nothing fits.
     """
     sizes = [SEQUENCE_PARALLEL_SIZE]
@@ -408,7 +405,7 @@ def settings_by_hand(config):
 
 
 def this_gpu():
-    """Return the model.GPU of this process, with the memory it really has, or None on a CPU."""
+    """Return the costs.GPU of this process, with the memory it really has, or None on a CPU."""
     if not torch.cuda.is_available():
         return None
     size = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -425,10 +422,10 @@ def host_memory_per_process():
 
 
 def work_of_gpu(config, world, sp, pairs=None):
-    """Return the model.Work of one GPU. `pairs` of a row; without it, a row is one document."""
+    """Return the costs.Work of one GPU. `pairs` of a row; without it, a row is one document."""
     row = MAX_LENGTH * BATCH_SIZE if PACKING == "none" else MAX_LENGTH  # tokens, at most
     if pairs is None:
-        pairs = attention_pairs([0, row], config.sliding_window)
+        pairs = mean_attention_pairs(config, [0, row])
     dp = max(world // sp, 1)
     return Work(
         tokens=ceil_div(row, sp),
@@ -659,7 +656,7 @@ def mean_pairs(config, rows, n=64):
         if not USE_VARLEN_ATTN:
             lengths = [lengths.sum()]
         cu_seqlens = [0, *np.cumsum(lengths).tolist()]
-        pairs.append(attention_pairs(cu_seqlens, config.sliding_window))
+        pairs.append(mean_attention_pairs(config, cu_seqlens))
     return sum(pairs) / len(pairs)
 
 

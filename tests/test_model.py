@@ -11,10 +11,8 @@ from conftest import assert_close, row, tiny_config, tiny_model
 
 import parallel
 from bench.run import SHAPES
-from model import (
+from costs import (
     GPUS,
-    Config,
-    Execution,
     Settings,
     Work,
     attention_pairs,
@@ -23,10 +21,9 @@ from model import (
     host_memory,
     mean_attention_pairs,
     memory,
-    rope_cos_sin,
-    rope_frequencies,
     step_seconds,
 )
+from model import Config, Execution, rope_cos_sin, rope_frequencies
 
 
 def alone(model, ids, labels, start, end):

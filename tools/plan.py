@@ -2,7 +2,7 @@
 
     python tools/plan.py MODEL=folder MAX_LENGTH=131072 GPU=H100 GPUS=8 [NAME=VALUE ...]
 
-Only config.json of MODEL is read. GPU is a name in model.GPUS; GPUS is their number; HOST_MEMORY is
+Only config.json of MODEL is read. GPU is a name in costs.GPUS; GPUS is their number; HOST_MEMORY is
 the CPU memory of a host of 8 GPUs in GiB; DOCUMENT is the length of the documents in tokens, by
 default one fills a row; TOKENS is how many the run trains. The other names are constants of
 train.py. The first column is the plan. The others have half and twice the length, and other
@@ -18,18 +18,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import convert  # noqa: E402
 import parallel  # noqa: E402
 import train  # noqa: E402
-from model import (  # noqa: E402
+from costs import (  # noqa: E402
     GPUS,
     GPUS_PER_HOST,
-    Execution,
-    attention_pairs,
     count_parameters,
     fits,
     flops,
     host_memory,
+    mean_attention_pairs,
     memory,
     step_seconds,
 )
+from model import Execution  # noqa: E402
 
 OPTIONS = {"GPU": "H100", "GPUS": 8, "HOST_MEMORY": 1000, "DOCUMENT": 0, "TOKENS": 10**9}
 SIZES = (1, 2, 4, 8)
@@ -82,7 +82,7 @@ def make_column(config, options, length, sp):
 
     document = min(options["DOCUMENT"] or length, length)
     n_documents = length / document
-    pairs = n_documents * attention_pairs([0, document], config.sliding_window)
+    pairs = n_documents * mean_attention_pairs(config, [0, document])
     work = train.work_of_gpu(config, world, sp, pairs)
     execution = settings.execution(Execution(loss_chunk=train.LOSS_CHUNK))
     offload = settings.offload_optimizer
