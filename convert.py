@@ -957,7 +957,7 @@ def load_weights(model, folder):
     files = _open_weights(Path(folder))
     slices, shapes = layout(model)
     _check_tensors(folder, model.config, files, shapes)
-    for ours, local, first in model.local_parameters():
+    for ours, local, first in parallel.progress(list(model.local_parameters()), "loading weights"):
         place = slices[ours]
         file, stored_name = files[place.name]
         tensor = file.get_tensor(stored_name)  # memory-mapped: nothing is read yet
@@ -1160,7 +1160,7 @@ def _write_shards(model, dtypes, shards, files, out):
     """
     rank, world = _rank_and_world(model)
     error = None
-    for start in range(0, len(shards), world):
+    for start in parallel.progress(range(0, len(shards), world), "exporting"):
         tensors = _gather(model, dtypes, shards[start:start + world], rank)
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor    # (n+1,) int32: boundaries of the segments of the whole row
     max_seqlen: int             # length of the longest segment of the whole row
     weights: torch.Tensor       # (t,) float32: LOSS_WEIGHT of each target, 0 where there is none
+    sources: torch.Tensor       # (t,) int64: index in DATA of the source of each token; 0: padding
 
 
 # ---------------------------------------------------------------- trained and untrained tokens
@@ -149,6 +150,7 @@ def parse_json(content, rule):
 # Each format is named by the keys that an example must have.
 FORMATS = ("text", "messages", "conversations", "instruction output", "prompt completion",
            "input_ids")
+CHAT_FORMATS = ("messages", "conversations", "instruction output")
 
 # The names of roles in files (of OpenAI, then of ShareGPT), and those that chat templates expect.
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
@@ -159,6 +161,18 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "
 BOUNDARY = "\ufdd0"
 TEXT_PART = re.compile(f"[^{BOUNDARY}]+")
 NOT_TEXT = re.compile(f"[{BOUNDARY}\ud800-\udfff]")
+
+
+def is_chat(data):
+    """Returns whether the first row of a source of DATA is a conversation."""
+    sources, _ = find_files(data)
+    for files in sources:
+        for place, row in itertools.islice(read_rows(files[0]), 1):
+            with naming(place):
+                example = parse_json(row, "fix the line") if isinstance(row, bytes) else row
+                if find_format(example) in CHAT_FORMATS:
+                    return True
+    return False
 
 
 def find_format(example):
@@ -607,8 +621,9 @@ def longest_run(flags):
 
 # ---------------------------------------------------------------------------------- token cache
 
-CACHE_VERSION = 4  # part of every key: raise it when the same files would give other tokens
+CACHE_VERSION = 5  # part of every key: raise it when the same files would give other tokens
 TOKENIZER_FILE = re.compile("token|vocab|merges|template")
+HASHES = 2**32
 BLOCK_BYTES = 8 * 2**20  # what a core tokenizes at a time, as the data may be larger than memory
 
 # The record of one document in documents.bin.
@@ -618,6 +633,7 @@ DOCUMENT = np.dtype([
     ("full_length", np.int64),  # before OVERLONG
     ("largest_id", np.int64),
     ("source", np.int64),       # index of its source in DATA
+    ("hash", np.int64),         # of its row, from 0 to below HASHES
 ])
 
 
@@ -632,6 +648,8 @@ class Corpus(NamedTuple):
     full: np.ndarray     # (documents,) int64: lengths before OVERLONG
     sources: list        # (first document, last + 1, epochs) of each source
     key: str             # hash of files, tokenizer and settings; or "synthetic"
+    hashes: np.ndarray = None    # (documents,) int64 below HASHES, of the rows of the files
+    selected: np.ndarray = None  # (documents,) bool: those that this run uses; None: all
 
     def read(self, document, start, end):
         """Returns tokens [start, end) of a document; fewer if the document ends before."""
@@ -675,7 +693,27 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None):
         full=documents["full_length"],
         sources=list(zip(firsts, ends, epochs)),
         key=key,
+        hashes=documents["hash"],
     )
+
+
+def hold_out(corpus, share):
+    """Splits the documents of a Corpus: returns one without, and one with this share of them.
+
+    A document is held out because of the hash of its row alone. So equal rows stay together, and
+    the same ones are held out with another tokenizer, other settings and further files.
+    """
+    held_out = corpus.hashes < share * HASHES
+    for part, name in ((held_out, "holds out"), (~held_out, "leaves")):
+        if not corpus.targets[part].any():
+            raise ValueError(f"EVAL_DATA {share} {name} no token to train of {len(held_out)} "
+                             "documents: use another share, or name a file")
+    training = corpus._replace(selected=~held_out, key=f"{corpus.key} without {share}")
+    # Each document that is held out is evaluated once, whatever the epochs of its source.
+    sources = [(first, end, 1.0) for first, end, _ in corpus.sources]
+    evaluation = corpus._replace(
+        selected=held_out, sources=sources, key=f"{share} of {corpus.key}")
+    return training, evaluation
 
 
 def cache_key(sources, folder, cache, settings):
@@ -801,7 +839,18 @@ def encode_row(encoder, row):
         tokens, full_length = encoder(content)
     targets = int(is_trained(tokens[1:]).sum())
     largest_id = int(token_ids(tokens).max(initial=0))
-    return tokens, (len(tokens), targets, full_length, largest_id, source)
+    return tokens, (len(tokens), targets, full_length, largest_id, source, hash_row(content))
+
+
+def hash_row(content):
+    """Returns an integer below HASHES that depends on the contents of a row alone.
+
+    It is the same for the formats of files: the order of keys and null values do not matter.
+    """
+    if isinstance(content, dict):
+        content = {key: value for key, value in content.items() if value is not None}
+    text = json.dumps(content, sort_keys=True, default=str)
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % HASHES
 
 
 # -------------------------------------------------------------------------------------- packing
@@ -1021,6 +1070,8 @@ class Rows:
             self.batch_size = 1
             self.documents_per_step = 0
         self.lengths = np.diff(corpus.offsets)
+        n_documents = [end - first for first, end, _ in corpus.sources]
+        self.source_of_document = np.repeat(np.arange(len(n_documents)), n_documents)
         self.sizes = {}  # epoch: its number of rows
         self.epoch = functools.lru_cache(maxsize=2)(self.pack)  # a step may have rows of two
         self.per_epoch = self.size(0)
@@ -1029,12 +1080,15 @@ class Rows:
         """Returns the documents of an epoch: of each source, as many as its epochs say."""
         chosen = []
         for first, end, epochs in self.corpus.sources:
-            n = end - first
+            documents = np.arange(first, end)
+            if self.corpus.selected is not None:
+                documents = documents[self.corpus.selected[first:end]]
+            n = len(documents)
             # A source of 0.3 epochs cycles through its documents in a fixed random order, so that
             # all of them are seen before any is seen again.
             order = np.random.default_rng((self.seed, first)).permutation(n)
             position = np.arange(round(epoch * epochs * n), round((epoch + 1) * epochs * n))
-            chosen.append(first + order[position % n])
+            chosen.append(documents[order[position % n]])
         return np.concatenate(chosen)
 
     def pack(self, epoch):
@@ -1102,6 +1156,7 @@ class Rows:
         lengths = pieces["length"]
         # Documents without targets have no weights, but 0 ** -1 must not be computed.
         n_targets = self.corpus.targets[pieces["document"]].clip(1)
+        sources = self.source_of_document[pieces["document"]]
 
         # T must be a multiple of sp. The padding is a segment of its own, without targets.
         T = int(lengths.sum())
@@ -1110,6 +1165,7 @@ class Rows:
             segments.append(np.full(padding + 1, NO_TARGET))
             lengths = np.append(lengths, padding)
             n_targets = np.append(n_targets, 1)
+            sources = np.append(sources, 0)
             T += padding
 
         # Labels are made before the row is cut into shards: the target of the last position of a
@@ -1119,6 +1175,7 @@ class Rows:
         has_target = is_trained(next_tokens)
         labels = np.where(has_target, next_tokens, IGNORE)
         weights = np.repeat(n_targets ** WEIGHT_EXPONENT[self.loss_weight], lengths) * has_target
+        sources = np.repeat(sources, lengths)  # (T,)
         if not self.use_varlen_attn:
             lengths = np.array([T])  # one segment: tokens attend across documents
         position_ids = np.concatenate([np.arange(length) for length in lengths])  # (T,)
@@ -1133,6 +1190,7 @@ class Rows:
             cu_seqlens=torch.from_numpy(cu_seqlens).int(),  # (n+1,)
             max_seqlen=int(max(lengths)),
             weights=torch.from_numpy(weights[shard]).float(),
+            sources=torch.from_numpy(sources[shard]),
         )
 
     def read_with_next(self, document, start, length):

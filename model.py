@@ -645,13 +645,15 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, labels=None, weights=None):
+    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, labels=None, weights=None,
+                per_token=False):
         """input_ids, position_ids, labels, weights (t,): this rank's shard of the row.
         cu_seqlens (n+1,): the borders of all documents of the row, best as a list of ints, since a
         tensor on the GPU has to be waited for. max_seqlen, the longest, follows from them.
 
         With labels (-100: no target) -> sum of weight x cross entropy, float32; without weights
-        every target counts 1. Without labels -> logits (t, V)."""
+        every target counts 1. With per_token -> what token_scores returns, for evaluation.
+        Without labels -> logits (t, V)."""
         segments = parallel.segments_of_rank(
             cu_seqlens, self.sp_group, input_ids.device)
         ropes = {kind: rope_cos_sin(self.config, position_ids, kind) for kind in self.rope_kinds}
@@ -667,6 +669,8 @@ class Transformer(nn.Module):
         if labels is None:
             return x @ head.T                                                   # (t, V)
 
+        if per_token:
+            return token_scores(x, head, labels, self.execution.loss_chunk)
         is_target = labels != -100
         if weights is None:
             weights = is_target.float()
@@ -721,6 +725,21 @@ class Transformer(nn.Module):
                 full = torch.empty(self.get_parameter(name).shape, device=rows.device)
                 full.normal_(0, std, generator=generator)
                 rows.copy_(full[first:first + len(rows)])
+
+
+@torch.no_grad()
+def token_scores(x, head, labels, chunk):
+    """-> the cross entropy of each target (t,) float32, 0 where the label is -100; and (t,) bool,
+    whether the target is the token of the largest logit, which greedy decoding would choose.
+
+    x (t, C), head (V, C), labels (t,). The logits of `chunk` tokens exist at a time."""
+    losses = []
+    is_largest = []
+    for xi, yi in zip(x.split(chunk), labels.split(chunk)):
+        logits = (xi @ head.T).float()                                          # (c, V)
+        losses.append(F.cross_entropy(logits, yi, reduction="none"))
+        is_largest.append(logits.argmax(-1) == yi)
+    return torch.cat(losses), torch.cat(is_largest)
 
 
 def loss_and_gradient(logits, labels, weights):

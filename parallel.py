@@ -36,6 +36,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from tqdm import tqdm
 
 
 class Grid(NamedTuple):
@@ -198,6 +199,13 @@ def together(what, function, *args, only=None):
         if failure is not None:
             raise RuntimeError(f"{what}: {failure}") from error
     return [result for result, _ in outcomes]
+
+
+def progress(items, description):
+    """Yields the items. The first rank shows a bar meanwhile, if it writes to a terminal."""
+    others = dist.is_initialized() and dist.get_rank() > 0
+    hidden = True if others else None  # None: shown on a terminal only
+    return tqdm(items, desc=description, disable=hidden, leave=False)
 
 
 # --------------------------------------------------- the exchange of sequence parallelism (Ulysses)

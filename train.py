@@ -7,7 +7,10 @@ bottom: plan, data, process groups, model, resume, training loop, export, sample
 """
 import ast
 import contextlib
+import datetime
 import difflib
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -91,8 +94,9 @@ MAX_STEPS = -1                  # optimizer steps; -1: follow EPOCHS; 0: load, c
 SEED = 0                        # of the data order, of INIT="random" and of the samples
 
 # Evaluation, samples and checkpoints
-EVAL_DATA = ""                  # like DATA; "": no evaluation
-EVAL_EVERY = 0                  # steps between evaluations; 0: after the last step only
+EVAL_DATA = ""                  # like DATA; 0.05: hold out 5% of DATA's documents; "": no evaluation
+EVAL_EVERY = 0                  # steps between evaluations; 0: before the first and after the last
+WANDB = ""                      # Weights & Biases project for the metrics; "": none
 SAMPLE_PROMPTS = []             # texts to continue at the end of a run
 SAMPLE_TOKENS = 80              # tokens to sample after each of SAMPLE_PROMPTS
 SAVE_EVERY = 200                # steps between checkpoints; 0: last step only; -1: none, no hf/
@@ -151,21 +155,35 @@ CHOSEN = {
 
 # The line that is printed for each step: keys of metrics.jsonl, in this order and format.
 LOG_FORMAT = {
-    "step": "step {:>6}",
+    "step": "step {}",
     "epoch": "epoch {:6.3f}",
     "loss": "loss {:8.4f}",
     "eval_loss": "eval_loss {:8.4f}",
+    "eval_by_position": "by position: {}",
+    "eval_by_source": "by source: {}",
     "grad_norm": "norm {:8.3f}",
     "learning_rate": "lr {:.2e}",
     "seconds": "{:7.2f} s",
     "mfu": "mfu {:5.1%}",
     "tokens_per_second_per_gpu": "{:9,.0f} tok/s/rank",
     "peak_memory_gib": "{:6.1f} GiB",
+    "tokens_seen": "{:,} tokens",
+    "elapsed_seconds": "elapsed {}",
+    "seconds_left": "left {}",
     "skipped": "SKIPPED",
 }
 
 # A run ends with an error after this many consecutive steps whose loss or gradient is not finite.
 MAX_SKIPPED_STEPS = 5
+
+# The time left is estimated without the first steps of a process, in which kernels are compiled.
+WARM_UP_STEPS = 3
+
+# Seconds between two drawings of loss.png, which takes about one.
+PLOT_SECONDS = 300
+
+# Samples end after so many seconds, also those of a model too large to write SAMPLE_TOKENS in time.
+SAMPLE_SECONDS = 120
 
 
 class Plan(NamedTuple):
@@ -196,8 +214,7 @@ def main():
 
     # Data. It is tokenized before the process groups exist, so that no collective can time out.
     # The last step may have fewer rows than the others. Padding fills it.
-    rows = open_data(DATA, folder, config)
-    eval_rows = open_data(EVAL_DATA, folder, config) if EVAL_DATA else None
+    rows, eval_rows = open_all_data(folder, config)
     total_rows = rows.count(EPOCHS) if MAX_STEPS < 0 else MAX_STEPS * GLOBAL_BATCH_SIZE
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
 
@@ -207,7 +224,8 @@ def main():
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")
     print_once(grid, describe_context(folder, config, rows))
     print_once(grid, describe_plan(config, grid, execution, rows, steps))
-    model = build_model(folder, config, grid, execution, dtype)
+    with timed(grid, "loading the model"):
+        model = build_model(folder, config, grid, execution, dtype)
     optimizer = build_optimizer(model)
     print_once(grid, describe(model, kernel_name, grid))
 
@@ -217,15 +235,20 @@ def main():
 
     # Train, export and sample. The lock keeps other runs out of RUN_DIR.
     run_lock = FileLock(Path(RUN_DIR) / "lock")
+    log = None
     try:
         accounting = rows.accounting()
         parallel.together("RUN_DIR", open_run, run_lock, notes, steps_done, accounting, only=0)
+        if grid.rank == 0:
+            log = Log(steps, steps_done)
         with explain_out_of_memory(config, grid, execution):
             stopped = training_loop(
-                model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes)
+                model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes, log)
         if not stopped:
-            finish(model, folder, grid, trained=steps > steps_done)
+            finish(model, folder, grid)
     finally:
+        if log is not None:
+            log.close()
         run_lock.release()
     parallel.close()
 
@@ -297,6 +320,15 @@ def check_constants():
             raise ValueError(
                 f"{name} {globals()[name]} is out of range: use a number between 0 and 1.")
     check_betas()
+    if isinstance(EVAL_DATA, (int, float)) and not 0 < EVAL_DATA < 1:
+        raise ValueError(f"EVAL_DATA {EVAL_DATA} is not a share of the documents of DATA: use a "
+                         "number between 0 and 1, or name a file.")
+    if isinstance(EVAL_DATA, float) and DATA == "synthetic":
+        raise ValueError(f"EVAL_DATA {EVAL_DATA} is a share of the documents in files, which DATA "
+                         "'synthetic' does not read: use EVAL_DATA=''.")
+    if WANDB and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"WANDB {WANDB!r} needs the package wandb, which is not installed: "
+                         "pip install wandb, or set WANDB=''.")
     if OFFLOAD_ACTIVATIONS < -1:
         raise ValueError(f"OFFLOAD_ACTIVATIONS {OFFLOAD_ACTIVATIONS} is not a number of layers: "
                          "use 0 for none, -1 for all, or the number of first layers to offload.")
@@ -450,8 +482,23 @@ def ceil_div(a, b):
 
 # --------------------------------------------------------------------------------------------- data
 
+def open_all_data(folder, config):
+    """Return the data.Rows of DATA, and those of EVAL_DATA or None."""
+    if not EVAL_DATA:
+        return open_data(DATA, folder, config), None
+    if not isinstance(EVAL_DATA, float):
+        return open_data(DATA, folder, config), open_data(EVAL_DATA, folder, config)
+    training, held_out = data.hold_out(open_corpus(DATA, folder, config), EVAL_DATA)
+    return make_rows(training), make_rows(held_out)
+
+
 def open_data(source, folder, config):
-    """Return the data.Rows of `source`, which is a value of DATA or EVAL_DATA.
+    """Return the data.Rows of `source`, which is a value of DATA, or a path or paths."""
+    return make_rows(open_corpus(source, folder, config))
+
+
+def open_corpus(source, folder, config):
+    """Return the data.Corpus of `source`.
 
     Files are tokenized with the tokenizer of `folder` unless they are in CACHE_DIR already.
     """
@@ -459,14 +506,17 @@ def open_data(source, folder, config):
         raise ValueError(f"DATA 'demo' is for MODEL 'demo' only, not for {MODEL!r}: set DATA to "
                          "your files.")
     if source == "synthetic":
-        corpus = synthetic_corpus(config.vocab_size)
-    else:
-        # The hash of the files is the key of the token cache, so changed files are tokenized again.
-        files = f"{CACHE_DIR}/demo/demo.jsonl" if source == "demo" else source
-        cap = 0 if OVERLONG == "split" else MAX_LENGTH  # tokens per document; 0: no limit
-        corpus = data.build_corpus(
-            files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG, cap,
-            vocab_size=config.vocab_size)
+        return synthetic_corpus(config.vocab_size)
+    # The hash of the files is the key of the token cache, so changed files are tokenized again.
+    files = f"{CACHE_DIR}/demo/demo.jsonl" if source == "demo" else source
+    cap = 0 if OVERLONG == "split" else MAX_LENGTH  # tokens per document; 0: no limit
+    return data.build_corpus(
+        files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG, cap,
+        vocab_size=config.vocab_size)
+
+
+def make_rows(corpus):
+    """Return the data.Rows of a corpus, packed as the constants say."""
     grouped_rows = GLOBAL_BATCH_SIZE if GROUP_BY_LENGTH else 0
     return data.Rows(
         corpus, PACKING, MAX_LENGTH, SEED, BATCH_SIZE, USE_VARLEN_ATTN, LOSS_WEIGHT, grouped_rows)
@@ -584,10 +634,20 @@ def learning_rate(step, steps):
 
 # -------------------------------------------------------------------------- what a run prints first
 
-def print_once(grid, text):
+def print_once(grid, text, end="\n"):
     """Print on the first rank only."""
     if grid.rank == 0:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
+
+
+@contextlib.contextmanager
+def timed(grid, what):
+    """Print how long the body takes. On a terminal also say what it is while it runs."""
+    began = time.time()
+    if sys.stdout.isatty():
+        print_once(grid, f"{what} ...\r", end="")
+    yield
+    print_once(grid, f"{what}: {time.time() - began:.1f} s")
 
 
 def describe(model, kernel_name, grid):
@@ -769,31 +829,47 @@ def open_run(lock, notes, steps_done, accounting):
     owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
 
     (run / "config.json").write_text(json.dumps(notes["constants"], indent=2))
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    environment = {
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "git": git.stdout.strip(),
-        "data": notes["data"],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "accounting": accounting,
-    }
+    environment = {**describe_environment(), "data": notes["data"], "accounting": accounting}
     (run / "env.json").write_text(json.dumps(environment, indent=2, default=int))
 
-    # Steps after the checkpoint will be run again.
+    # Steps after the checkpoint will be run again, and without one the evaluation at step 0, too.
     metrics = run / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    lines = metrics.read_text().splitlines() if metrics.exists() and steps_done > 0 else []
     kept = [line + "\n" for line in lines if json.loads(line)["step"] <= steps_done]
     metrics.write_text("".join(kept))
 
 
+def describe_environment():
+    """Return the versions, the hardware and the state of this repository that a run depends on."""
+    # The commit, and "-dirty" after it if a file of the repository differs from it.
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    packages = {}
+    for package in importlib.metadata.distributions():
+        packages[package.metadata["Name"]] = package.version
+    n_gpus = torch.cuda.device_count()
+    return {
+        "git": git.stdout.strip(),
+        "command": sys.argv,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if n_gpus > 0 else None,
+        "gpus_of_first_host": [torch.cuda.get_device_name(i) for i in range(n_gpus)],
+        "world": int(os.environ.get("WORLD_SIZE", 1)),
+        "host": os.uname().nodename,
+        "packages": dict(sorted(packages.items())),
+    }
+
+
 # ------------------------------------------------------------------------------------ training loop
 
-def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes):
+def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes, log):
     """Run the steps after `steps_done`. Return True if SIGTERM stopped the run."""
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
     stop_requests = collect_sigterms()
+    if eval_rows is not None and (steps_done == 0 or MAX_STEPS == 0):
+        evaluate(model, eval_rows, grid, steps_done, log)  # what training is compared with
     not_finite = 0  # consecutive steps
     began = time.time()
     if steps_done < steps:
@@ -834,9 +910,12 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         seconds = now - began
         began = now
         if grid.rank == 0:
-            log({"step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss,
-                 "grad_norm": grad_norm, "learning_rate": lr, "seconds": seconds, "skipped": skip,
-                 **speed_and_memory(model.config, sums, seconds, grid)})
+            log.step({
+                "step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss,
+                "grad_norm": grad_norm, "learning_rate": lr, "seconds": seconds, "skipped": skip,
+                **speed_and_memory(model.config, sums, seconds, grid)})
+            if log.draw_if_due():
+                began = time.time()  # drawing is not part of the next step's time
         not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
         stop_if_diverged(step, not_finite)
 
@@ -844,12 +923,14 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         last = step == steps or stopping
         eval_due = last or (EVAL_EVERY > 0 and step % EVAL_EVERY == 0)
         if eval_rows is not None and eval_due:
-            evaluate(model, eval_rows, grid, step)
-            began = time.time()  # evaluation is not part of the next step's time, nor is saving
+            evaluate(model, eval_rows, grid, step, log)
+            began = time.time()  # nor is evaluation, nor saving
         save_due = last or (SAVE_EVERY > 0 and step % SAVE_EVERY == 0)
         if SAVE_EVERY >= 0 and save_due:
             checkpoints = Path(RUN_DIR) / "checkpoints"
-            parallel.save_checkpoint(checkpoints, step, model, optimizer, notes, KEEP_CHECKPOINTS)
+            with timed(grid, f"saving step {step}"):
+                parallel.save_checkpoint(
+                    checkpoints, step, model, optimizer, notes, KEEP_CHECKPOINTS)
             began = time.time()
         if stopping:
             print_once(grid, f"stopped by SIGTERM after step {step}: the same command resumes")
@@ -896,21 +977,65 @@ def stop_if_diverged(step, not_finite):
 
 
 @torch.no_grad()
-def evaluate(model, rows, grid, step):
-    """Log the loss over all rows of EVAL_DATA: sum(weight x cross entropy) / sum(weight)."""
-    sums = torch.zeros(2, dtype=torch.float64, device=grid.device)  # weighted loss, weight
-    for i in range(ceil_div(rows.per_epoch, grid.dp)):
+def evaluate(model, rows, grid, step, log):
+    """Log the loss over all rows of EVAL_DATA: sum(weight x cross entropy) / sum(weight).
+
+    Also log it by position, the number of tokens that a token can attend to, and by source.
+    """
+    began = time.time()
+    names = source_names()
+    edges = position_edges(rows.max_length)
+    n_bands = len(edges) + 1
+    boundaries = torch.tensor(edges, dtype=torch.long, device=grid.device)
+    # Of each position band, then of each source: sum(weight x cross entropy) and sum(weight).
+    sums = torch.zeros(n_bands + len(names), 2, dtype=torch.float64, device=grid.device)
+    for i in parallel.progress(range(ceil_div(rows.per_epoch, grid.dp)), "evaluating"):
         # One row for each data-parallel rank; past the last row it is padding of weight 0.
         [batch] = rows.step(
             i + 1, grid.dp, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, rows.per_epoch)
         batch = to_device(batch, grid.device)
-        loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
-                     batch.max_seqlen, batch.labels, batch.weights)
-        sums += torch.stack([loss, batch.weights.sum()])
+        losses, _ = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
+                          batch.max_seqlen, batch.labels, per_token=True)
+        parts = torch.stack([batch.weights * losses, batch.weights], dim=1).double()    # (t, 2)
+        band = torch.bucketize(batch.position_ids, boundaries, right=True)              # (t,)
+        sums.index_add_(0, band, parts)
+        sums.index_add_(0, n_bands + batch.sources, parts)
     parallel.all_sum(sums)
-    loss_sum, weight = sums.tolist()
     if grid.rank == 0:
-        log({"step": step, "eval_loss": loss_sum / weight})
+        loss_sum, weight = sums[:n_bands].sum(0).tolist()
+        line = {"step": step, "eval_loss": loss_sum / weight, "eval_seconds": time.time() - began}
+        line["eval_by_position"] = quotients(band_names(edges), sums[:n_bands])
+        line["eval_by_source"] = quotients(names, sums[n_bands:])
+        log.write(line)
+
+
+def source_names():
+    """Return the names of the sources of EVAL_DATA, in the order of their documents."""
+    sources = DATA if isinstance(EVAL_DATA, float) else EVAL_DATA
+    return [sources] if isinstance(sources, str) else list(sources)
+
+
+def position_edges(length):
+    """Return 1k, 2k, 4k ... below `length`: where one band of positions ends and the next begins."""
+    edges = []
+    edge = 1024
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return edges
+
+
+def band_names(edges):
+    """Return "0-1k", "1k-2k" ... for the bands that position_edges separates."""
+    ends = [edge // 1024 for edge in edges]
+    ends.append(2 * ends[-1] if ends else 1)
+    starts = ["0"] + [f"{end}k" for end in ends[:-1]]
+    return [f"{start}-{end}k" for start, end in zip(starts, ends)]
+
+
+def quotients(names, sums):
+    """Return {name: sum / weight} for sums (names, 2), without those of weight 0."""
+    return {name: part / weight for name, (part, weight) in zip(names, sums.tolist()) if weight > 0}
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -949,46 +1074,202 @@ def peak_flops(grid):
     return None
 
 
-def log(line):
-    """Append the dict `line` to metrics.jsonl and print it as LOG_FORMAT says."""
-    with open(Path(RUN_DIR) / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(line) + "\n")
-    # What a line does not have, or has as None or False, is not shown.
-    shown = []
-    for key, template in LOG_FORMAT.items():
-        value = line.get(key)
-        if value is not None and value is not False:
-            shown.append(template.format(value))
-    print("  ".join(shown), flush=True)
+class Log:
+    """Where the first rank records a run: metrics.jsonl and from it the screen, loss.png,
+    TensorBoard and Weights & Biases."""
+
+    def __init__(self, steps, steps_done):
+        self.steps = steps
+        self.began = time.time()
+        self.drawn = self.began
+        self.warm_step = steps_done + WARM_UP_STEPS
+        self.warm_time = self.began  # when the warm step ended
+        self.tokens_seen = sum(line.get("tokens", 0) for line in read_metrics())
+        self.tensorboard = open_tensorboard(steps_done)
+        self.wandb = None
+        if WANDB:
+            import wandb
+            constants = {name: globals()[name] for name in CONSTANTS}
+            self.wandb = wandb.init(
+                project=WANDB, name=Path(RUN_DIR).name, dir=RUN_DIR, config=constants)
+
+    def step(self, line):
+        """Record a training step: its metrics, and how far the run is."""
+        now = time.time()
+        step = line["step"]
+        self.tokens_seen += line["tokens"]
+        if step == self.warm_step:
+            self.warm_time = now
+        seconds_left = None
+        if step > self.warm_step:
+            seconds_left = (now - self.warm_time) / (step - self.warm_step) * (self.steps - step)
+        self.write({
+            **line,
+            "tokens_seen": self.tokens_seen,
+            "elapsed_seconds": now - self.began,
+            "seconds_left": seconds_left,
+        })
+
+    def draw_if_due(self):
+        """Draw loss.png if it is old. Return whether it was drawn."""
+        due = time.time() - self.drawn > PLOT_SECONDS
+        if due:
+            plot(read_metrics())
+            self.drawn = time.time()
+        return due
+
+    def write(self, line):
+        """Append the dict `line` to metrics.jsonl, print it and pass it on."""
+        with open(Path(RUN_DIR) / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        print(format_line(line, self.steps), flush=True)
+        numbers = flatten(line)
+        if self.tensorboard is not None:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, line["step"])
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=line["step"])
+
+    def close(self):
+        """Draw loss.png once more, and complete what TensorBoard and Weights & Biases have."""
+        plot(read_metrics())
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
-def plot():
-    """Draw the losses in metrics.jsonl to RUN_DIR/loss.png."""
-    from matplotlib import pyplot
+def open_tensorboard(steps_done):
+    """Return a writer of TensorBoard events to RUN_DIR, or None if tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(Path(RUN_DIR) / "tensorboard", purge_step=steps_done + 1)
+
+
+def read_metrics():
+    """Return the lines of metrics.jsonl as dicts."""
     text = (Path(RUN_DIR) / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    for key in ("loss", "eval_loss"):
-        steps = [line["step"] for line in lines if key in line]
-        losses = [line[key] for line in lines if key in line]
-        if steps:
-            pyplot.plot(steps, losses, label=key)
-    pyplot.xlabel("step")
-    pyplot.ylabel("loss per target")
-    pyplot.grid(alpha=0.3)
-    pyplot.legend()
-    pyplot.savefig(Path(RUN_DIR) / "loss.png", dpi=120)
-    pyplot.close()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def format_line(line, steps):
+    """Return a line of metrics.jsonl as it is printed, in the order and format of LOG_FORMAT."""
+    total = f"{steps:,}"
+    shown = {**line, "step": f"{line['step']:>{len(total)},}/{total}"}
+    for key in ("elapsed_seconds", "seconds_left"):
+        if line.get(key) is not None:
+            shown[key] = datetime.timedelta(seconds=round(line[key]))
+    for key in ("eval_by_position", "eval_by_source"):
+        losses = shown.pop(key, {})
+        if len(losses) > 1:  # a single one is the eval_loss
+            shown[key] = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    # What a line does not have, or has as None or False, is not shown.
+    parts = []
+    for key, template in LOG_FORMAT.items():
+        value = shown.get(key)
+        if value is not None and value is not False:
+            parts.append(template.format(value))
+    return "  ".join(parts)
+
+
+def flatten(line):
+    """Return {name: number} of a line of metrics.jsonl. Nested names are joined by a slash."""
+    numbers = {}
+    for key, value in line.items():
+        if isinstance(value, dict):
+            for name, number in value.items():
+                numbers[f"{key}/{name}"] = number
+        elif value is not None and key != "step":
+            numbers[key] = float(value)
+    return numbers
+
+
+def plot(lines):
+    """Draw RUN_DIR/loss.png from the lines of metrics.jsonl.
+
+    Skipped steps are red marks at the top of the panel of the loss.
+    """
+    from matplotlib.figure import Figure
+    training = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    figure.suptitle(RUN_DIR)
+    grid = figure.add_gridspec(3, 2, height_ratios=(1.6, 1, 1))
+    panels = {
+        "loss per target": figure.add_subplot(grid[0, :]),
+        "learning rate": figure.add_subplot(grid[1, 0]),
+        "gradient norm": figure.add_subplot(grid[1, 1]),
+        "tokens per second per GPU": figure.add_subplot(grid[2, 0]),
+        "evaluation loss by position": figure.add_subplot(grid[2, 1]),
+    }
+    for title, axes in panels.items():
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+    plot_losses(panels["loss per target"], training, evaluations)
+    plot_key(panels["learning rate"], training, "learning_rate")
+    plot_key(panels["gradient norm"], training, "grad_norm")
+    panels["gradient norm"].set_yscale("log")
+    plot_key(panels["tokens per second per GPU"], training, "tokens_per_second_per_gpu")
+    panels["tokens per second per GPU"].set_ylim(bottom=0)
+    plot_positions(panels["evaluation loss by position"], evaluations)
+    figure.savefig(Path(RUN_DIR) / "loss.png", dpi=120)
+
+
+def plot_key(axes, lines, key, **style):
+    """Draw a metric over the steps."""
+    axes.plot([line["step"] for line in lines], [line[key] for line in lines], lw=1, **style)
+    axes.set_xlabel("step")
+
+
+def plot_losses(axes, training, evaluations):
+    """Draw the loss of each step, its moving average, the evaluations, and what was skipped."""
+    plot_key(axes, training, "loss", color="tab:blue", alpha=0.35, label="each step")
+    finite = [line for line in training if math.isfinite(line["loss"])]
+    if len(finite) > 20:
+        window = max(len(finite) // 50, 5)
+        losses = [line["loss"] for line in finite]
+        smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        steps = [line["step"] for line in finite[window - 1:]]
+        axes.plot(steps, smooth, color="tab:blue", label=f"mean of {window} steps")
+    if evaluations:
+        plot_key(axes, evaluations, "eval_loss", color="tab:orange", marker="o", ms=4,
+                 label="evaluation")
+        sources = evaluations[-1]["eval_by_source"]
+        for i, name in enumerate(sources if len(sources) > 1 else ()):
+            points = [{"step": line["step"], **line["eval_by_source"]} for line in evaluations]
+            plot_key(axes, points, name, color=f"C{i + 2}", marker=".", ls="--",
+                     label=f"evaluation of {Path(name).name}")
+    skipped = [line["step"] for line in training if line["skipped"]]
+    if skipped:
+        axes.plot(skipped, np.ones(len(skipped)), "v", color="red", clip_on=False,
+                  transform=axes.get_xaxis_transform(), label="skipped")
+    axes.legend(fontsize=8)
+
+
+def plot_positions(axes, evaluations):
+    """Draw the loss by position of the first evaluation, and of the last three, the last darkest."""
+    shown = evaluations[:1] + evaluations[1:][-3:]
+    for i, line in enumerate(shown):
+        losses = line["eval_by_position"]
+        axes.plot(list(losses), list(losses.values()), marker="o", ms=4, lw=1, color="tab:orange",
+                  alpha=(i + 1) / len(shown), label=f"step {line['step']:,}")
+    if shown:
+        axes.legend(fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "no EVAL_DATA", ha="center", transform=axes.transAxes)
+    axes.set_xlabel("tokens before the target that it can attend to")
 
 
 # ------------------------------------------------------------------------------- export and samples
 
-def finish(model, folder, grid, trained):
-    """Plot the losses if steps were `trained`, export the model and print samples."""
-    if grid.rank == 0 and trained:
-        plot()
+def finish(model, folder, grid):
+    """Export the model and print samples."""
     if SAVE_EVERY >= 0:
         hf_folder = Path(RUN_DIR) / "hf"
-        parallel.together("export", convert.save_weights, model, folder, hf_folder)
+        with timed(grid, "exporting"):
+            parallel.together("export", convert.save_weights, model, folder, hf_folder)
         print_once(grid, f"the trained model is in {hf_folder}, a Hugging Face folder")
     if SAMPLE_PROMPTS and DATA != "synthetic":
         sample(model, folder, grid)
@@ -996,20 +1277,39 @@ def finish(model, folder, grid, trained):
 
 @torch.no_grad()
 def sample(model, folder, grid, temperature=0.5):
-    """Print continuations of SAMPLE_PROMPTS. Each token takes a forward over the whole text."""
+    """Print continuations of SAMPLE_PROMPTS; for chat data they are the user's messages.
+
+    Each token takes a forward over the whole text, for at most SAMPLE_SECONDS.
+    """
     tokenizer = data.open_tokenizer(folder)
     generator = torch.Generator().manual_seed(SEED)
+    chat = DATA != "demo" and data.is_chat(DATA)
+    deadline = time.time() + SAMPLE_SECONDS
     for prompt in SAMPLE_PROMPTS:
-        ids = tokenizer(prompt).input_ids
-        # All ranks draw the same tokens: they have the same logits and the same seed.
+        text, end = chat_prompt(tokenizer, prompt) if chat else (prompt, tokenizer.eos_token)
+        ids = tokenizer(text, add_special_tokens=not chat).input_ids
         for _ in range(SAMPLE_TOKENS):
+            # The clocks of the ranks differ, but they must stop together.
+            late = parallel.all_sum(torch.tensor(time.time() > deadline, dtype=torch.int32))
+            if late > 0:
+                break
             logits = next_token_logits(model, ids, grid)                            # (V,)
             probabilities = torch.softmax(logits.cpu() / temperature, dim=-1)
             ids += torch.multinomial(probabilities, 1, generator=generator).tolist()
-        text = tokenizer.decode(ids)
-        if tokenizer.eos_token:
-            text = text.split(tokenizer.eos_token)[0]
-        print_once(grid, "-" * 80 + "\n" + text)
+            if end and tokenizer.decode(ids[-1:]) == end:
+                break
+        print_once(grid, "-" * 80 + "\n" + tokenizer.decode(ids))
+
+
+def chat_prompt(tokenizer, message):
+    """Return a user's message in the chat template, and the token that ends the answer or None."""
+    question = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    # The answer is this word, which the template does not contain.
+    answered = [*question, {"role": "assistant", "content": "answer0"}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    end = whole.rpartition("answer0")[2].split()
+    return text, end[0] if end else tokenizer.eos_token
 
 
 def next_token_logits(model, ids, grid):

@@ -189,14 +189,14 @@ def main(arguments):
     options = set_constants(arguments)
     show_memory = "MEMORY" in options
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    original_log = train.log
+    original_step = train.Log.step
 
-    def log(line):
+    def step(log, line):
         """train.py logs at the end of a step, on rank 0 only. Record the last step but one.
 
         The last step would not be typical: it does not prepare a next batch.
         """
-        original_log(line)
+        original_step(log, line)
         if line["step"] == train.MAX_STEPS - 2:
             torch.cuda.synchronize()
             if not show_memory:
@@ -208,7 +208,7 @@ def main(arguments):
             else:
                 profiler.stop()
 
-    train.log = log
+    train.Log.step = step
     if show_memory:
         # From the start: what is allocated before this has no line to show.
         torch.cuda.memory._record_memory_history(max_entries=10**7, stacks="python")
