@@ -729,17 +729,18 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def token_scores(x, head, labels, chunk):
-    """-> the cross entropy of each target (t,) float32, 0 where the label is -100; and (t,) bool,
-    whether the target is the token of the largest logit, which greedy decoding would choose.
+    """-> the cross entropy of each target (t,) float32; and (t,) bool, whether the target has the
+    largest logit, so that greedy decoding would choose it. 0 and False where the label is -100.
 
-    x (t, C), head (V, C), labels (t,). The logits of `chunk` tokens exist at a time."""
-    losses = []
-    is_largest = []
-    for xi, yi in zip(x.split(chunk), labels.split(chunk)):
-        logits = (xi @ head.T).float()                                          # (c, V)
-        losses.append(F.cross_entropy(logits, yi, reduction="none"))
-        is_largest.append(logits.argmax(-1) == yi)
-    return torch.cat(losses), torch.cat(is_largest)
+    x (t, C), head (V, C), labels (t,). The logits of `chunk` targets exist at a time."""
+    losses = torch.zeros(len(x), device=x.device)
+    is_largest = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    targets = (labels != -100).nonzero()[:, 0]
+    for index in targets.split(chunk):
+        logits = (x[index] @ head.T).float()                                    # (c, V)
+        losses[index] = F.cross_entropy(logits, labels[index], reduction="none")
+        is_largest[index] = logits.argmax(-1) == labels[index]
+    return losses, is_largest
 
 
 def loss_and_gradient(logits, labels, weights):
