@@ -94,7 +94,7 @@ MAX_STEPS = -1                  # optimizer steps; -1: follow EPOCHS; 0: load, c
 SEED = 0                        # of the data order, of INIT="random" and of the samples
 
 # Evaluation, samples and checkpoints
-EVAL_DATA = ""                  # like DATA; 0.05: hold out 5% of DATA's documents; "": no evaluation
+EVAL_DATA = ""                  # like DATA; 0.05: hold out 5% of the documents of DATA; "": none
 EVAL_EVERY = 0                  # steps between evaluations; 0: before the first and after the last
 WANDB = ""                      # Weights & Biases project for the metrics; "": none
 SAMPLE_PROMPTS = []             # texts to continue at the end of a run
@@ -1016,7 +1016,7 @@ def source_names():
 
 
 def position_edges(length):
-    """Return 1k, 2k, 4k ... below `length`: where one band of positions ends and the next begins."""
+    """Return 1k, 2k, 4k ... below `length`: where one band of positions ends and another begins."""
     edges = []
     edge = 1024
     while edge < length:
@@ -1249,7 +1249,7 @@ def plot_losses(axes, training, evaluations):
 
 
 def plot_positions(axes, evaluations):
-    """Draw the loss by position of the first evaluation, and of the last three, the last darkest."""
+    """Draw the loss by position of the first evaluation and of the last three, the last darkest."""
     shown = evaluations[:1] + evaluations[1:][-3:]
     for i, line in enumerate(shown):
         losses = line["eval_by_position"]

@@ -56,9 +56,9 @@ def test_a_share_is_held_out_by_hash(setup, tmp_path):  # noqa: F811
 
 def test_a_share_is_never_trained(setup, tmp_path):  # noqa: F811
     """All targets are trained once an epoch or evaluated, and a changed share is not resumed."""
-    whole = setup("whole", MAX_STEPS=-1)
+    whole = setup("whole", MAX_STEPS=-1, MAX_LENGTH=512)
     on_ranks(1, run, whole, tmp_path=tmp_path)
-    part = setup("part", MAX_STEPS=-1, EVAL_DATA=0.3)
+    part = setup("part", MAX_STEPS=-1, MAX_LENGTH=512, EVAL_DATA=0.3)
     on_ranks(1, run, part, tmp_path=tmp_path)
     set_constants(part)
     folder, config, _, _ = train.plan(1)
@@ -259,7 +259,7 @@ def test_a_changed_repository_is_recorded(tmp_path, monkeypatch):
 
 
 def test_samples_of_chat_data_use_the_template(setup, tmp_path, capfd):  # noqa: F811
-    settings = setup("run", data="chat", MAX_STEPS=0, SAMPLE_PROMPTS=["hello"], SAMPLE_TOKENS=3)
+    settings = setup("run", "chat", MAX_STEPS=0, SAMPLE_PROMPTS=["hello"], SAMPLE_TOKENS=3)
     on_ranks(1, run, settings, tmp_path=tmp_path)
     printed = capfd.readouterr().out
     assert "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n" in printed

@@ -410,7 +410,8 @@ def describe(folder, summary):
         losses = summary["loss_by_position"].items()
         lines.append("  loss  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses))
     if summary.get("longppl"):
-        lines.append(f"  LongPPL {summary['longppl']:.3f} over {summary['key_tokens']:,} key tokens")
+        lines.append(
+            f"  LongPPL {summary['longppl']:.3f} over {summary['key_tokens']:,} key tokens")
     return "\n".join(lines)
 
 

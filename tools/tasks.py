@@ -40,7 +40,8 @@ WORDS = (
     "island button castle barrel cradle saddle violin wagon tunnel shovel pillow helmet meadow "
     "harbor anchor blanket needle pocket ribbon kettle fence valley temple market statue curtain"
 ).split()
-ADJECTIVES = "old quiet heavy bright narrow wooden empty distant broken patient green gentle".split()
+ADJECTIVES = (
+    "old quiet heavy bright narrow wooden empty distant broken patient green gentle").split()
 VERBS = "faces follows resembles covers carries touches reaches supports hides joins".split()
 SYLLABLES = "ka ro vel mi tan du sor le pin ga bru ne fol ti zan mo ri hek lu das".split()
 
