@@ -1132,7 +1132,9 @@ class Log:
 
     def close(self):
         """Draw loss.png once more, and complete what TensorBoard and Weights & Biases have."""
-        plot(read_metrics())
+        lines = read_metrics()
+        if lines:
+            plot(lines)
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
