@@ -1290,6 +1290,7 @@ def sample(model, folder, grid, temperature=0.5):
     for prompt in SAMPLE_PROMPTS:
         text, end = chat_prompt(tokenizer, prompt) if chat else (prompt, tokenizer.eos_token)
         ids = tokenizer(text, add_special_tokens=not chat).input_ids
+        # All ranks draw the same tokens: they have the same logits and the same seed.
         for _ in range(SAMPLE_TOKENS):
             # The clocks of the ranks differ, but they must stop together.
             late = parallel.all_sum(torch.tensor(time.time() > deadline, dtype=torch.int32))

@@ -80,7 +80,7 @@ def test_a_share_is_never_trained(setup, tmp_path):  # noqa: F811
     ({"EVAL_DATA": 0.1, "DATA": "synthetic"}, "EVAL_DATA 0.1 is a share of the documents in files"),
     ({"WANDB": "project"}, "WANDB 'project' needs the package wandb, .*: pip install wandb"),
 ])
-def test_wrong_constants_of_evaluation_are_refused(setup, monkeypatch, change, message):  # noqa: F811
+def test_wrong_evaluations_are_refused(setup, monkeypatch, change, message):  # noqa: F811
     monkeypatch.setattr(train.importlib.util, "find_spec", find_nothing)
     with pytest.raises(ValueError, match=message):
         run(setup("run", **change))
@@ -138,7 +138,7 @@ def test_positions_are_doubled():
     assert train.band_names(train.position_edges(1000)) == ["0-1k"]
 
 
-# ---------------------------------------------------------------------------------- what a run shows
+# --------------------------------------------------------------------------------- what a run shows
 
 
 def test_the_line_of_a_step():
@@ -356,7 +356,7 @@ def test_evaluation_is_the_same_on_any_ranks(folder, tmp_path):
     folder, _ = folder
     results = {}
     for name, world, sp in (("alone", 1, 1), ("shared", 2, 2), ("apart", 2, 1)):
-        settings = {"lengths": "1600,2000", "depths": 2, "samples": 1, "documents": 3,
+        settings = {"lengths": "1600", "depths": 2, "samples": 1, "documents": 3,
                     "out": str(tmp_path / name), "sequence_parallel_size": sp}
         on_ranks(world, run_evaluate, folder, settings, tmp_path=tmp_path)
         written = json.loads((tmp_path / name / "evaluation.json").read_text())
@@ -400,6 +400,29 @@ def test_key_tokens():
     losses = np.array([[1.0, 1.0, 3.0, 1.0]])
     short_losses = np.array([[3.5, 2.5, 9.0, np.nan]])
     assert evaluate.key_tokens(losses, short_losses).tolist() == [[True, False, False, False]]
+
+
+def test_loss_by_position():
+    losses = np.concatenate([[0.0], np.full(1023, 1.0), np.full(1024, 2.0), np.full(952, 3.0)])
+    losses = np.stack([losses, 3 * losses])
+    assert evaluate.loss_by_position(losses) == {"0-1k": 2.0, "1k-2k": 4.0, "2k-4k": 6.0}
+
+
+def test_longppl_is_over_the_key_tokens_of_the_last_folder():
+    def result(losses, document):
+        return {"questions": [], "documents": np.array([document]), "losses": np.array([losses]),
+                "short_losses": np.array([[np.nan, 5.0, 5.0, 0.5]])}
+
+    before = result([9.0, 4.0, 6.0, 0.5], [1, 2, 3, 4])
+    after = result([9.0, 1.0, 1.0, 0.5], [1, 2, 3, 4])
+    other_tokens = result([9.0, 1.0, 5.0, 0.5], [1, 2, 3, 5])
+    summaries = evaluate.summarize({"before": before, "other": other_tokens, "after": after})
+    assert summaries["before"]["longppl"] == pytest.approx(math.exp(5))
+    assert summaries["before"]["key_tokens"] == 2
+    assert summaries["before"]["own_key_tokens"] == 0
+    assert summaries["after"]["longppl"] == pytest.approx(math.exp(1))
+    # The tokens of another tokenizer are judged by the folder's own losses.
+    assert summaries["other"]["key_tokens"] == 1
 
 
 def copying_scores(reach):

@@ -63,6 +63,9 @@ MIN_GAIN = 2.0          # of a key token: loss with the short context minus loss
 MAX_LOSS = 2.0          # of a key token with the whole context
 
 
+MLP_CHUNK = 2**15       # tokens per pass through an MLP, so that rows of 1M tokens fit
+
+
 class Row(NamedTuple):
     """Token ids of some texts side by side."""
     ids: np.ndarray         # (T,)
@@ -82,8 +85,8 @@ def load_model(folder, grid, options):
     """Returns the model of a Hugging Face folder, sharded over all ranks."""
     dtype_name = options.dtype or ("bfloat16" if grid.device.type == "cuda" else "float32")
     with torch.device("meta"):
-        model = Transformer(
-            convert.load_config(folder), grid.sp_group, Execution(options.attention))
+        execution = Execution(options.attention, mlp_chunk=MLP_CHUNK)
+        model = Transformer(convert.load_config(folder), grid.sp_group, execution)
     parallel.shard(model, model.model["layers"], grid, getattr(torch, dtype_name), 3, False)
     convert.load_weights(model, folder)
     return model
@@ -193,8 +196,9 @@ def text_row(ids):
 def gain_by_distance(questions):
     """Returns {"0-1k": mean gain ...}, by the tokens between the evidence and the answer."""
     with_facts = [question for question in questions if "gain" in question]
-    edges = train.position_edges(max(question["length"] for question in questions))
-    bands = np.searchsorted(edges, [question["distance"] for question in with_facts], "right")
+    distances = [question["distance"] for question in with_facts]
+    edges = train.position_edges(max(distances, default=0) + 1)
+    bands = np.searchsorted(edges, distances, "right")
     gains = {}
     for band, name in enumerate(train.band_names(edges)):
         of_band = [question["gain"] for question, b in zip(with_facts, bands) if b == band]
