@@ -21,6 +21,7 @@ import json
 import math
 import operator
 import sys
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -101,19 +102,7 @@ def build(task, units, length, depths, tokenizer, seeds):
     else:
         facts, asked = {"needle": needle, "keys": keys, "variables": variables}[task](depths, rng)
 
-    # The facts go between the sentences, those of the same place in their order.
-    text = ""
-    spans = [[] for _ in asked]  # in characters: the facts of each question
-    facts = sorted(facts, key=operator.attrgetter("place"))
-    for i in range(units + 1):
-        while facts and facts[0].place * units <= i:
-            fact = facts.pop(0)
-            if fact.question >= 0:
-                spans[fact.question].append((len(text), len(text) + len(fact.sentence) + 1))
-            text += fact.sentence + " "
-        if i < units:
-            text += sentences[i] + " "
-
+    text, facts_of_question = place_facts(facts, sentences)
     text += "\n\nQuestions about the text above.\n"
     answers = []  # in characters
     order = rng.permutation(len(asked))
@@ -122,19 +111,41 @@ def build(task, units, length, depths, tokenizer, seeds):
         answers.append((len(text), len(text) + 1 + len(asked[i].answer)))
         text += f" {asked[i].answer}.\n"
 
-    encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    ends = np.array([end for _, end in encoding.offset_mapping])
-    starts = np.array([start for start, _ in encoding.offset_mapping])
+    # Added tokens have no place in the text: of them only the first, bos, is wanted.
+    encoding = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    bos = [token for token in tokenizer("a").input_ids[:1] if token == tokenizer.bos_token_id]
+    starts = np.array([0] * len(bos) + [start for start, _ in encoding.offset_mapping])
+    ends = np.array([0] * len(bos) + [end for _, end in encoding.offset_mapping])
     questions = []
     for i, answer in zip(order, answers):
         start, end = token_span(answer, starts, ends)
-        evidence = [token_span(span, starts, ends) for span in spans[i]]
+        evidence = [token_span(span, starts, ends) for span in facts_of_question[i]]
         questions.append(Question(task, asked[i].depth, start, end, evidence))
-    return Example(encoding.input_ids, questions, length)
+    return Example(bos + encoding.input_ids, questions, length)
+
+
+def place_facts(facts, sentences):
+    """Returns the text of the sentences with the facts between them, and where the facts are.
+
+    The latter is {question: (start, end) in characters of each of its facts}.
+    """
+    text = ""
+    spans = defaultdict(list)
+    facts = sorted(facts, key=operator.attrgetter("place"))  # stable: chains stay in order
+    for i in range(len(sentences) + 1):
+        while facts and facts[0].place * len(sentences) <= i:
+            fact = facts.pop(0)
+            spans[fact.question].append((len(text), len(text) + len(fact.sentence)))
+            text += fact.sentence + " "
+        if i < len(sentences):
+            text += sentences[i] + " "
+    return text, spans
 
 
 def token_span(span, starts, ends):
     """Returns the first and the last + 1 of the tokens that overlap a span of characters."""
+    # The space before a word may be a part of its token, a token of its own, or in no token.
     first = np.searchsorted(ends, span[0], "right")
     end = np.searchsorted(starts, span[1], "left")
     return int(first), int(end)
@@ -178,6 +189,7 @@ def variables(depths, rng):
         number = random_number(rng)
         chain = [names.pop() for _ in range(HOPS + 1)]
         facts.append(Fact(depth, f"The variable {chain[0]} is set to {number}.", i))
+        # No variable is used before it is set.
         places = np.sort(rng.uniform(depth, 1, HOPS))
         for place, name, earlier in zip(places, chain[1:], chain):
             facts.append(Fact(place, f"The variable {name} is equal to variable {earlier}.", i))
@@ -187,18 +199,20 @@ def variables(depths, rng):
 
 def filling(task, units, seeds):
     """Returns so many sentences; or words, of which the first is the most frequent one."""
+    # Seeded apart from the facts, so that a row that is shortened keeps its facts.
     rng = np.random.default_rng((*seeds, 1))
     if task == "words":
         common, *others = rng.permutation(WORDS)
         n_common = max(int(units * COMMON_SHARE), 2)
         rest = rng.choice(others, max(units - n_common, 0))
         return [str(common)] * n_common + [str(word) for word in rest]
+    # All words are drawn at once, because a draw takes longer than all else about a sentence.
+    adjectives = rng.choice(ADJECTIVES, (units, 2))
+    nouns = rng.choice(WORDS, (units, 2))
+    verbs = rng.choice(VERBS, units)
     sentences = []
-    for _ in range(units):
-        adjectives = rng.choice(ADJECTIVES, 2)
-        nouns = rng.choice(WORDS, 2)
-        verb = rng.choice(VERBS)
-        sentences.append(f"The {adjectives[0]} {nouns[0]} {verb} the {adjectives[1]} {nouns[1]}.")
+    for (a, b), (x, y), verb in zip(adjectives, nouns, verbs):
+        sentences.append(f"The {a} {x} {verb} the {b} {y}.")
     return sentences
 
 
