@@ -127,7 +127,8 @@ def score_row(model, row, grid):
         return x.chunk(grid.sp)[grid.sp_rank].to(grid.device)
 
     losses, is_largest = model(
-        shard(ids), shard(positions), cu_seqlens, max(lengths), shard(labels), per_token=True)
+        shard(ids), shard(positions), cu_seqlens.tolist(), max(lengths), shard(labels),
+        per_token=True)
 
     # Each rank knows the scores of its shard. The others add zeros.
     scores = torch.zeros(grid.sp, 2, len(losses), device=grid.device)               # (P, 2, t)
