@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import re
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     max_seqlen: int             # length of the longest segment of the whole row
     weights: torch.Tensor       # (t,) float32: LOSS_WEIGHT of each target, 0 where there is none
     sources: torch.Tensor       # (t,) int64: index in DATA of the source of each token; 0: padding
+    checksum: int               # of the tokens of the whole row
 
 
 # ---------------------------------------------------------------- trained and untrained tokens
@@ -1191,6 +1193,7 @@ class Rows:
             max_seqlen=int(max(lengths)),
             weights=torch.from_numpy(weights[shard]).float(),
             sources=torch.from_numpy(sources[shard]),
+            checksum=zlib.crc32(tokens),
         )
 
     def read_with_next(self, document, start, length):

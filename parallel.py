@@ -17,8 +17,10 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
+import threading
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -129,10 +132,10 @@ def local_world_size():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def init(replicas, sp):
+def init(replicas, sp, agreed=None):
     """Join the process group that torchrun or srun describes, or form one of a single process.
 
-    -> Grid."""
+    agreed: a dict of what has to be equal on all ranks. ValueError names what differs. -> Grid."""
     local_world = local_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -156,6 +159,8 @@ def init(replicas, sp):
                 backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
     rank = dist.get_rank()
     world = dist.get_world_size()
+    # The meshes below are collectives, which hang if the ranks do not agree on their sizes.
+    refuse_differences(agreed or {})
 
     rows_and_shards = init_device_mesh(device.type, (world // sp, sp), mesh_dim_names=("dp", "sp"))
     sp_group = rows_and_shards["sp"].get_group() if sp > 1 else None
@@ -164,6 +169,22 @@ def init(replicas, sp):
     if replicas == 1:
         mesh = mesh["shard"]
     return Grid(rank, world, world // sp, rank // sp, sp, rank % sp, sp_group, mesh, device)
+
+
+def refuse_differences(agreed):
+    """ValueError on all ranks if the dict `agreed` is not the same on all of them."""
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, agreed)
+    differences = []
+    for name, value in of_ranks[0].items():
+        others = [rank for rank, other in enumerate(of_ranks) if other[name] != value]
+        if others:
+            other_value = of_ranks[others[0]][name]
+            ranks = ", ".join(map(str, others))
+            differences.append(f"{name} is {value!r} on rank 0 and {other_value!r} on rank {ranks}")
+    if differences:
+        raise ValueError(f"{'; '.join(differences)}: start all ranks with the same code, "
+                         "constants and files")
 
 
 def close():
@@ -178,7 +199,13 @@ def all_sum(values, group=None):
     return values
 
 
-def together(what, function, *args, only=None):
+def any_rank(flag):
+    """-> whether `flag` is true on any rank. The exchange runs on the CPU."""
+    votes = torch.tensor(int(flag))
+    return all_sum(votes).item() > 0
+
+
+def together(what, function, *args, only=None, group=None):
     """Call function(*args) on every rank, or on rank `only`. -> list of the results of all ranks.
 
     If it fails on any rank, all raise RuntimeError, so that none waits for one that stopped."""
@@ -194,7 +221,7 @@ def together(what, function, *args, only=None):
         message = f"rank {rank}: {type(e).__name__}: {e}"
 
     outcomes = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, message))
+    dist.all_gather_object(outcomes, (result, message), group=group)
     for _, failure in outcomes:
         if failure is not None:
             raise RuntimeError(f"{what}: {failure}") from error
@@ -704,13 +731,22 @@ def pinned_buffer(shape, dtype):
 # ------------------------------------------------------------------------------------- checkpoints
 
 STEP = "step-" + 8 * "[0-9]"    # names of published checkpoints; nothing else is touched
+CHECKPOINT_BYTES = 12           # per parameter: a float32 weight and two float32 moments
 
 
 def save_checkpoint(root, step, model, optimizer, notes, keep):
     """Write root/step-00000100: every rank its shards, then a manifest of sizes, hashes, `notes`.
 
     The folder gets its name last, by a rename, so a folder with this name is complete. A step that
-    is already published stays as it is. Only the newest `keep` checkpoints stay."""
+    is already published stays as it is. Only the newest `keep` checkpoints stay; -1: all of them.
+    RuntimeError on all ranks if any of them cannot write; earlier checkpoints are intact then."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    write_checkpoint(root, step, state, notes, keep)
+
+
+def write_checkpoint(root, step, state, notes, keep, group=None):
+    """Write and publish the checkpoint of `state`. The collectives are those of `group`."""
     folder = Path(root) / f"step-{step:08d}"
     partial = folder.with_suffix(".part")
     rank = dist.get_rank()
@@ -721,48 +757,158 @@ def save_checkpoint(root, step, model, optimizer, notes, keep):
         partial.mkdir(parents=True)
 
     def write():
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
-        written = list(partial.glob(f"__{rank}_*"))
-        if rank == 0:
-            written.append(partial / ".metadata")
-        return {file.name: [file.stat().st_size, file_hash(file)] for file in written}
+        try:
+            dcp.save(state, checkpoint_id=partial, process_group=group)
+            written = list(partial.glob(f"__{rank}_*"))
+            if rank == 0:
+                written.append(partial / ".metadata")
+            return {file.name: [file.stat().st_size, file_hash(file)] for file in written}
+        except (Exception, dcp.api.CheckpointException) as e:
+            cause = e
+            if isinstance(e, dcp.api.CheckpointException):  # the error of one rank is enough
+                cause, _ = next(iter(e.failures.values()))
+            free = shutil.disk_usage(folder.parent).free
+            raise OSError(
+                f"{cause}. {free / 2**30:,.1f} GiB are free there. Earlier checkpoints are "
+                "intact: free space or make the folder writable, and start again") from e
 
     def publish(files_of_ranks):
         files = {}
         for files_of_rank in files_of_ranks:
             files.update(files_of_rank)
         manifest = {**notes, "step": step, "files": files}
+        manifest["hash"] = manifest_hash(manifest)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         os.sync()  # the contents must be on disk before the name that says they are complete
         partial.rename(folder)
-        for old in sorted(folder.parent.glob(STEP))[:-keep]:
-            shutil.rmtree(old)
+        published = sorted(folder.parent.glob(STEP))
+        if keep >= 0:
+            for old in published[:-keep]:
+                shutil.rmtree(old)
 
-    already_published = together(f"looking for {folder}", folder.exists, only=0)[0]
+    already_published = together(f"looking for {folder}", folder.exists, only=0, group=group)[0]
     if already_published:
         return
-    together(f"preparing {partial}", prepare, only=0)
-    files_of_ranks = together(f"saving {partial}", write)
-    together(f"publishing {folder}", publish, files_of_ranks, only=0)
+    together(f"preparing {partial}", prepare, only=0, group=group)
+    files_of_ranks = together(f"saving {partial}", write, group=group)
+    together(f"publishing {folder}", publish, files_of_ranks, only=0, group=group)
+
+
+class Saver:
+    """Writes the checkpoints of a run in a thread, while training goes on.
+
+    Training waits only while this rank's shards are copied to CPU memory, and for the previous
+    save, if it is not complete. Where CPU memory is short, it waits for the whole save."""
+
+    def __init__(self, root, model, notes):
+        self.root = Path(root)
+        self.notes = notes
+        self.thread = None
+        self.error = None
+        # The thread's collectives must not mix with those of training.
+        self.group = dist.new_group(backend="gloo")
+        together("checking the space for checkpoints", self.check_space, model, only=0)
+
+        elements = sum(local_rows(p)[0].numel() for p in model.parameters())
+        ranks_of_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        needed = CHECKPOINT_BYTES * elements * ranks_of_host
+        self.in_foreground = any_rank(needed > available_memory())
+        if self.in_foreground and dist.get_rank() == 0:
+            print(f"Saving in the background needs {needed / 2**30:,.1f} GiB of CPU memory, which "
+                  "is not free: training waits while a checkpoint is written.", flush=True)
+        on_gpu = torch.cuda.is_available()
+        self.stager = DefaultStager(StagingOptions(
+            use_pinned_memory=on_gpu,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=on_gpu))
+
+    def check_space(self, model):
+        """OSError if the disk has no space for another checkpoint."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        needed = CHECKPOINT_BYTES * sum(p.numel() for p in model.parameters())
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise OSError(
+                f"{self.root} has {free / 2**30:,.1f} GiB of free space and a checkpoint takes "
+                f"{needed / 2**30:,.1f} GiB: free space, lower KEEP_CHECKPOINTS, or set another "
+                "RUN_DIR. Earlier checkpoints are intact")
+
+    def save(self, step, model, optimizer, keep):
+        """Begin to save a step, see save_checkpoint. RuntimeError if the previous save failed."""
+        self.wait()
+        together("checking the space for a checkpoint", self.check_space, model, only=0)
+        if self.in_foreground:
+            save_checkpoint(self.root, step, model, optimizer, self.notes, keep)
+            return
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = self.stager.stage({"model": model_state, "optimizer": optimizer_state})
+
+        def write():
+            try:
+                write_checkpoint(self.root, step, state, self.notes, keep, self.group)
+            except BaseException as e:
+                self.error = e
+
+        self.thread = threading.Thread(target=write, daemon=True)
+        self.thread.start()
+
+    def wait(self):
+        """Wait until the last save is complete. RuntimeError on all ranks if it failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            raise self.error
+
+
+def available_memory():
+    """-> bytes of CPU memory of this host that can be allocated without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])  # it is in KiB
+    return 0
+
+
+def all_finite(model, optimizer):
+    """-> whether all weights and optimizer states are finite, on all ranks."""
+    tensors = [local_rows(p)[0] for p in model.parameters()]
+    for state in optimizer.state.values():
+        tensors += [local_rows(value)[0] for value in state.values() if torch.is_tensor(value)]
+    largest = [torch.linalg.vector_norm(x, ord=torch.inf) for x in tensors if x.numel() > 0]
+    finite = all(torch.isfinite(norm).item() for norm in largest)
+    return not any_rank(not finite)
+
+
+def manifest_hash(manifest):
+    """-> hash of a manifest, as a dict, without its own entry "hash"."""
+    content = {key: value for key, value in manifest.items() if key != "hash"}
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(folder, part=0, parts=1):
     """-> the manifest of a checkpoint, after comparing its files with it.
 
-    Of several ranks, each compares every parts-th file. ValueError names the file that differs."""
+    Of several ranks, each compares every parts-th file. ValueError names what is damaged. OSError,
+    such as PermissionError, if something cannot be read: it may be undamaged."""
+    path = folder / "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(path.read_text())
         files = sorted(manifest["files"].items())
-        for name, (size, expected_hash) in files[part::parts]:
-            path = folder / name
-            if not path.exists():
-                raise ValueError(f"{path} is missing: resume from another checkpoint")
-            if path.stat().st_size != size or file_hash(path) != expected_hash:
-                raise ValueError(f"{path} is not what was written: resume from another checkpoint")
-    except (OSError, KeyError, json.JSONDecodeError) as e:
+        is_whole = manifest["hash"] == manifest_hash(manifest) and ".metadata" in manifest["files"]
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{folder} is not a whole checkpoint ({type(e).__name__}: {e}): "
                          "resume from another one") from e
+    if not is_whole:
+        raise ValueError(f"{path} is not what was written: resume from another checkpoint")
+
+    for name, (size, expected_hash) in files[part::parts]:
+        path = folder / name
+        if not path.exists():
+            raise ValueError(f"{path} is missing: resume from another checkpoint")
+        if path.stat().st_size != size or file_hash(path) != expected_hash:
+            raise ValueError(f"{path} is not what was written: resume from another checkpoint")
     return manifest
 
 
@@ -770,13 +916,19 @@ def find_checkpoint(root, resume):
     """-> (folder, manifest) of the checkpoint to resume from, or (None, None).
 
     resume: "never"; "auto", the newest undamaged one in `root`; or a path. Ranks compare the files
-    together. RuntimeError on all ranks if the one at a path is damaged; "auto" renames a damaged
-    one and goes on to the one before it."""
+    together. RuntimeError on all ranks if the one at a path is damaged, if all in `root` are, or if
+    one cannot be read. "auto" renames the damaged ones that are newer than the one it returns."""
     rank = dist.get_rank()
     world = dist.get_world_size()
 
     def published():
         return sorted(Path(root).glob(STEP), reverse=True)
+
+    def inspect(folder):
+        try:
+            return read_manifest(folder, rank, world), None
+        except ValueError as e:
+            return None, str(e)
 
     if resume == "never":
         candidates = []
@@ -785,28 +937,91 @@ def find_checkpoint(root, resume):
     else:
         candidates = [Path(resume)]
 
+    damaged = {}  # folder: what is wrong with it
     for folder in candidates:
-        try:
-            manifests = together(f"RESUME {resume}", read_manifest, folder, rank, world)
-            return folder, manifests[0]
-        except RuntimeError as e:
-            if resume != "auto":
-                raise
-            damaged = folder.with_suffix(".damaged")
-            if rank == 0:
-                print(f"WARNING: {e}. It is renamed to {damaged.name}; trying the one before it.",
-                      flush=True)
-            together(f"renaming {folder}", folder.rename, damaged, only=0)
+        outcomes = together(f"reading {folder}", inspect, folder)
+        problems = [problem for _, problem in outcomes if problem is not None]
+        if not problems:
+            together("renaming damaged checkpoints", set_aside, damaged, only=0)
+            manifest, _ = outcomes[0]
+            return folder, manifest
+        damaged[folder] = problems[0]
+    if damaged:
+        listed = "\n".join(damaged.values())
+        raise RuntimeError(f"RESUME {resume}: no checkpoint is undamaged:\n{listed}\n"
+                           "To begin at step 1, set RUN_DIR to a new folder.")
     return None, None
 
 
+def set_aside(damaged):
+    """Rename the folders of a dict {folder: what is wrong}, so that nothing resumes from them."""
+    for folder, problem in damaged.items():
+        target = folder.with_suffix(".damaged")
+        number = 1
+        while target.exists():  # an earlier one of the same step
+            number += 1
+            target = folder.with_suffix(f".damaged-{number}")
+        folder.rename(target)
+        print(f"WARNING: {problem}. It is renamed to {target.name}; trying the one before it.",
+              flush=True)
+
+
 def load_checkpoint(folder, model, *optimizer):
-    """Fill the model, and the optimizer if given, from a checkpoint of any number of ranks."""
+    """Fill the model, and the optimizer if given, from a checkpoint of any number of ranks.
+
+    Nothing in the checkpoint is executed: pickles of anything but plain values are refused."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     states = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(states, checkpoint_id=folder)
+    dcp.load(states, storage_reader=SafeReader(folder), planner=SafePlanner())
     set_state_dict(
         model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+
+
+# What the metadata of our checkpoints consists of. A pickle can name any function of any module
+# and have it called, so that one from somebody else could do anything.
+METADATA_GLOBALS = {
+    *[("torch.distributed.checkpoint.metadata", name) for name in (
+        "Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
+        "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING")],
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads the metadata of a checkpoint, and refuses a pickle of anything else."""
+
+    def find_class(self, module, name):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in METADATA_GLOBALS:
+            raise pickle.UnpicklingError(
+                f"the metadata refers to {module}.{name}, which no checkpoint of ours does: do not "
+                "use this checkpoint")
+        return super().find_class(module, name)
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads a checkpoint without executing what its metadata holds."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise ValueError(f"the metadata of {self.path} refers to {info.relative_path!r}: "
+                                 "only files of the checkpoint itself are read")
+        return metadata
+
+
+class SafePlanner(dcp.DefaultLoadPlanner):
+    """Reads the values that are not tensors, such as learning rates, without executing anything."""
+
+    def load_bytes(self, read_item, value):
+        torch.load(value, weights_only=True)  # raises an error if it refers to any function
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def file_hash(path):

@@ -9,16 +9,21 @@ import ast
 import contextlib
 import datetime
 import difflib
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
 import os
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +105,8 @@ WANDB = ""                      # Weights & Biases project for the metrics; "": 
 SAMPLE_PROMPTS = []             # texts to continue at the end of a run
 SAMPLE_TOKENS = 80              # tokens to sample after each of SAMPLE_PROMPTS
 SAVE_EVERY = 200                # steps between checkpoints; 0: last step only; -1: none, no hf/
-KEEP_CHECKPOINTS = 2            # number of newest checkpoints to keep
+SAVE_MINUTES = 30.0             # minutes between checkpoints, besides SAVE_EVERY; 0: not by time
+KEEP_CHECKPOINTS = 2            # number of newest checkpoints to keep; -1: all
 RESUME = "auto"                 # "auto": newest checkpoint in RUN_DIR; "never"; or a checkpoint
 
 # The names of the constants above, which the command line can set and every run records.
@@ -136,7 +142,7 @@ POSITIVE = ("MAX_LENGTH", "BATCH_SIZE", "GLOBAL_BATCH_SIZE", "REPLICAS", "LOSS_C
 NOT_NEGATIVE = (
     "SYNTHETIC_DOCUMENT", "MAX_POSITION_EMBEDDINGS", "SEQUENCE_PARALLEL_SIZE", "KEEP_LAYERS",
     "MLP_CHUNK", "LEARNING_RATE", "WEIGHT_DECAY", "MAX_GRAD_NORM", "SEED", "EVAL_EVERY",
-    "SAMPLE_TOKENS")
+    "SAMPLE_TOKENS", "SAVE_MINUTES")
 FROM_MINUS_ONE = ("MAX_STEPS", "SAVE_EVERY")
 RATIOS = ("WARMUP_RATIO", "MIN_LEARNING_RATE_RATIO")
 
@@ -184,6 +190,8 @@ PLOT_SECONDS = 300
 
 # Samples end after so many seconds, also those of a model too large to write SAMPLE_TOKENS in time.
 SAMPLE_SECONDS = 120
+# Signals that stop a run after a checkpoint.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Plan(NamedTuple):
@@ -200,7 +208,7 @@ class StepSums(NamedTuple):
     targets: float          # tokens that are trained
     tokens: float
     attention_pairs: float  # pairs of a query and a key that it attends to, for the FLOPs
-    stop_requests: float    # ranks that have received SIGTERM
+    mismatch: float         # 0 if the ranks have the same step, see `fingerprint_difference`
 
 
 def main():
@@ -219,7 +227,10 @@ def main():
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
 
     # Process groups, model and optimizer. What the run will need is printed before it is taken.
-    grid = parallel.init(REPLICAS, sp)
+    notes = manifest_notes(folder, config, rows)
+    agreed = {**notes["constants"], "the attention kernel": kernel_name,
+              **facts_of_files(notes, rows, eval_rows)}
+    grid = parallel.init(REPLICAS, sp, agreed)
     execution = execution_settings(config, device_type)
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")
     print_once(grid, describe_context(folder, config, rows))
@@ -229,21 +240,18 @@ def main():
     optimizer = build_optimizer(model)
     print_once(grid, describe(model, kernel_name, grid))
 
-    # Resume
-    notes = manifest_notes(folder, config, rows)
-    steps_done = resume(notes, model, optimizer, grid)
-
-    # Train, export and sample. The lock keeps other runs out of RUN_DIR.
+    # Resume, train, export and sample. The lock keeps other runs out of RUN_DIR.
     run_lock = FileLock(Path(RUN_DIR) / "lock")
     log = None
     try:
-        accounting = rows.accounting()
-        parallel.together("RUN_DIR", open_run, run_lock, notes, steps_done, accounting, only=0)
+        parallel.together("RUN_DIR", lock_run, run_lock, only=0)
+        steps_done = resume(notes, model, optimizer, grid)
+        parallel.together("RUN_DIR", open_run, notes, steps_done, rows.accounting(), only=0)
         if grid.rank == 0:
             log = Log(steps, steps_done)
-        with explain_out_of_memory(config, grid, execution):
-            stopped = training_loop(
-                model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes, log)
+        with explain_out_of_memory(config, grid, execution), receive_signals() as stop_requests:
+            stopped = training_loop(model, optimizer, grid, rows, eval_rows, total_rows,
+                                    steps_done, notes, log, stop_requests)
         if not stopped:
             finish(model, folder, grid)
     finally:
@@ -320,6 +328,9 @@ def check_constants():
             raise ValueError(
                 f"{name} {globals()[name]} is out of range: use a number between 0 and 1.")
     check_betas()
+    if KEEP_CHECKPOINTS == 0 or KEEP_CHECKPOINTS < -1:
+        raise ValueError(f"KEEP_CHECKPOINTS {KEEP_CHECKPOINTS} is not a number of checkpoints: "
+                         "use -1 to keep all, or a number greater than 0.")
     if isinstance(EVAL_DATA, (int, float)) and not 0 < EVAL_DATA < 1:
         raise ValueError(f"EVAL_DATA {EVAL_DATA} is not a share of the documents of DATA: use a "
                          "number between 0 and 1, or name a file.")
@@ -532,10 +543,11 @@ def synthetic_corpus(vocab_size):
     return data.Corpus(vocab_size, offsets, lengths - 1, lengths, sources, "synthetic")
 
 
-def load_step(step, rows, total_rows, grid, config, stop_requests):
+def load_step(step, rows, total_rows, grid, config):
     """Return this rank's micro-batches of a step, on its device, and the StepSums of all ranks.
 
-    The sums are reduced on the CPU, so that nothing waits for the GPU.
+    The sums are reduced on the CPU, so that nothing waits for the GPU. Raises RuntimeError on all
+    ranks if they do not have the same number of micro-batches, or those of one row not the same.
     """
     batches = rows.step(
         step, GLOBAL_BATCH_SIZE, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, total_rows)
@@ -547,13 +559,42 @@ def load_step(step, rows, total_rows, grid, config, stop_requests):
             targets=(batch.labels != data.IGNORE).sum().item(),
             tokens=len(batch.input_ids),
             attention_pairs=pairs / grid.sp,  # cu_seqlens describe the whole row on every rank
-            stop_requests=0))
-    # A request counts once per rank, not once per micro-batch.
-    parts.append(StepSums(0, 0, 0, 0, stop_requests=len(stop_requests)))
+            mismatch=0))
+    # The fingerprint is about the step, not about a micro-batch.
+    parts.append(StepSums(0, 0, 0, 0, fingerprint_difference(step, batches, grid)))
 
     sums = torch.tensor(parts, dtype=torch.float64).sum(0)
     parallel.all_sum(sums)
-    return [to_device(batch, grid.device) for batch in batches], StepSums(*sums.tolist())
+    sums = StepSums(*sums.tolist())
+    if sums.mismatch != 0:
+        raise RuntimeError(describe_mismatch(step, batches, grid))
+    return [to_device(batch, grid.device) for batch in batches], sums
+
+
+def fingerprint_difference(step, batches, grid):
+    """Return an integer whose sum over all ranks is 0 if they have the same step.
+
+    All ranks must have the same number of micro-batches, and those of one row the same tokens. The
+    sum is also 0 with a probability of about 2^-32 if they do not.
+    """
+    count = zlib.crc32(f"{step} {len(batches)}".encode())
+    row = zlib.crc32(str([batch.checksum for batch in batches]).encode())
+    # The first of n ranks adds n - 1 times its number, and each of the others subtracts its own.
+    difference = count * (grid.world - 1) if grid.rank == 0 else -count
+    difference += row * (grid.sp - 1) if grid.sp_rank == 0 else -row
+    return difference
+
+
+def describe_mismatch(step, batches, grid):
+    """Return what each rank has of a step, where that is not the same."""
+    checksums = [batch.checksum for batch in batches]
+    mine = f"step {step} with {len(batches)} micro-batches of the rows {checksums}"
+    lines = []
+    for rank, theirs in enumerate(parallel.together("comparing ranks", str, mine)):
+        lines.append(f"rank {rank}, of sequence group {rank // grid.sp}: {theirs}")
+    return ("The ranks do not have the same step. All need the same number of micro-batches, and "
+            "those of one sequence group the same rows (named by checksums). Remove CACHE_DIR, "
+            "which may be damaged on one host, and start again.\n" + "\n".join(lines))
 
 
 def to_device(batch, device):
@@ -776,6 +817,34 @@ def manifest_notes(folder, config, rows):
     return json.loads(json.dumps(notes))  # tuples become lists
 
 
+def facts_of_files(notes, rows, eval_rows):
+    """Return what all ranks must have alike besides the constants, as a dict."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "the model's config": notes["config"],
+        "the hash of DATA": rows.corpus.key,
+        "the hash of EVAL_DATA": eval_rows.corpus.key if eval_rows is not None else None,
+        "the hash of the code": code.hexdigest()[:16],
+        "the version of torch": torch.__version__,
+    }
+
+
+def lock_run(lock):
+    """Acquire `lock` for this process. Raises ValueError if another run of RUN_DIR has it."""
+    run = Path(RUN_DIR)
+    run.mkdir(parents=True, exist_ok=True)
+    owner = run / "owner"
+    try:
+        lock.acquire(timeout=0)  # the system releases it when the process ends, however it ends
+    except Timeout:
+        name = owner.read_text() if owner.exists() else "another process"
+        raise ValueError(
+            f"{run} is in use by {name}: stop that run, or set another RUN_DIR.") from None
+    owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+
+
 def resume(notes, model, optimizer, grid):
     """Load the checkpoint that RESUME selects and return how many steps it has done, or 0.
 
@@ -812,31 +881,33 @@ def resume(notes, model, optimizer, grid):
     return steps_done
 
 
-def open_run(lock, notes, steps_done, accounting):
-    """Acquire `lock` for this process and write config.json, env.json and owner to RUN_DIR.
-
-    metrics.jsonl keeps the steps up to `steps_done`. Raises ValueError if another run has the lock.
-    """
+def open_run(notes, steps_done, accounting):
+    """Write config.json and env.json to RUN_DIR. metrics.jsonl keeps the steps to `steps_done`."""
     run = Path(RUN_DIR)
-    run.mkdir(parents=True, exist_ok=True)
-    owner = run / "owner"
-    try:
-        lock.acquire(timeout=0)  # the system releases it when the process ends, however it ends
-    except Timeout:
-        name = owner.read_text() if owner.exists() else "another process"
-        raise ValueError(
-            f"{run} is in use by {name}: stop that run, or set another RUN_DIR.") from None
-    owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
-
     (run / "config.json").write_text(json.dumps(notes["constants"], indent=2))
     environment = {**describe_environment(), "data": notes["data"], "accounting": accounting}
     (run / "env.json").write_text(json.dumps(environment, indent=2, default=int))
 
-    # Steps after the checkpoint will be run again, and without one the evaluation at step 0, too.
+    # Steps after the checkpoint will be run again, and without one the evaluation at step 0, too. A
+    # machine that lost power, or a full disk, may have left a part of a line.
     metrics = run / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() and steps_done > 0 else []
-    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= steps_done]
-    metrics.write_text("".join(kept))
+    kept = []
+    for number, line in enumerate(read_lines(metrics), 1):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            print(f"WARNING: {metrics}:{number} is no line of metrics, and is removed.", flush=True)
+            continue
+        if step <= steps_done and steps_done > 0:
+            kept.append(line + b"\n")
+    part = metrics.with_suffix(".part")
+    part.write_bytes(b"".join(kept))
+    part.rename(metrics)
+
+
+def read_lines(path):
+    """Return the lines of a file as bytes; none if it does not exist."""
+    return path.read_bytes().splitlines() if path.exists() else []
 
 
 def describe_environment():
@@ -864,16 +935,20 @@ def describe_environment():
 
 # ------------------------------------------------------------------------------------ training loop
 
-def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes, log):
-    """Run the steps after `steps_done`. Return True if SIGTERM stopped the run."""
+def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes, log,
+                  stop_requests):
+    """Run the steps after `steps_done`. Return True if a signal stopped the run."""
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
-    stop_requests = collect_sigterms()
     if eval_rows is not None and (steps_done == 0 or MAX_STEPS == 0):
         evaluate(model, eval_rows, grid, steps_done, log)  # what training is compared with
+    saver = None
+    if SAVE_EVERY >= 0:
+        saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", model, notes)
     not_finite = 0  # consecutive steps
+    saved = time.time()
     began = time.time()
     if steps_done < steps:
-        upcoming = load_step(steps_done + 1, rows, total_rows, grid, model.config, stop_requests)
+        upcoming = load_step(steps_done + 1, rows, total_rows, grid, model.config)
 
     for step in range(steps_done + 1, steps + 1):
         batches, sums = upcoming
@@ -883,6 +958,10 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         # gradients are summed over micro-batches and ranks, never averaged.
         loss_sum = torch.zeros((), device=grid.device)
         for i, batch in enumerate(batches):
+            # The launcher does not wait long after it has asked to stop: abandon this step.
+            if parallel.any_rank(bool(stop_requests)):
+                stop(saver, step - 1, steps_done, model, optimizer, not_finite, grid)
+                return True
             parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
             weights = batch.weights / max(sums.weight, 1e-9)
             batch_loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
@@ -895,7 +974,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
 
         # The CPU prepares the next step while the GPU works on this one.
         if step < steps:
-            upcoming = load_step(step + 1, rows, total_rows, grid, model.config, stop_requests)
+            upcoming = load_step(step + 1, rows, total_rows, grid, model.config)
 
         # Only here does the CPU wait for the GPU. All ranks have the same values, so that all of
         # them skip a step, or none.
@@ -918,41 +997,120 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
                 began = time.time()  # drawing is not part of the next step's time
         not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
         stop_if_diverged(step, not_finite)
+        if step == steps_done + 1:
+            warn_of_long_steps(seconds / len(batches), grid)
 
-        stopping = sums.stop_requests > 0
-        last = step == steps or stopping
+        last = step == steps
         eval_due = last or (EVAL_EVERY > 0 and step % EVAL_EVERY == 0)
         if eval_rows is not None and eval_due:
             evaluate(model, eval_rows, grid, step, log)
             began = time.time()  # nor is evaluation, nor saving
-        save_due = last or (SAVE_EVERY > 0 and step % SAVE_EVERY == 0)
-        if SAVE_EVERY >= 0 and save_due:
-            checkpoints = Path(RUN_DIR) / "checkpoints"
-            with timed(grid, f"saving step {step}"):
-                parallel.save_checkpoint(
-                    checkpoints, step, model, optimizer, notes, KEEP_CHECKPOINTS)
+        if saver is not None and (last or save_due(step, saved)):
+            save(saver, step, model, optimizer, not_finite, grid)
+            saved = time.time()
             began = time.time()
-        if stopping:
-            print_once(grid, f"stopped by SIGTERM after step {step}: the same command resumes")
-            return True
-    return False
+    if saver is not None:
+        saver.wait()
+    return parallel.any_rank(bool(stop_requests))
 
 
-def collect_sigterms():
-    """Return a list that grows when this process receives SIGTERM. A second one ends the process.
+def save_due(step, saved):
+    """Return whether to save after this step: the last time was at `saved`, on rank 0's clock."""
+    late = 0 < SAVE_MINUTES < (time.time() - saved) / 60
+    return parallel.any_rank(late) or (SAVE_EVERY > 0 and step % SAVE_EVERY == 0)
 
-    Ranks receive the signal at different times. They stop together, after the step for which the
-    sum of their requests is not zero.
+
+def save(saver, step, model, optimizer, not_finite, grid):
+    """Begin to save a step, unless its weights are not finite."""
+    if not parallel.all_finite(model, optimizer):
+        print_once(grid, f"WARNING: step {step} is not saved, as its weights are not finite")
+        return
+    # After steps that were skipped, the checkpoints of the steps before them are worth more.
+    keep = KEEP_CHECKPOINTS if not_finite == 0 else -1
+    saver.save(step, model, optimizer, keep)
+
+
+def stop(saver, step, steps_done, model, optimizer, not_finite, grid):
+    """Save `step`, unless the run began after it, and print how to continue."""
+    if saver is None:
+        print_once(grid, f"stopped by a signal after step {step}. SAVE_EVERY is -1: nothing is saved.")
+        return
+    if step > steps_done:
+        save(saver, step, model, optimizer, not_finite, grid)
+    saver.wait()
+    again = command_line()
+    if RESUME != "auto":
+        again += " RESUME=auto"
+    print_once(grid, f"stopped by a signal after step {step}. This continues the run:\n{again}")
+
+
+def command_line():
+    """Return the command that started this run: that of torchrun, if torchrun started it."""
+    arguments = sys.orig_argv
+    launcher = Path(f"/proc/{os.getppid()}/cmdline")
+    if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():
+        arguments = launcher.read_text().split("\0")[:-1]
+    return shlex.join(arguments)
+
+
+def warn_of_long_steps(seconds, grid):
+    """Say so if torchrun would kill a run before it could stop between micro-batches.
+
+    seconds: the time of a micro-batch.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    given = re.search(r"--shutdown[-_]timeout[= ](\d+)", command_line())
+    patience = int(given[1]) if given else 30
+    if seconds > patience:
+        print_once(grid, f"WARNING: a micro-batch takes {seconds:.0f} s, but torchrun kills the run "
+                         f"{patience} s after it is told to stop, so that no checkpoint would be "
+                         f"saved: start it with --shutdown-timeout {round(3 * seconds) + 60}.")
+
+
+@contextlib.contextmanager
+def receive_signals():
+    """Yield a list that receives the first of STOP_SIGNALS. A second one ends the process at once.
+
+    Ranks receive a signal at different times. They stop together, when `any_rank` has a request.
     """
     requests = []
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
 
-    def handle(signal_number, frame):
-        if requests:
-            sys.exit("second SIGTERM")
-        requests.append(signal_number)
+    # Python runs handlers in the main thread, which may be waiting for the GPU or another rank. So
+    # the handlers do nothing, and a thread reads the signals, which Python writes to the pipe.
+    def ignore(number, frame):
+        pass
 
-    signal.signal(signal.SIGTERM, handle)
-    return requests
+    def read():
+        first = 0.0
+        while True:
+            numbers = os.read(read_end, 1)
+            now = time.monotonic()
+            if not numbers:  # the pipe was closed
+                os.close(read_end)
+                return
+            if numbers[0] in STOP_SIGNALS and not requests:
+                first = now
+                requests.append(numbers[0])
+            # A launcher and a scheduler may both pass on the same signal.
+            elif numbers[0] in STOP_SIGNALS and now - first > 1:
+                os._exit(1)
+
+    old_handlers = {}
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            old_handlers[number] = signal.signal(number, ignore)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        yield requests
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+        os.close(write_end)
 
 
 def update(model, optimizer, lr, grad_norm, skip):
@@ -969,11 +1127,15 @@ def update(model, optimizer, lr, grad_norm, skip):
 
 def stop_if_diverged(step, not_finite):
     """Raise RuntimeError after MAX_SKIPPED_STEPS consecutive steps that were not finite."""
-    if not_finite == MAX_SKIPPED_STEPS:
-        raise RuntimeError(
-            f"The loss or gradient of {not_finite} consecutive steps, up to step {step}, was not "
-            f"finite: lower LEARNING_RATE {LEARNING_RATE}, or inspect the data of these steps. "
-            "Since then no checkpoint was saved.")
+    if not_finite < MAX_SKIPPED_STEPS:
+        return
+    checkpoints = sorted((Path(RUN_DIR) / "checkpoints").glob(parallel.STEP))
+    before = [c.name for c in checkpoints if int(c.name.removeprefix("step-")) <= step - not_finite]
+    raise RuntimeError(
+        f"The loss or gradient of {not_finite} consecutive steps, up to step {step}, was not "
+        f"finite: lower LEARNING_RATE {LEARNING_RATE}, or inspect the data of these steps. "
+        f"Checkpoints of the steps before them: {', '.join(before) or 'none'}. To continue from "
+        "one of them, set RESUME to its path and RUN_DIR to a new folder.")
 
 
 @torch.no_grad()
