@@ -34,6 +34,12 @@ CHAT_TEMPLATE = (  # ChatML
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
+# Fields of Config that training does not change
+SIZES = (
+    "architecture", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim")
+MAX_LAYERS = 10_000  # more are a mistake, or an attempt to fill the memory
+
 # ------------------------------------------------------------------------------------------------
 # The table of architectures
 
@@ -603,7 +609,10 @@ def _config(source):
             raise KeyError(keys[field])
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
 
-    _refuse_other_keys(source, keys_read, fields["num_hidden_layers"], architecture)
+    layers = fields["num_hidden_layers"]
+    if not 1 <= layers <= MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers {layers} is not from 1 to {MAX_LAYERS}: correct it")
+    _refuse_other_keys(source, keys_read, layers, architecture)
     config = Config(architecture=architecture, **fields)
     if config.activation not in ("silu", "gelu_pytorch_tanh"):
         raise ValueError(f"hidden_act {config.activation!r} is not supported: "
@@ -1074,30 +1083,54 @@ def _check_tensors(folder, config, files, shapes):
 def save_weights(model, source_folder, out_folder):
     """Write a Hugging Face folder: safetensors, config.json, and the files of the tokenizer.
 
-    All ranks call it. If this rank cannot write, it raises OSError after the last collective, so
-    that the others do not wait for it.
+    All ranks call it. It is written beside `out_folder` and renamed at the end, so an earlier
+    export stays whole until then. If this rank cannot write, it raises OSError after the last
+    collective, so that the others do not wait for it.
     """
     source = Path(source_folder)
     out = Path(out_folder)
+    part = out.with_name(out.name + ".part")
     source_config = _text_model(json.loads((source / "config.json").read_text()))
-    rank, _ = _rank_and_world(model)
+    rank, world = _rank_and_world(model)
+    error = None
+    if rank == 0:
+        error = _clear(part)
 
     _, shapes = layout(model)
     dtypes = _export_dtypes(source, source_config, shapes)
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     shards = _assign_shards(sizes)
     files = _shard_files(len(shards))
-    _write_shards(model, dtypes, shards, files, out)
+    if not _any_rank(error is not None, world):
+        error = _write_shards(model, dtypes, shards, files, part)
 
-    # one rank writes what there is once
-    if rank == 0:
-        _remove_other_shards(out, files)
+    # one rank publishes, once all have written
+    failed = _any_rank(error is not None, world)
+    if error is not None:
+        raise OSError(f"{part}: {error}") from error
+    if rank == 0 and not failed:
         if len(shards) > 1:
-            _write_index(out / INDEX, shards, files, sum(sizes.values()))
+            _write_index(part / INDEX, shards, files, sum(sizes.values()))
         embedding_dtype = dtypes[their_name(model.config, "model.embed_tokens.weight")]
         exported = export_config(source_config, model.config, embedding_dtype)
-        (out / "config.json").write_text(json.dumps(exported, indent=2))
-        _copy_tokenizer(source, out)
+        (part / "config.json").write_text(json.dumps(exported, indent=2))
+        _copy_tokenizer(source, part)
+        _replace_folder(out, part)
+
+
+def _any_rank(flag, world):
+    """Whether `flag` is true on any rank; that of this process if the model is not sharded."""
+    return parallel.any_rank(flag) if world > 1 else flag
+
+
+def _clear(part):
+    """Make an empty folder, without what an interrupted export left in it. -> OSError or None."""
+    try:
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+    except OSError as e:
+        return e
 
 
 def _export_dtypes(source, source_config, shapes):
@@ -1156,23 +1189,23 @@ def _shard_files(n):
 def _write_shards(model, dtypes, shards, files, out):
     """Write shards[i] to out / files[i], in rounds: each rank holds and writes one shard a round.
 
-    OSError after the last round if this rank could not write.
+    -> the first error of this rank, or None.
     """
     rank, world = _rank_and_world(model)
     error = None
     for start in parallel.progress(range(0, len(shards), world), "exporting"):
         tensors = _gather(model, dtypes, shards[start:start + world], rank)
         try:
-            out.mkdir(parents=True, exist_ok=True)
             if tensors:
-                save_file(tensors, out / files[start + rank], metadata={"format": "pt"})
+                path = out / files[start + rank]
+                save_file(tensors, path, metadata={"format": "pt"})
+                path.chmod(out.stat().st_mode & 0o666)  # safetensors lets only the owner read it
         except (OSError, SafetensorError) as e:
             # The next rounds need all ranks: without this one, the others would wait forever.
             if error is None:
                 error = e
         del tensors  # before the next round allocates its own
-    if error is not None:
-        raise OSError(f"{out}: {error}") from error
+    return error
 
 
 def _gather(model, dtypes, shards, rank):
@@ -1198,13 +1231,33 @@ def _gather(model, dtypes, shards, rank):
     return tensors
 
 
-def _remove_other_shards(out, files):
-    """Remove the weights of an earlier export, which would be loaded instead of the new ones."""
-    # only names that an export writes, and its index: the folder may hold other weights
-    written = [*out.glob("model.safetensors*"), *out.glob("model-?????-of-?????.safetensors")]
-    for path in written:
-        if path.name not in files:
-            path.unlink()
+def _replace_folder(out, part):
+    """Rename the folder `part` to `out`, with the files of an earlier `out` that no export writes.
+    """
+    old = out.with_name(out.name + ".old")
+    if old.exists():  # an export was interrupted between the two renames, or after them
+        if not out.exists():
+            old.rename(out)
+        else:
+            shutil.rmtree(old)
+    if out.exists():
+        for path in out.iterdir():
+            kept = part / path.name
+            if _is_exported(path) or kept.exists():
+                continue
+            if path.is_dir():
+                shutil.copytree(path, kept, symlinks=True)
+            else:
+                shutil.copy2(path, kept, follow_symlinks=False)
+        out.rename(old)
+    part.rename(out)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _is_exported(path):
+    """Whether an export writes weights of this name. Earlier ones would be loaded with the new."""
+    return (path.match("model.safetensors*") or path.match("model-?????-of-?????.safetensors"))
 
 
 def _write_index(path, shards, files, total_size):
@@ -1221,21 +1274,31 @@ def _copy_tokenizer(source, out):
     """Copy the files of TOKENIZER_FILES byte for byte."""
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
-            target = out / path.relative_to(source)
-            # source and out may be the same folder
-            is_there = target.exists() and path.samefile(target)
-            if path.is_file() and not is_there:
+            if path.is_file():
+                target = out / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
 
 
 def main(checkpoint, out, model_folder=None):
-    """Export a training checkpoint as a Hugging Face folder, in one process, without a GPU."""
+    """Export a training checkpoint as a Hugging Face folder, in one process, without a GPU.
+
+    model_folder: where the model that it was trained from lies now, if it was moved. ValueError if
+    that is another model.
+    """
     manifest = parallel.read_manifest(Path(checkpoint))
     source = Path(model_folder or manifest["model"])
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"the folder {source} that was trained has no config.json: "
                                 f"give its new path, python convert.py {checkpoint} {out} MODEL")
+    # Files are copied from there. A manifest of somebody else may name any folder of this machine.
+    source_config = load_config(source)
+    for field in SIZES:
+        trained = manifest["config"][field]
+        found = getattr(source_config, field)
+        if trained != found:
+            raise ValueError(f"{checkpoint} names the model {source}, whose {field} is "
+                             f"{found} and not {trained}: only its own model can be exported")
     model = Transformer(Config(**manifest["config"]))
     parallel.load_checkpoint(checkpoint, model)
     save_weights(model, source, out)
