@@ -1088,7 +1088,7 @@ def save_weights(model, source_folder, out_folder):
     collective, so that the others do not wait for it.
     """
     source = Path(source_folder)
-    out = Path(out_folder)
+    out = Path(out_folder).resolve()  # a link is not replaced, but what it points to
     part = out.with_name(out.name + ".part")
     source_config = _text_model(json.loads((source / "config.json").read_text()))
     rank, world = _rank_and_world(model)

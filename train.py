@@ -9,6 +9,8 @@ import ast
 import contextlib
 import datetime
 import difflib
+import errno
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -179,6 +181,9 @@ LOG_FORMAT = {
     "skipped": "SKIPPED",
 }
 
+# More epochs take minutes to count: the rows of each are packed for it.
+MAX_EPOCHS = 10_000
+
 # A run ends with an error after this many consecutive steps whose loss or gradient is not finite.
 MAX_SKIPPED_STEPS = 5
 
@@ -315,6 +320,9 @@ def check_constants():
         if not 0 < globals()[name] < math.inf:  # false for nan, too
             raise ValueError(
                 f"{name} {globals()[name]} is not positive: use a number greater than 0.")
+    if EPOCHS > MAX_EPOCHS:
+        raise ValueError(f"EPOCHS {EPOCHS} is more than {MAX_EPOCHS}, all of which would be packed "
+                         "before the first step: set MAX_STEPS.")
     for name in NOT_NEGATIVE:
         if not 0 <= globals()[name] < math.inf:
             raise ValueError(
@@ -365,6 +373,9 @@ def plan(world):
     """
     complete_constants()
     check_constants()
+    Path(CACHE_DIR).mkdir(parents=True, exist_ok=True)
+    if not os.access(CACHE_DIR, os.W_OK):
+        raise ValueError(f"CACHE_DIR {CACHE_DIR} is not writable for this user: set another one.")
     demo = Path(CACHE_DIR) / "demo"
     if "demo" in (MODEL, DATA, EVAL_DATA):
         make_demo(demo)
@@ -992,6 +1003,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
             log.step({
                 "step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss,
                 "grad_norm": grad_norm, "learning_rate": lr, "seconds": seconds, "skipped": skip,
+                "rows": rows_of_step(step) if skip else None,
                 **speed_and_memory(model.config, sums, seconds, grid)})
             if log.draw_if_due():
                 began = time.time()  # drawing is not part of the next step's time
@@ -1111,6 +1123,11 @@ def receive_signals():
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
         os.close(write_end)
+
+
+def rows_of_step(step):
+    """Return the numbers of the first and the last row of a step, in the order of training."""
+    return [(step - 1) * GLOBAL_BATCH_SIZE, step * GLOBAL_BATCH_SIZE - 1]
 
 
 def update(model, optimizer, lr, grad_norm, skip):
@@ -1276,14 +1293,15 @@ class Log:
         """Draw loss.png if it is old. Return whether it was drawn."""
         due = time.time() - self.drawn > PLOT_SECONDS
         if due:
-            plot(read_metrics())
+            with warning_if_not_written():
+                plot(read_metrics())
             self.drawn = time.time()
         return due
 
     def write(self, line):
         """Append the dict `line` to metrics.jsonl, print it and pass it on."""
-        with open(Path(RUN_DIR) / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
+        with warning_if_not_written():
+            append(Path(RUN_DIR) / "metrics.jsonl", json.dumps(line) + "\n")
         print(format_line(line, self.steps), flush=True)
         numbers = flatten(line)
         if self.tensorboard is not None:
@@ -1296,11 +1314,37 @@ class Log:
         """Draw loss.png once more, and complete what TensorBoard and Weights & Biases have."""
         lines = read_metrics()
         if lines:
-            plot(lines)
+            with warning_if_not_written():
+                plot(lines)
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def append(path, text):
+    """Append text to a file. If it is not written as a whole, OSError, and nothing is appended."""
+    content = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(content) < len(content):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+@contextlib.contextmanager
+def warning_if_not_written():
+    """Training goes on where its record cannot be written, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        warn_once(f"{error}: training goes on without it")
+
+
+@functools.cache
+def warn_once(text):
+    """Print a warning, but not a second time."""
+    print(f"WARNING: {text}", flush=True)
 
 
 def open_tensorboard(steps_done):
@@ -1345,7 +1389,7 @@ def flatten(line):
         if isinstance(value, dict):
             for name, number in value.items():
                 numbers[f"{key}/{name}"] = number
-        elif value is not None and key != "step":
+        elif isinstance(value, (int, float)) and key != "step":
             numbers[key] = float(value)
     return numbers
 

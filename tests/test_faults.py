@@ -1,0 +1,702 @@
+"""Faults of a run, by real processes that are killed, stopped, or given something wrong.
+
+A run that was interrupted must end with the metrics and weights of one that was not.
+"""
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import _run_rank, on_ranks
+from filelock import FileLock
+from test_train import assert_same_run, exported_weights, metrics, run, set_constants
+
+import convert
+import data
+import parallel
+import test_train
+import train
+
+setup = test_train.setup  # a fixture
+ROOT = Path(train.__file__).parent
+
+
+def own_rank():
+    return int(os.environ["RANK"])
+
+
+def steps_of(folder):
+    return [line["step"] for line in metrics(folder) if "loss" in line]
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+class Ranks:
+    """Runs function(*args) on `world` forked gloo ranks, which the test can send signals to."""
+
+    def __init__(self, world, function, *args, tmp_path):
+        context = mp.get_context("fork")
+        self.errors = context.SimpleQueue()
+        store = tmp_path / f"store-{os.urandom(4).hex()}"
+        self.processes = []
+        for rank in range(world):
+            arguments = (rank, world, store, function, args, self.errors)
+            self.processes.append(context.Process(target=_run_rank, args=arguments))
+        for process in self.processes:
+            process.start()
+
+    def send(self, number, ranks=None):
+        """Send a signal to some ranks, or to all."""
+        for rank, process in enumerate(self.processes):
+            if ranks is None or rank in ranks:
+                os.kill(process.pid, number)
+
+    def end(self, seconds=60):
+        """Wait for the ranks and kill those that run longer. -> their exit codes and messages."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0))
+            process.kill()
+            process.join()
+        messages = []
+        while not self.errors.empty():
+            messages.append(self.errors.get())
+        return [process.exitcode for process in self.processes], "\n".join(messages)
+
+
+def wait_for(condition, seconds=60):
+    """Wait until condition() is true. AssertionError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was never true"
+        time.sleep(0.02)
+
+
+def has_steps(folder, n):
+    """-> a function that tells whether a run has done n steps."""
+    path = folder / "metrics.jsonl"
+
+    def condition():
+        return path.exists() and path.read_bytes().count(b"\n") >= n
+    return condition
+
+
+# --------------------------------------------------------------------------- ranks that do not agree
+
+
+def differ_on_rank_1(name, value):
+    if own_rank() == 1:
+        setattr(train, name, value)
+
+
+def differ_in_a_file():
+    """Rank 1 reads data of the same name that lacks a line."""
+    if own_rank() == 1:
+        open_data = train.open_data
+
+        def open_shorter(source, *arguments):
+            shorter = Path(source).with_name("shorter.jsonl")
+            lines = Path(source).read_text().splitlines(keepends=True)
+            shorter.write_text("".join(lines[:-1]))
+            return open_data(str(shorter), *arguments)
+        train.open_data = open_shorter
+
+
+def run_with(settings, edit, *arguments):
+    """train.main() with these constants, after edit(*arguments)."""
+    def change():
+        edit(*arguments)
+    run(settings, change)
+
+
+@pytest.mark.parametrize("name,value", [
+    ("LEARNING_RATE", 0.5), ("MAX_STEPS", 5), ("GLOBAL_BATCH_SIZE", 8),
+    ("SEQUENCE_PARALLEL_SIZE", 2)])
+def test_ranks_with_other_constants_stop_before_the_first_step(setup, tmp_path, name, value):
+    ranks = Ranks(2, run_with, setup("run"), differ_on_rank_1, name, value, tmp_path=tmp_path)
+    codes, messages = ranks.end()
+    assert codes == [1, 1]
+    assert messages.count(f"{name} is ") == 2
+    assert f"{value!r} on rank 1: start all ranks with the same code" in messages
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_ranks_with_other_data_stop_before_the_first_step(setup, tmp_path):
+    ranks = Ranks(2, run, setup("run"), differ_in_a_file, tmp_path=tmp_path)
+    codes, messages = ranks.end()
+    assert codes == [1, 1]
+    assert "the hash of DATA is " in messages
+
+
+def add_a_micro_batch_on_rank_1():
+    rows_step = data.Rows.step
+
+    def step(self, number, *arguments):
+        batches = rows_step(self, number, *arguments)
+        if number == 2 and own_rank() == 1:
+            batches.append(batches[0])
+        return batches
+    data.Rows.step = step
+
+
+def give_rank_1_other_rows():
+    rows_batch = data.Rows.batch
+
+    def batch(self, row, sp, sp_rank):
+        if row == 5 and own_rank() == 1:
+            row = 6
+        return rows_batch(self, row, sp, sp_rank)
+    data.Rows.batch = batch
+
+
+@pytest.mark.parametrize("edit,sp", [(add_a_micro_batch_on_rank_1, 1), (give_rank_1_other_rows, 2)])
+def test_ranks_with_another_step_stop(setup, tmp_path, edit, sp):
+    ranks = Ranks(2, run, setup("run", SEQUENCE_PARALLEL_SIZE=sp), edit, tmp_path=tmp_path)
+    codes, messages = ranks.end()
+    assert codes == [1, 1]
+    assert messages.count("The ranks do not have the same step.") == 2
+    assert "rank 1, of sequence group" in messages
+    assert steps_of(tmp_path / "run") in ([], [1])
+
+
+# ------------------------------------------------------------------------------ signals and killing
+
+
+def slow_down():
+    """Every micro-batch takes a while, so that signals arrive in one."""
+    accumulate = parallel.accumulate
+
+    def wait_and_accumulate(*arguments, **keywords):
+        time.sleep(0.3)
+        accumulate(*arguments, **keywords)
+    parallel.accumulate = wait_and_accumulate
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_between_micro_batches_after_a_checkpoint(setup, tmp_path, number, capfd):
+    """A step takes twelve seconds here, and the run stops in less."""
+    settings = setup("run", MAX_STEPS=3, GLOBAL_BATCH_SIZE=80)
+    ranks = Ranks(2, run, settings, slow_down, tmp_path=tmp_path)
+    wait_for(has_steps(tmp_path / "run", 1))
+    time.sleep(0.5)
+    ranks.send(number, ranks=[1])
+    codes, messages = ranks.end(seconds=8)
+    assert codes == [0, 0], messages
+    assert steps_of(tmp_path / "run") == [1]
+    assert checkpoints(tmp_path / "run") == ["step-00000001"]
+    assert "stopped by a signal after step 1. This continues the run:" in capfd.readouterr().out
+    if number != signal.SIGTERM:
+        return
+    on_ranks(2, run, settings, tmp_path=tmp_path)
+    on_ranks(2, run, {**settings, "RUN_DIR": str(tmp_path / "whole")}, tmp_path=tmp_path)
+    assert_same_run(tmp_path / "run", tmp_path / "whole", rtol=0)
+    assert exported_weights(tmp_path / "run") == exported_weights(tmp_path / "whole")
+
+
+def hang_in_step_2():
+    learning_rate = train.learning_rate
+
+    def hang(step, steps):
+        if step == 2:
+            (Path(train.RUN_DIR) / f"hangs-{own_rank()}").touch()
+            time.sleep(60)
+        return learning_rate(step, steps)
+    train.learning_rate = hang
+
+
+def test_a_second_signal_ends_the_processes_at_once(setup, tmp_path):
+    ranks = Ranks(2, run, setup("run"), hang_in_step_2, tmp_path=tmp_path)
+    wait_for((tmp_path / "run/hangs-0").exists)
+    wait_for((tmp_path / "run/hangs-1").exists)
+    ranks.send(signal.SIGTERM)
+    ranks.send(signal.SIGTERM)  # passed on by a second process: it is the same request
+    time.sleep(1.5)
+    assert all(process.is_alive() for process in ranks.processes)
+    ranks.send(signal.SIGTERM)
+    codes, _ = ranks.end(seconds=2)
+    assert codes == [1, 1]
+
+
+def kill_in_save(moment):
+    """Rank 1 is killed at a moment of the save of step 2."""
+    def kill():
+        if own_rank() == 1 and any(Path(train.RUN_DIR).glob("checkpoints/step-00000002.part")):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    owner, name = {
+        "before writing": (parallel.dcp, "save"),
+        "after writing": (parallel, "file_hash"),
+    }[moment]
+    function = getattr(owner, name)
+
+    def kill_or_call(*arguments, **keywords):
+        kill()
+        return function(*arguments, **keywords)
+    setattr(owner, name, kill_or_call)
+
+
+@pytest.mark.parametrize("moment", ["before writing", "after writing"])
+def test_kill_in_a_save_loses_only_that_save(setup, tmp_path, moment):
+    settings = setup("run", MAX_STEPS=3, SAVE_EVERY=1)
+    on_ranks(2, run, {**settings, "RUN_DIR": str(tmp_path / "whole")}, tmp_path=tmp_path)
+    ranks = Ranks(2, run_with, settings, kill_in_save, moment, tmp_path=tmp_path)
+    codes, _ = ranks.end()
+    assert codes == [1, -signal.SIGKILL]
+    assert checkpoints(tmp_path / "run") == ["step-00000001", "step-00000002.part"]
+    on_ranks(2, run, settings, tmp_path=tmp_path)
+    assert checkpoints(tmp_path / "run") == ["step-00000002", "step-00000003"]
+    assert_same_run(tmp_path / "run", tmp_path / "whole", rtol=0)
+    assert exported_weights(tmp_path / "run") == exported_weights(tmp_path / "whole")
+
+
+def torchrun(settings, world, *options):
+    """-> the command of a run by torchrun."""
+    arguments = [f"{name}={value}" for name, value in settings.items()]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world),
+            *options, str(ROOT / "train.py"), *arguments]
+
+
+def test_torchrun_stops_and_the_printed_command_continues(setup, tmp_path):
+    settings = setup("run", MAX_STEPS=400, MAX_LENGTH=64, SAVE_EVERY=0, SEQUENCE_PARALLEL_SIZE=1,
+                     SAMPLE_PROMPTS=[], INIT="weights", DTYPE="float32")
+    command = torchrun(settings, 2, "--standalone", "--shutdown-timeout", "100")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    wait_for(has_steps(tmp_path / "run", 2))
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    printed = out.splitlines()
+    [continues] = [i for i, line in enumerate(printed) if "This continues the run" in line]
+    step = int(printed[continues].split()[6].rstrip("."))
+    assert checkpoints(tmp_path / "run") == [f"step-{step:08d}"]
+    assert steps_of(tmp_path / "run") == list(range(1, step + 1))
+
+    # A later NAME=VALUE replaces an earlier one.
+    again = f"{printed[continues + 1]} MAX_STEPS={step + 1}"
+    out = subprocess.run(again, shell=True, env=environment, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert f"resumed from {tmp_path}/run/checkpoints/step-{step:08d}" in out.stdout
+    assert steps_of(tmp_path / "run") == list(range(1, step + 2))
+
+
+def test_long_micro_batches_are_warned_of(monkeypatch, capsys):
+    grid = parallel.Grid(0, 1, 1, 0, 1, 0, None, None, torch.device("cpu"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for given, seconds, warned in (
+            ("", 29, False), ("", 31, True), ("--shutdown-timeout=90", 80, False),
+            ("--shutdown_timeout 90", 100, True)):
+        monkeypatch.setattr(train, "command_line", f"torchrun {given} train.py".strip)
+        train.warn_of_long_steps(seconds, grid)
+        out = capsys.readouterr().out
+        assert ("start it with --shutdown-timeout" in out) == warned, (given, seconds)
+
+
+def save_after_every_minute():
+    """The clock of rank 0 goes a minute forward each time that it is read; rank 1's stands."""
+    now = [0.0]
+
+    def clock():
+        if own_rank() == 0:
+            now[0] += 60
+        return now[0]
+    train.time.time = clock
+
+
+def test_checkpoints_by_time_follow_one_clock(setup, tmp_path):
+    settings = setup("run", MAX_STEPS=4, SAVE_MINUTES=2.0, KEEP_CHECKPOINTS=-1)
+    on_ranks(2, run, settings, save_after_every_minute, tmp_path=tmp_path)
+    assert len(checkpoints(tmp_path / "run")) == 4
+
+
+# ---------------------------------------------------------------------------- checkpoints that stay
+
+
+@pytest.mark.parametrize("keep,steps", [(-1, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4])])
+def test_keep_checkpoints(setup, tmp_path, keep, steps):
+    on_ranks(1, run, setup("run", SAVE_EVERY=1, KEEP_CHECKPOINTS=keep), tmp_path=tmp_path)
+    assert checkpoints(tmp_path / "run") == [f"step-{step:08d}" for step in steps]
+
+
+@pytest.mark.parametrize("name,value,message", [
+    ("KEEP_CHECKPOINTS", 0, "KEEP_CHECKPOINTS 0 is not a number of checkpoints: use -1"),
+    ("KEEP_CHECKPOINTS", -2, "use -1 to keep all"),
+    ("MLP_CHUNK", -5, "MLP_CHUNK -5 is negative"),
+    ("SEQUENCE_PARALLEL_SIZE", -1, "SEQUENCE_PARALLEL_SIZE -1 is negative"),
+    ("EPOCHS", 1e6, "EPOCHS 1000000.0 is more than 10000"),
+])
+def test_constants_that_no_run_can_use(name, value, message):
+    set_constants({name: value})
+    with pytest.raises(ValueError, match=message):
+        train.check_constants()
+
+
+def make_norms_nan(first, last):
+    """The norm of the gradients is NaN in these steps."""
+    steps = [0]
+    grad_norm = parallel.grad_norm
+
+    def norm(parameters):
+        steps[0] += 1
+        if first <= steps[0] <= last:
+            return torch.tensor(float("nan"))
+        return grad_norm(parameters)
+    parallel.grad_norm = norm
+
+
+def test_skipped_steps_prune_no_checkpoint(setup, tmp_path):
+    settings = setup("run", MAX_STEPS=9, SAVE_EVERY=1, KEEP_CHECKPOINTS=1)
+    with pytest.raises(AssertionError, match="Checkpoints of the steps before them: step-00000002"):
+        on_ranks(2, run_with, settings, make_norms_nan, 3, 99, tmp_path=tmp_path)
+    assert "step-00000002" in checkpoints(tmp_path / "run")
+    skipped = metrics(tmp_path / "run")[2]
+    assert skipped["skipped"]
+    assert skipped["rows"] == [8, 11]
+
+    on_ranks(2, run_with, {**settings, "RUN_DIR": str(tmp_path / "goes-on")}, make_norms_nan, 3, 4,
+             tmp_path=tmp_path)
+    assert checkpoints(tmp_path / "goes-on") == ["step-00000009"]
+
+
+def make_a_weight_infinite_on_rank_1():
+    update = train.update
+
+    def update_and_break(model, *arguments):
+        update(model, *arguments)
+        weight = model.model["norm"].weight.to_local()
+        if own_rank() == 1:
+            weight.detach()[0] = float("inf")
+    train.update = update_and_break
+
+
+def test_weights_that_are_not_finite_are_not_saved(setup, tmp_path, capfd):
+    on_ranks(2, run, setup("run", MAX_STEPS=1, SAVE_EVERY=1), make_a_weight_infinite_on_rank_1,
+             tmp_path=tmp_path)
+    assert checkpoints(tmp_path / "run") == []
+    assert "WARNING: step 1 is not saved" in capfd.readouterr().out
+
+
+def flip(path, old, new):
+    """Replace some bytes of a file."""
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+
+
+def empty_files(path):
+    manifest = json.loads(path.read_text())
+    manifest["files"] = {}
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_flipped_bit_in_the_manifest_is_damage(setup, tmp_path):
+    on_ranks(1, run, setup("run", MAX_STEPS=2, SAVE_EVERY=1), tmp_path=tmp_path)
+    folder = tmp_path / "run/checkpoints/step-00000002"
+    manifest = folder / "manifest.json"
+    whole = manifest.read_bytes()
+    assert parallel.read_manifest(folder)["step"] == 2
+    for old, new in ((b'"step": 2', b'"step": 3'), (b'"LEARNING_RATE"', b'"LEARNING_SATE"')):
+        flip(manifest, old, new)
+        with pytest.raises(ValueError, match="manifest.json is not what was written"):
+            parallel.read_manifest(folder)
+        manifest.write_bytes(whole)
+    empty_files(manifest)
+    with pytest.raises(ValueError, match="manifest.json is not what was written"):
+        parallel.read_manifest(folder)
+
+    # The one before it is taken, also where there is an earlier damaged one of the same step.
+    (folder.parent / "step-00000002.damaged").mkdir()
+    on_ranks(1, run, setup("run", MAX_STEPS=2, SAVE_EVERY=1), tmp_path=tmp_path)
+    assert "step-00000002.damaged-2" in checkpoints(tmp_path / "run")
+    assert steps_of(tmp_path / "run") == [1, 2]
+
+
+def refuse_reading():
+    """Rank 1 has no permission to read the shards."""
+    file_hash = parallel.file_hash
+
+    def refuse(path):
+        if own_rank() == 1:
+            raise PermissionError(13, "Permission denied", str(path))
+        return file_hash(path)
+    parallel.file_hash = refuse
+
+
+def test_unreadable_and_damaged_checkpoints_stay_and_stop_the_run(setup, tmp_path):
+    settings = setup("run", MAX_STEPS=2, SAVE_EVERY=1)
+    on_ranks(2, run, settings, tmp_path=tmp_path)
+    folder = tmp_path / "run"
+    lines = metrics(folder)
+    with pytest.raises(AssertionError, match="rank 1: PermissionError.*Permission denied"):
+        on_ranks(2, run, settings, refuse_reading, tmp_path=tmp_path)
+    assert checkpoints(folder) == ["step-00000001", "step-00000002"]
+
+    for name in checkpoints(folder):
+        empty_files(folder / "checkpoints" / name / "manifest.json")
+    with pytest.raises(AssertionError, match="(?s)no checkpoint is undamaged.*begin at step 1, set"):
+        on_ranks(2, run, settings, tmp_path=tmp_path)
+    assert checkpoints(folder) == ["step-00000001", "step-00000002"]
+    assert metrics(folder) == lines
+
+
+def test_a_run_in_use_is_left_alone(setup, tmp_path):
+    """The second start must not even rename what it takes for damaged: it may be in the making."""
+    settings = setup("run", MAX_STEPS=2, SAVE_EVERY=1)
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    folder = tmp_path / "run"
+    empty_files(folder / "checkpoints/step-00000002/manifest.json")
+    with FileLock(folder / "lock", timeout=0):
+        with pytest.raises(AssertionError, match="is in use by"):
+            on_ranks(1, run, settings, tmp_path=tmp_path)
+    assert checkpoints(folder) == ["step-00000001", "step-00000002"]
+
+
+# --------------------------------------------------------------------------- full disks, half files
+
+
+def limit_file_size(size):
+    """Files of this process cannot grow beyond a size, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def limit_when_saving(step):
+    """Rank 1's disk is full from the save of a step on."""
+    save = parallel.dcp.save
+
+    def save_on_full_disk(*arguments, checkpoint_id, **keywords):
+        if f"{step:08d}" in str(checkpoint_id) and own_rank() == 1:
+            limit_file_size(20_000)
+        save(*arguments, checkpoint_id=checkpoint_id, **keywords)
+    parallel.dcp.save = save_on_full_disk
+
+
+def test_a_checkpoint_on_a_full_disk_stops_all_ranks(setup, tmp_path):
+    settings = setup("run", MAX_STEPS=4, SAVE_EVERY=2)
+    ranks = Ranks(2, run_with, settings, limit_when_saving, 4, tmp_path=tmp_path)
+    codes, messages = ranks.end()
+    assert codes == [1, 1]
+    assert f"saving {tmp_path}/run/checkpoints/step-00000004.part" in messages
+    assert "GiB are free there. Earlier checkpoints are intact: free space" in messages
+    parallel.read_manifest(tmp_path / "run/checkpoints/step-00000002")
+    on_ranks(2, run, settings, tmp_path=tmp_path)
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
+
+
+def report_little_space():
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 10, 1000)
+
+
+def test_too_little_space_is_told_before_the_first_step(setup, tmp_path):
+    with pytest.raises(AssertionError, match="has 0.0 GiB of free space and a checkpoint takes"):
+        on_ranks(1, run, setup("run"), report_little_space, tmp_path=tmp_path)
+    assert steps_of(tmp_path / "run") == []
+
+
+def limit_metrics():
+    """metrics.jsonl has space for less than two lines."""
+    append = train.append
+
+    def append_on_full_disk(path, text):
+        limit_file_size(int(1.5 * len(text)))
+        try:
+            append(path, text)
+        finally:
+            limit_file_size(resource.RLIM_INFINITY)
+    train.append = append_on_full_disk
+
+
+def test_metrics_that_cannot_be_written_are_warned_of_once(setup, tmp_path, capfd):
+    on_ranks(1, run, setup("run", SAVE_EVERY=-1), limit_metrics, tmp_path=tmp_path)
+    assert steps_of(tmp_path / "run") == [1]  # a whole line, and no part of the second
+    out = capfd.readouterr().out
+    assert out.count("metrics.jsonl'") == out.count("training goes on without it") == 1
+    assert "step      4" in out
+
+
+def test_half_a_line_of_metrics_is_mended(setup, tmp_path, capfd):
+    settings = setup("run", MAX_STEPS=2)
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    path = tmp_path / "run/metrics.jsonl"
+    for garbage in (b'{"step": 2, "lo', b"\0\0\0\n", b'\xff"'):
+        with open(path, "ab") as file:
+            file.write(garbage)
+        on_ranks(1, run, settings, tmp_path=tmp_path)
+        assert steps_of(tmp_path / "run") == [1, 2]
+        assert "metrics.jsonl:3 is no line of metrics, and is removed" in capfd.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- export
+
+
+def kill_in_export(moment):
+    """-> exits by SIGKILL at a moment of an export."""
+    def kill(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "second shard":
+        save_file = convert.save_file
+        calls = []
+
+        def save_or_kill(*arguments, **keywords):
+            calls.append(1)
+            if len(calls) == 2:
+                kill()
+            save_file(*arguments, **keywords)
+        convert.save_file = save_or_kill
+    elif moment == "tokenizer":
+        convert._copy_tokenizer = kill
+    elif moment == "removing the old one":
+        shutil.rmtree = kill
+
+
+def export(source, out, change, moment=None):
+    """Export in several shards a model that differs from the source's by `change`."""
+    from model import Transformer
+    convert.SHARD_BYTES = 40_000
+    model = Transformer(convert.load_config(source))
+    convert.load_weights(model, source)
+    with torch.no_grad():
+        model.model["norm"].weight += change
+    kill_in_export(moment)
+    convert.save_weights(model, source, out)
+
+
+def norm_of(folder):
+    """-> the first weight of the final norm, from the folder as it is opened."""
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder).model.norm.weight[0].item()
+
+
+def test_an_export_that_is_killed_leaves_the_old_or_the_new_one(setup, tmp_path):
+    source = Path(setup("run")["MODEL"])
+    out = tmp_path / "out"
+    on_ranks(1, export, source, out, 1.0, tmp_path=tmp_path)
+    (out / "README.md").write_text("mine")
+    before = norm_of(out)
+    for moment in ("second shard", "tokenizer"):
+        ranks = Ranks(1, export, source, out, 2.0, moment, tmp_path=tmp_path)
+        assert ranks.end()[0] == [-signal.SIGKILL]
+        assert norm_of(out) == before
+    ranks = Ranks(1, export, source, out, 2.0, "removing the old one", tmp_path=tmp_path)
+    assert ranks.end()[0] == [-signal.SIGKILL]
+
+    on_ranks(1, export, source, out, 3.0, tmp_path=tmp_path)
+    assert norm_of(out) == pytest.approx(before + 2)
+    assert (out / "README.md").read_text() == "mine"
+    assert not list(tmp_path.glob("out.*"))
+    modes = {path.stat().st_mode & 0o777 for path in out.glob("*.safetensors")}
+    assert modes == {(out / "config.json").stat().st_mode & 0o777}
+
+
+# ------------------------------------------------------------------------ what others have prepared
+
+
+class Payload:
+    """A pickle of this creates a file as soon as it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def sign(folder):
+    """Write sizes and hashes of all files into a manifest, as somebody who forges it would."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in manifest["files"]:
+        file = folder / name
+        manifest["files"][name] = [file.stat().st_size, parallel.file_hash(file)]
+    manifest["hash"] = parallel.manifest_hash(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def forge_metadata(folder, payload):
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.planner_data = payload
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def forge_a_value(folder, payload):
+    """The learning rate of the first parameters becomes the payload."""
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    [index] = [i for i in metadata.storage_data if i.fqn == "optimizer.param_groups.0.lr"]
+    shard = folder / metadata.storage_data[index].relative_path
+    offset = shard.stat().st_size
+    with open(shard, "ab") as file:
+        torch.save(payload, file)
+    metadata.storage_data[index].offset = offset
+    metadata.storage_data[index].length = shard.stat().st_size - offset
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def forge_a_path(folder, payload):
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = f"../{folder.name}/{info.relative_path}"
+    path.write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("forge,message", [
+    (forge_metadata, "the metadata refers to posix.mkdir"),
+    (forge_a_value, "(?i)weights.only"),
+    (forge_a_path, "only files of the checkpoint itself are read"),
+])
+def test_a_checkpoint_of_somebody_else_runs_nothing(setup, tmp_path, forge, message):
+    on_ranks(1, run, setup("theirs", MAX_STEPS=1), tmp_path=tmp_path)
+    checkpoint = tmp_path / "theirs/checkpoints/step-00000001"
+    trace = tmp_path / "was here"
+    forge(checkpoint, Payload(trace))
+    sign(checkpoint)
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(1, run, setup("mine", MAX_STEPS=2, RESUME=str(checkpoint)), tmp_path=tmp_path)
+    if forge is not forge_a_value:  # an export does not read the optimizer's values
+        with pytest.raises(BaseException, match=message):
+            convert.main(checkpoint, tmp_path / "out")
+    assert not trace.exists()
+
+
+def test_a_manifest_that_names_another_folder_is_refused(setup, tmp_path):
+    on_ranks(1, run, setup("theirs", MAX_STEPS=1), tmp_path=tmp_path)
+    checkpoint = tmp_path / "theirs/checkpoints/step-00000001"
+    manifest = checkpoint / "manifest.json"
+    source = Path(setup("run")["MODEL"])
+    for name, changes, message in (
+            ("private", None, "has no config.json"), ("other", {"vocab_size": 97}, "whose vocab_size")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "tokenizer.secret").write_text("secret")
+        if changes:
+            config = json.loads((source / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        content = json.loads(manifest.read_text())
+        content["model"] = str(folder)
+        manifest.write_text(json.dumps(content))
+        sign(checkpoint)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            convert.main(checkpoint, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_billion_layers_are_refused_at_once(setup, tmp_path):
+    folder = Path(setup("run")["MODEL"])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="num_hidden_layers 1000000000 is not from 1 to"):
+        convert.load_config(folder)
+    assert time.monotonic() - began < 1
