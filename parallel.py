@@ -21,6 +21,8 @@ import pickle
 import re
 import shutil
 import threading
+import time
+import traceback
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +42,16 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from tqdm import tqdm
+
+
+# How long a collective waits for other ranks. Loading and compiling take some ranks longer than
+# others; once training runs, a rank that is late for minutes is stuck.
+START_TIMEOUT = timedelta(minutes=30)
+TRAINING_TIMEOUT = timedelta(minutes=10)
+ROLL_CALL_SECONDS = 10.0
+
+# What gloo and the store say of a rank that is stuck or gone.
+LOST = re.compile("timed? ?out|Connection closed|Connection reset|Broken pipe", re.IGNORECASE)
 
 
 class Grid(NamedTuple):
@@ -151,12 +163,11 @@ def init(replicas, sp, agreed=None):
         backend = "gloo"
 
     if not dist.is_initialized():
-        timeout = timedelta(minutes=30)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=START_TIMEOUT)
         else:
             dist.init_process_group(
-                backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+                backend, timeout=START_TIMEOUT, rank=0, world_size=1, store=dist.HashStore())
     rank = dist.get_rank()
     world = dist.get_world_size()
     # The meshes below are collectives, which hang if the ranks do not agree on their sizes.
@@ -185,6 +196,49 @@ def refuse_differences(agreed):
     if differences:
         raise ValueError(f"{'; '.join(differences)}: start all ranks with the same code, "
                          "constants and files")
+
+
+def shorten_timeouts(grid):
+    """From here on, collectives of training wait for TRAINING_TIMEOUT only."""
+    groups = [dist.group.WORLD, *grid.mesh.get_all_groups()]
+    if grid.sp_group is not None:
+        groups.append(grid.sp_group)
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(TRAINING_TIMEOUT, group)
+
+
+@contextlib.contextmanager
+def naming_lost_ranks():
+    """Add to the error of a collective on the CPU which ranks are stuck or gone, and where it was.
+
+    On a GPU, NCCL itself ends the process, and writes the collective's name to stderr."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if Path(frame.filename).parent == Path(__file__).parent]
+        place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} ({ours[-1].line})"
+        caller = f"{Path(ours[1].filename).name}:{ours[1].lineno}"
+        raise RuntimeError(f"{error}\n{call_roll(f'{place}, from {caller}')}") from error
+
+
+def call_roll(place):
+    """-> which ranks report within ROLL_CALL_SECONDS that they wait in vain, and which do not.
+
+    place: where this rank waited. The store is used, as the process group may be unusable."""
+    rank = dist.get_rank()
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"lost/{rank}", place)
+    time.sleep(ROLL_CALL_SECONDS)
+    lines = []
+    for other in range(dist.get_world_size()):
+        if store.check([f"lost/{other}"]):
+            lines.append(f"rank {other} waited for others at {store.get(f'lost/{other}').decode()}")
+        else:
+            lines.append(f"rank {other} does not answer: it is stuck or gone")
+    return "\n".join(lines)
 
 
 def close():

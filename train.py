@@ -254,7 +254,8 @@ def main():
         parallel.together("RUN_DIR", open_run, notes, steps_done, rows.accounting(), only=0)
         if grid.rank == 0:
             log = Log(steps, steps_done)
-        with explain_out_of_memory(config, grid, execution), receive_signals() as stop_requests:
+        with (explain_out_of_memory(config, grid, execution), parallel.naming_lost_ranks(),
+              receive_signals() as stop_requests):
             stopped = training_loop(model, optimizer, grid, rows, eval_rows, total_rows,
                                     steps_done, notes, log, stop_requests)
         if not stopped:
@@ -1010,6 +1011,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
         stop_if_diverged(step, not_finite)
         if step == steps_done + 1:
+            parallel.shorten_timeouts(grid)
             warn_of_long_steps(seconds / len(batches), grid)
 
         last = step == steps

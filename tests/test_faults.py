@@ -302,6 +302,38 @@ def test_long_micro_batches_are_warned_of(monkeypatch, capsys):
         assert ("start it with --shutdown-timeout" in out) == warned, (given, seconds)
 
 
+def shorten_times():
+    """Collectives wait for four seconds. Micro-batches take a while."""
+    parallel.TRAINING_TIMEOUT = parallel.timedelta(seconds=4)
+    parallel.ROLL_CALL_SECONDS = 1.0
+    slow_down()
+
+
+@pytest.mark.parametrize("sp", [1, 2])
+def test_a_rank_that_is_stuck_is_named(setup, tmp_path, sp):
+    settings = setup("run", MAX_STEPS=9, GLOBAL_BATCH_SIZE=24, SEQUENCE_PARALLEL_SIZE=sp)
+    ranks = Ranks(3 if sp == 1 else 2, run, settings, shorten_times, tmp_path=tmp_path)
+    wait_for(has_steps(tmp_path / "run", 1))
+    ranks.send(signal.SIGSTOP, ranks=[1])
+    codes, messages = ranks.end(seconds=20)
+    assert codes == [1, -signal.SIGKILL, 1][:len(codes)]
+    assert "rank 1 does not answer: it is stuck or gone" in messages
+    assert "rank 0 waited for others at " in messages
+    assert "rank 0 does not answer" not in messages
+
+
+def test_a_rank_that_comes_back_in_time_goes_on(setup, tmp_path):
+    settings = setup("run", MAX_STEPS=3, GLOBAL_BATCH_SIZE=8)
+    ranks = Ranks(2, run, settings, shorten_times, tmp_path=tmp_path)
+    wait_for(has_steps(tmp_path / "run", 1))
+    ranks.send(signal.SIGSTOP, ranks=[1])
+    time.sleep(1)
+    ranks.send(signal.SIGCONT, ranks=[1])
+    codes, messages = ranks.end()
+    assert codes == [0, 0], messages
+    assert steps_of(tmp_path / "run") == [1, 2, 3]
+
+
 def save_after_every_minute():
     """The clock of rank 0 goes a minute forward each time that it is read; rank 1's stands."""
     now = [0.0]
