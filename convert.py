@@ -1257,7 +1257,7 @@ def _replace_folder(out, part):
 
 def _is_exported(path):
     """Whether an export writes weights of this name. Earlier ones would be loaded with the new."""
-    return (path.match("model.safetensors*") or path.match("model-?????-of-?????.safetensors"))
+    return path.match("model.safetensors*") or path.match("model-?????-of-?????.safetensors")
 
 
 def _write_index(path, shards, files, total_size):

@@ -217,11 +217,14 @@ def naming_lost_ranks():
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame for frame in frames if Path(frame.filename).parent == Path(__file__).parent]
-        place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} ({ours[-1].line})"
-        caller = f"{Path(ours[1].filename).name}:{ours[1].lineno}"
-        raise RuntimeError(f"{error}\n{call_roll(f'{place}, from {caller}')}") from error
+        folder = Path(__file__).parent
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+                  if Path(frame.filename).parent == folder]
+        callers = [frame for frame in frames if frame.filename != __file__]
+        caller = callers[-1]
+        place = (f"{Path(caller.filename).name}:{caller.lineno}, {caller.line}, "
+                 f"which calls {frames[-1].line}")
+        raise RuntimeError(f"{error}\n{call_roll(place)}") from error
 
 
 def call_roll(place):
@@ -1031,16 +1034,16 @@ def load_checkpoint(folder, model, *optimizer):
         model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
 
 
-# What the metadata of our checkpoints consists of. A pickle can name any function of any module
-# and have it called, so that one from somebody else could do anything.
-METADATA_GLOBALS = {
-    *[("torch.distributed.checkpoint.metadata", name) for name in (
+# The module and the names that the metadata of our checkpoints refers to. A pickle can have any
+# function of any module called, so that a checkpoint from somebody else could do anything.
+METADATA_NAMES = {
+    "torch.distributed.checkpoint.metadata": (
         "Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
-        "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING")],
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
+        "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", "float32", "float64", "bfloat16", "int64"),
+    "pathlib": ("PosixPath",),
 }
 
 
@@ -1048,8 +1051,7 @@ class MetadataUnpickler(pickle.Unpickler):
     """Reads the metadata of a checkpoint, and refuses a pickle of anything else."""
 
     def find_class(self, module, name):
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in METADATA_GLOBALS:
+        if name not in METADATA_NAMES.get(module, ()):
             raise pickle.UnpicklingError(
                 f"the metadata refers to {module}.{name}, which no checkpoint of ours does: do not "
                 "use this checkpoint")

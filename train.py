@@ -904,7 +904,8 @@ def open_run(notes, steps_done, accounting):
     # machine that lost power, or a full disk, may have left a part of a line.
     metrics = run / "metrics.jsonl"
     kept = []
-    for number, line in enumerate(read_lines(metrics), 1):
+    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
@@ -915,11 +916,6 @@ def open_run(notes, steps_done, accounting):
     part = metrics.with_suffix(".part")
     part.write_bytes(b"".join(kept))
     part.rename(metrics)
-
-
-def read_lines(path):
-    """Return the lines of a file as bytes; none if it does not exist."""
-    return path.read_bytes().splitlines() if path.exists() else []
 
 
 def describe_environment():
@@ -1010,7 +1006,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
                 began = time.time()  # drawing is not part of the next step's time
         not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
         stop_if_diverged(step, not_finite)
-        if step == steps_done + 1:
+        if step == steps_done + 2:  # the first step compiles
             parallel.shorten_timeouts(grid)
             warn_of_long_steps(seconds / len(batches), grid)
 
@@ -1047,7 +1043,8 @@ def save(saver, step, model, optimizer, not_finite, grid):
 def stop(saver, step, steps_done, model, optimizer, not_finite, grid):
     """Save `step`, unless the run began after it, and print how to continue."""
     if saver is None:
-        print_once(grid, f"stopped by a signal after step {step}. SAVE_EVERY is -1: nothing is saved.")
+        print_once(grid, f"stopped by a signal after step {step}: nothing is saved, as SAVE_EVERY "
+                         "is -1")
         return
     if step > steps_done:
         save(saver, step, model, optimizer, not_finite, grid)
@@ -1105,11 +1102,12 @@ def receive_signals():
             if not numbers:  # the pipe was closed
                 os.close(read_end)
                 return
-            if numbers[0] in STOP_SIGNALS and not requests:
+            number = numbers[0]
+            if number in STOP_SIGNALS and not requests:
                 first = now
-                requests.append(numbers[0])
+                requests.append(number)
             # A launcher and a scheduler may both pass on the same signal.
-            elif numbers[0] in STOP_SIGNALS and now - first > 1:
+            elif number in STOP_SIGNALS and now - first > 1:
                 os._exit(1)
 
     old_handlers = {}

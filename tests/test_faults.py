@@ -311,7 +311,7 @@ def shorten_times():
 
 @pytest.mark.parametrize("sp", [1, 2])
 def test_a_rank_that_is_stuck_is_named(setup, tmp_path, sp):
-    settings = setup("run", MAX_STEPS=9, GLOBAL_BATCH_SIZE=24, SEQUENCE_PARALLEL_SIZE=sp)
+    settings = setup("run", MAX_STEPS=9, GLOBAL_BATCH_SIZE=12, SEQUENCE_PARALLEL_SIZE=sp)
     ranks = Ranks(3 if sp == 1 else 2, run, settings, shorten_times, tmp_path=tmp_path)
     wait_for(has_steps(tmp_path / "run", 1))
     ranks.send(signal.SIGSTOP, ranks=[1])
