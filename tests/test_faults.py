@@ -313,7 +313,7 @@ def shorten_times():
 def test_a_rank_that_is_stuck_is_named(setup, tmp_path, sp):
     settings = setup("run", MAX_STEPS=9, GLOBAL_BATCH_SIZE=12, SEQUENCE_PARALLEL_SIZE=sp)
     ranks = Ranks(3 if sp == 1 else 2, run, settings, shorten_times, tmp_path=tmp_path)
-    wait_for(has_steps(tmp_path / "run", 1))
+    wait_for(has_steps(tmp_path / "run", 2))
     ranks.send(signal.SIGSTOP, ranks=[1])
     codes, messages = ranks.end(seconds=20)
     assert codes == [1, -signal.SIGKILL, 1][:len(codes)]
@@ -323,15 +323,15 @@ def test_a_rank_that_is_stuck_is_named(setup, tmp_path, sp):
 
 
 def test_a_rank_that_comes_back_in_time_goes_on(setup, tmp_path):
-    settings = setup("run", MAX_STEPS=3, GLOBAL_BATCH_SIZE=8)
+    settings = setup("run", MAX_STEPS=4, GLOBAL_BATCH_SIZE=8)
     ranks = Ranks(2, run, settings, shorten_times, tmp_path=tmp_path)
-    wait_for(has_steps(tmp_path / "run", 1))
+    wait_for(has_steps(tmp_path / "run", 2))
     ranks.send(signal.SIGSTOP, ranks=[1])
     time.sleep(1)
     ranks.send(signal.SIGCONT, ranks=[1])
     codes, messages = ranks.end()
     assert codes == [0, 0], messages
-    assert steps_of(tmp_path / "run") == [1, 2, 3]
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
 
 
 def save_after_every_minute():
