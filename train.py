@@ -7,10 +7,7 @@ bottom: plan, data, process groups, model, resume, training loop, export, sample
 """
 import ast
 import contextlib
-import datetime
 import difflib
-import errno
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -21,7 +18,6 @@ import re
 import resource
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -48,6 +44,7 @@ from costs import (
     step_seconds,
 )
 from model import Config, Execution, Transformer, attention_kernel
+from metrics import Log, describe_environment, remove_lines
 
 # What to train, on what data, and where the results go
 MODEL = "demo"                  # Hugging Face folder; "demo": a small Llama, made on first use
@@ -161,40 +158,15 @@ CHOSEN = {
     "OFFLOAD_OPTIMIZER": "offload_optimizer",
 }
 
-# The line that is printed for each step: keys of metrics.jsonl, in this order and format.
-LOG_FORMAT = {
-    "step": "step {}",
-    "epoch": "epoch {:6.3f}",
-    "loss": "loss {:8.4f}",
-    "eval_loss": "eval_loss {:8.4f}",
-    "eval_by_position": "by position: {}",
-    "eval_by_source": "by source: {}",
-    "grad_norm": "norm {:8.3f}",
-    "learning_rate": "lr {:.2e}",
-    "seconds": "{:7.2f} s",
-    "mfu": "mfu {:5.1%}",
-    "tokens_per_second_per_gpu": "{:9,.0f} tok/s/rank",
-    "peak_memory_gib": "{:6.1f} GiB",
-    "tokens_seen": "{:,} tokens",
-    "elapsed_seconds": "elapsed {}",
-    "seconds_left": "left {}",
-    "skipped": "SKIPPED",
-}
-
 # More epochs take minutes to count: the rows of each are packed for it.
 MAX_EPOCHS = 10_000
 
 # A run ends with an error after this many consecutive steps whose loss or gradient is not finite.
 MAX_SKIPPED_STEPS = 5
 
-# The time left is estimated without the first steps of a process, in which kernels are compiled.
-WARM_UP_STEPS = 3
-
-# Seconds between two drawings of loss.png, which takes about one.
-PLOT_SECONDS = 300
-
 # Samples end after so many seconds, also those of a model too large to write SAMPLE_TOKENS in time.
 SAMPLE_SECONDS = 120
+
 # Signals that stop a run after a checkpoint.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -253,7 +225,7 @@ def main():
         steps_done = resume(notes, model, optimizer, grid)
         parallel.together("RUN_DIR", open_run, notes, steps_done, rows.accounting(), only=0)
         if grid.rank == 0:
-            log = Log(steps, steps_done)
+            log = Log(Path(RUN_DIR), steps, steps_done, WANDB, notes["constants"])
         with (explain_out_of_memory(config, grid, execution), parallel.naming_lost_ranks(),
               receive_signals() as stop_requests):
             stopped = training_loop(model, optimizer, grid, rows, eval_rows, total_rows,
@@ -900,45 +872,8 @@ def open_run(notes, steps_done, accounting):
     environment = {**describe_environment(), "data": notes["data"], "accounting": accounting}
     (run / "env.json").write_text(json.dumps(environment, indent=2, default=int))
 
-    # Steps after the checkpoint will be run again, and without one the evaluation at step 0, too. A
-    # machine that lost power, or a full disk, may have left a part of a line.
-    metrics = run / "metrics.jsonl"
-    kept = []
-    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            print(f"WARNING: {metrics}:{number} is no line of metrics, and is removed.", flush=True)
-            continue
-        if step <= steps_done and steps_done > 0:
-            kept.append(line + b"\n")
-    part = metrics.with_suffix(".part")
-    part.write_bytes(b"".join(kept))
-    part.rename(metrics)
-
-
-def describe_environment():
-    """Return the versions, the hardware and the state of this repository that a run depends on."""
-    # The commit, and "-dirty" after it if a file of the repository differs from it.
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    packages = {}
-    for package in importlib.metadata.distributions():
-        packages[package.metadata["Name"]] = package.version
-    n_gpus = torch.cuda.device_count()
-    return {
-        "git": git.stdout.strip(),
-        "command": sys.argv,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name() if n_gpus > 0 else None,
-        "gpus_of_first_host": [torch.cuda.get_device_name(i) for i in range(n_gpus)],
-        "world": int(os.environ.get("WORLD_SIZE", 1)),
-        "host": os.uname().nodename,
-        "packages": dict(sorted(packages.items())),
-    }
+    # Steps after the checkpoint will be run again, and without one the evaluation at step 0, too.
+    remove_lines(run / "metrics.jsonl", after_step=steps_done if steps_done > 0 else -1)
 
 
 # ------------------------------------------------------------------------------------ training loop
@@ -1251,223 +1186,6 @@ def peak_flops(grid):
     if grid.device.type == "cuda" and DTYPE == "bfloat16":
         return gpu_of(torch.cuda.get_device_name()).peak
     return None
-
-
-class Log:
-    """Where the first rank records a run: metrics.jsonl and from it the screen, loss.png,
-    TensorBoard and Weights & Biases."""
-
-    def __init__(self, steps, steps_done):
-        self.steps = steps
-        self.began = time.time()
-        self.drawn = self.began
-        self.warm_step = steps_done + WARM_UP_STEPS
-        self.warm_time = self.began  # when the warm step ended
-        self.tokens_seen = sum(line.get("tokens", 0) for line in read_metrics())
-        self.tensorboard = open_tensorboard(steps_done)
-        self.wandb = None
-        if WANDB:
-            import wandb
-            constants = {name: globals()[name] for name in CONSTANTS}
-            self.wandb = wandb.init(
-                project=WANDB, name=Path(RUN_DIR).name, dir=RUN_DIR, config=constants)
-
-    def step(self, line):
-        """Record a training step: its metrics, and how far the run is."""
-        now = time.time()
-        step = line["step"]
-        self.tokens_seen += line["tokens"]
-        if step == self.warm_step:
-            self.warm_time = now
-        seconds_left = None
-        if step > self.warm_step:
-            seconds_left = (now - self.warm_time) / (step - self.warm_step) * (self.steps - step)
-        self.write({
-            **line,
-            "tokens_seen": self.tokens_seen,
-            "elapsed_seconds": now - self.began,
-            "seconds_left": seconds_left,
-        })
-
-    def draw_if_due(self):
-        """Draw loss.png if it is old. Return whether it was drawn."""
-        due = time.time() - self.drawn > PLOT_SECONDS
-        if due:
-            with warning_if_not_written():
-                plot(read_metrics())
-            self.drawn = time.time()
-        return due
-
-    def write(self, line):
-        """Append the dict `line` to metrics.jsonl, print it and pass it on."""
-        with warning_if_not_written():
-            append(Path(RUN_DIR) / "metrics.jsonl", json.dumps(line) + "\n")
-        print(format_line(line, self.steps), flush=True)
-        numbers = flatten(line)
-        if self.tensorboard is not None:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, line["step"])
-        if self.wandb is not None:
-            self.wandb.log(numbers, step=line["step"])
-
-    def close(self):
-        """Draw loss.png once more, and complete what TensorBoard and Weights & Biases have."""
-        lines = read_metrics()
-        if lines:
-            with warning_if_not_written():
-                plot(lines)
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-
-
-def append(path, text):
-    """Append text to a file. If it is not written as a whole, OSError, and nothing is appended."""
-    content = text.encode()
-    with open(path, "ab", buffering=0) as file:
-        size = file.tell()
-        if file.write(content) < len(content):
-            file.truncate(size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-@contextlib.contextmanager
-def warning_if_not_written():
-    """Training goes on where its record cannot be written, as on a full disk."""
-    try:
-        yield
-    except OSError as error:
-        warn_once(f"{error}: training goes on without it")
-
-
-@functools.cache
-def warn_once(text):
-    """Print a warning, but not a second time."""
-    print(f"WARNING: {text}", flush=True)
-
-
-def open_tensorboard(steps_done):
-    """Return a writer of TensorBoard events to RUN_DIR, or None if tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(Path(RUN_DIR) / "tensorboard", purge_step=steps_done + 1)
-
-
-def read_metrics():
-    """Return the lines of metrics.jsonl as dicts."""
-    text = (Path(RUN_DIR) / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def format_line(line, steps):
-    """Return a line of metrics.jsonl as it is printed, in the order and format of LOG_FORMAT."""
-    total = f"{steps:,}"
-    shown = {**line, "step": f"{line['step']:>{len(total)},}/{total}"}
-    for key in ("elapsed_seconds", "seconds_left"):
-        if line.get(key) is not None:
-            shown[key] = datetime.timedelta(seconds=round(line[key]))
-    for key in ("eval_by_position", "eval_by_source"):
-        losses = shown.pop(key, {})
-        if len(losses) > 1:  # a single one is the eval_loss
-            shown[key] = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    # What a line does not have, or has as None or False, is not shown.
-    parts = []
-    for key, template in LOG_FORMAT.items():
-        value = shown.get(key)
-        if value is not None and value is not False:
-            parts.append(template.format(value))
-    return "  ".join(parts)
-
-
-def flatten(line):
-    """Return {name: number} of a line of metrics.jsonl. Nested names are joined by a slash."""
-    numbers = {}
-    for key, value in line.items():
-        if isinstance(value, dict):
-            for name, number in value.items():
-                numbers[f"{key}/{name}"] = number
-        elif isinstance(value, (int, float)) and key != "step":
-            numbers[key] = float(value)
-    return numbers
-
-
-def plot(lines):
-    """Draw RUN_DIR/loss.png from the lines of metrics.jsonl.
-
-    Skipped steps are red marks at the top of the panel of the loss.
-    """
-    from matplotlib.figure import Figure
-    training = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "eval_loss" in line]
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    figure.suptitle(RUN_DIR)
-    grid = figure.add_gridspec(3, 2, height_ratios=(1.6, 1, 1))
-    panels = {
-        "loss per target": figure.add_subplot(grid[0, :]),
-        "learning rate": figure.add_subplot(grid[1, 0]),
-        "gradient norm": figure.add_subplot(grid[1, 1]),
-        "tokens per second per GPU": figure.add_subplot(grid[2, 0]),
-        "evaluation loss by position": figure.add_subplot(grid[2, 1]),
-    }
-    for title, axes in panels.items():
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.3)
-    plot_losses(panels["loss per target"], training, evaluations)
-    plot_key(panels["learning rate"], training, "learning_rate")
-    plot_key(panels["gradient norm"], training, "grad_norm")
-    panels["gradient norm"].set_yscale("log")
-    plot_key(panels["tokens per second per GPU"], training, "tokens_per_second_per_gpu")
-    panels["tokens per second per GPU"].set_ylim(bottom=0)
-    plot_positions(panels["evaluation loss by position"], evaluations)
-    figure.savefig(Path(RUN_DIR) / "loss.png", dpi=120)
-
-
-def plot_key(axes, lines, key, **style):
-    """Draw a metric over the steps."""
-    axes.plot([line["step"] for line in lines], [line[key] for line in lines], lw=1, **style)
-    axes.set_xlabel("step")
-
-
-def plot_losses(axes, training, evaluations):
-    """Draw the loss of each step, its moving average, the evaluations, and what was skipped."""
-    plot_key(axes, training, "loss", color="tab:blue", alpha=0.35, label="each step")
-    finite = [line for line in training if math.isfinite(line["loss"])]
-    if len(finite) > 20:
-        window = max(len(finite) // 50, 5)
-        losses = [line["loss"] for line in finite]
-        smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        steps = [line["step"] for line in finite[window - 1:]]
-        axes.plot(steps, smooth, color="tab:blue", label=f"mean of {window} steps")
-    if evaluations:
-        plot_key(axes, evaluations, "eval_loss", color="tab:orange", marker="o", ms=4,
-                 label="evaluation")
-        sources = evaluations[-1]["eval_by_source"]
-        for i, name in enumerate(sources if len(sources) > 1 else ()):
-            points = [{"step": line["step"], **line["eval_by_source"]} for line in evaluations]
-            plot_key(axes, points, name, color=f"C{i + 2}", marker=".", ls="--",
-                     label=f"evaluation of {Path(name).name}")
-    skipped = [line["step"] for line in training if line["skipped"]]
-    if skipped:
-        axes.plot(skipped, np.ones(len(skipped)), "v", color="red", clip_on=False,
-                  transform=axes.get_xaxis_transform(), label="skipped")
-    axes.legend(fontsize=8)
-
-
-def plot_positions(axes, evaluations):
-    """Draw the loss by position of the first evaluation and of the last three, the last darkest."""
-    shown = evaluations[:1] + evaluations[1:][-3:]
-    for i, line in enumerate(shown):
-        losses = line["eval_by_position"]
-        axes.plot(list(losses), list(losses.values()), marker="o", ms=4, lw=1, color="tab:orange",
-                  alpha=(i + 1) / len(shown), label=f"step {line['step']:,}")
-    if shown:
-        axes.legend(fontsize=8)
-    else:
-        axes.text(0.5, 0.5, "no EVAL_DATA", ha="center", transform=axes.transAxes)
-    axes.set_xlabel("tokens before the target that it can attend to")
 
 
 # ------------------------------------------------------------------------------- export and samples

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import metrics
 import train
 from bench.run import write_config
 
@@ -189,7 +190,7 @@ def main(arguments):
     options = set_constants(arguments)
     show_memory = "MEMORY" in options
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    original_step = train.Log.step
+    original_step = metrics.Log.step
 
     def step(log, line):
         """train.py logs at the end of a step, on rank 0 only. Record the last step but one.
@@ -208,7 +209,7 @@ def main(arguments):
             else:
                 profiler.stop()
 
-    train.Log.step = step
+    metrics.Log.step = step
     if show_memory:
         # From the start: what is allocated before this has no line to show.
         torch.cuda.memory._record_memory_history(max_entries=10**7, stacks="python")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close, on_ranks, write_jsonl
-from test_train import metrics, run, set_constants, setup  # noqa: F401
+from test_train import metrics_of, run, set_constants, setup  # noqa: F401
 
 import convert
+import metrics
 import train
 from model import Transformer
 
@@ -66,7 +67,7 @@ def test_a_share_is_never_trained(setup, tmp_path):  # noqa: F811
     n_targets = held_out.accounting()["trained"]
 
     def trained(name):
-        return sum(line.get("target_tokens", 0) for line in metrics(tmp_path / name))
+        return sum(line.get("target_tokens", 0) for line in metrics_of(tmp_path / name))
 
     assert n_targets > 0
     assert trained("part") + n_targets == trained("whole")
@@ -121,7 +122,7 @@ def test_evaluation_by_position_and_source(setup, tmp_path, monkeypatch):  # noq
 
     expected = {name: loss / weight for name, (loss, weight) in sums.items()}
     for name in ("alone", "spread"):
-        [line] = metrics(tmp_path / name)
+        [line] = metrics_of(tmp_path / name)
         assert line["step"] == 0
         actual = {"all": line["eval_loss"], **line["eval_by_position"], **line["eval_by_source"]}
         assert actual.keys() == expected.keys()
@@ -145,7 +146,7 @@ def test_the_line_of_a_step():
     line = {"step": 120, "epoch": 0.5, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.0,
             "seconds": 1.0, "tokens_per_second_per_gpu": 1000.0, "tokens_seen": 123_456,
             "elapsed_seconds": 61.2, "seconds_left": 3600.0, "skipped": False, "mfu": None}
-    assert train.format_line(line, 2000) == (
+    assert metrics.format_line(line, 2000) == (
         "step   120/2,000  epoch  0.500  loss   2.0000  norm    1.000  lr 0.00e+00     1.00 s  "
         "    1,000 tok/s/rank  123,456 tokens  elapsed 0:01:01  left 1:00:00")
 
@@ -173,7 +174,6 @@ class Recorder:
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     """The Log of a run of 10 steps, of which 2 are done, with recorders."""
-    set_constants({"RUN_DIR": str(tmp_path), "WANDB": "project"})
     write_jsonl(tmp_path / "metrics.jsonl", [step_line(2, tokens=100)])
     recorders = {"tensorboard": Recorder(), "wandb": Recorder()}
 
@@ -181,13 +181,13 @@ def log(tmp_path, monkeypatch):
         assert project == "project"
         return recorders["wandb"]
 
-    def open_tensorboard(steps_done):
-        assert steps_done == 2
+    def open_tensorboard(run, steps_done):
+        assert (run, steps_done) == (tmp_path, 2)
         return recorders["tensorboard"]
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    monkeypatch.setattr(train, "open_tensorboard", open_tensorboard)
-    return train.Log(10, 2), recorders
+    monkeypatch.setattr(metrics, "open_tensorboard", open_tensorboard)
+    return metrics.Log(tmp_path, 10, 2, "project", {}), recorders
 
 
 def step_line(step, **changes):
@@ -202,7 +202,7 @@ def test_the_time_left_leaves_out_the_first_steps(log, tmp_path, monkeypatch):
     for step, seconds in ((3, 100), (4, 50), (5, 50), (6, 2), (7, 4)):
         clock += seconds
         log.step(step_line(step))
-    lines = metrics(tmp_path)[1:]
+    lines = metrics_of(tmp_path)[1:]
     assert [line["seconds_left"] for line in lines] == [None, None, None, 2 * 4, 3 * 3]
     assert [line["elapsed_seconds"] for line in lines] == [100, 150, 200, 202, 206]
     assert [line["tokens_seen"] for line in lines] == [110, 120, 130, 140, 150]
@@ -247,15 +247,15 @@ def test_a_changed_repository_is_recorded(tmp_path, monkeypatch):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         train.subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
 
-    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
-    (tmp_path / "train.py").write_text("a = 1\n")
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "metrics.py"))
+    (tmp_path / "metrics.py").write_text("a = 1\n")
     git("init", "-q")
-    git("add", "train.py")
+    git("add", "metrics.py")
     git("commit", "-qm", "first")
-    clean = train.describe_environment()["git"]
+    clean = metrics.describe_environment()["git"]
     assert len(clean) == 40
-    (tmp_path / "train.py").write_text("a = 2\n")
-    assert train.describe_environment()["git"] == f"{clean}-dirty"
+    (tmp_path / "metrics.py").write_text("a = 2\n")
+    assert metrics.describe_environment()["git"] == f"{clean}-dirty"
 
 
 def test_samples_of_chat_data_use_the_template(setup, tmp_path, capfd):  # noqa: F811

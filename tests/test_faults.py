@@ -18,10 +18,11 @@ import torch
 import torch.multiprocessing as mp
 from conftest import _run_rank, on_ranks
 from filelock import FileLock
-from test_train import assert_same_run, exported_weights, metrics, run, set_constants
+from test_train import assert_same_run, exported_weights, metrics_of, run, set_constants
 
 import convert
 import data
+import metrics
 import parallel
 import test_train
 import train
@@ -35,7 +36,7 @@ def own_rank():
 
 
 def steps_of(folder):
-    return [line["step"] for line in metrics(folder) if "loss" in line]
+    return [line["step"] for line in metrics_of(folder) if "loss" in line]
 
 
 def checkpoints(folder):
@@ -391,7 +392,7 @@ def test_skipped_steps_prune_no_checkpoint(setup, tmp_path):
     with pytest.raises(AssertionError, match="Checkpoints of the steps before them: step-00000002"):
         on_ranks(2, run_with, settings, make_norms_nan, 3, 99, tmp_path=tmp_path)
     assert "step-00000002" in checkpoints(tmp_path / "run")
-    skipped = metrics(tmp_path / "run")[2]
+    skipped = metrics_of(tmp_path / "run")[2]
     assert skipped["skipped"]
     assert skipped["rows"] == [8, 11]
 
@@ -468,7 +469,7 @@ def test_unreadable_and_damaged_checkpoints_stay_and_stop_the_run(setup, tmp_pat
     settings = setup("run", MAX_STEPS=2, SAVE_EVERY=1)
     on_ranks(2, run, settings, tmp_path=tmp_path)
     folder = tmp_path / "run"
-    lines = metrics(folder)
+    lines = metrics_of(folder)
     with pytest.raises(AssertionError, match="rank 1: PermissionError.*Permission denied"):
         on_ranks(2, run, settings, refuse_reading, tmp_path=tmp_path)
     assert checkpoints(folder) == ["step-00000001", "step-00000002"]
@@ -478,7 +479,7 @@ def test_unreadable_and_damaged_checkpoints_stay_and_stop_the_run(setup, tmp_pat
     with pytest.raises(AssertionError, match="(?s)no checkpoint is undamaged.*begin at step 1, set"):
         on_ranks(2, run, settings, tmp_path=tmp_path)
     assert checkpoints(folder) == ["step-00000001", "step-00000002"]
-    assert metrics(folder) == lines
+    assert metrics_of(folder) == lines
 
 
 def test_a_run_in_use_is_left_alone(setup, tmp_path):
@@ -536,7 +537,7 @@ def test_too_little_space_is_told_before_the_first_step(setup, tmp_path):
 
 def limit_metrics():
     """metrics.jsonl has space for less than two lines."""
-    append = train.append
+    append = metrics.append
 
     def append_on_full_disk(path, text):
         limit_file_size(int(1.5 * len(text)))
@@ -544,7 +545,7 @@ def limit_metrics():
             append(path, text)
         finally:
             limit_file_size(resource.RLIM_INFINITY)
-    train.append = append_on_full_disk
+    metrics.append = append_on_full_disk
 
 
 def test_metrics_that_cannot_be_written_are_warned_of_once(setup, tmp_path, capfd):

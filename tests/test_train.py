@@ -54,7 +54,7 @@ def run(settings, edit=None):
     train.main()
 
 
-def metrics(folder):
+def metrics_of(folder):
     text = (Path(folder) / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
@@ -64,8 +64,8 @@ def exported_weights(folder):
 
 
 def assert_same_run(actual_folder, expected_folder, rtol):
-    actual = metrics(actual_folder)
-    expected = metrics(expected_folder)
+    actual = metrics_of(actual_folder)
+    expected = metrics_of(expected_folder)
     assert [line["step"] for line in actual] == [line["step"] for line in expected]
     for a, e in zip(actual, expected):
         for key in ("loss", "grad_norm", "target_tokens", "learning_rate"):
@@ -123,7 +123,7 @@ GRIDS = [  # ranks, SEQUENCE_PARALLEL_SIZE, ZERO_STAGE, REPLICAS
 
 def test_text_is_trained_alike_on_any_ranks(setup, tmp_path):
     on_ranks(1, run, setup("alone"), tmp_path=tmp_path)
-    assert {line["tokens"] for line in metrics(tmp_path / "alone")} == {256}
+    assert {line["tokens"] for line in metrics_of(tmp_path / "alone")} == {256}
     for world, sp, zero_stage, replicas in GRIDS:
         name = f"{world}-{sp}-{zero_stage}-{replicas}"
         settings = setup(
@@ -148,7 +148,7 @@ def test_every_target_is_trained_once_an_epoch(setup, tmp_path, packing):
     targets = 0
     for line in Path(settings["DATA"]).read_text().splitlines():
         targets += len(json.loads(line)["text"])  # a token per byte, and eos, less the first token
-    assert sum(line["target_tokens"] for line in metrics(tmp_path / packing)) == targets
+    assert sum(line["target_tokens"] for line in metrics_of(tmp_path / packing)) == targets
 
 
 def test_evaluation_does_not_depend_on_ranks(setup, tmp_path):
@@ -172,7 +172,7 @@ def test_evaluation_does_not_depend_on_ranks(setup, tmp_path):
         targets += (batch.labels != data.IGNORE).sum().item()
 
     for name in ("alone", "spread"):
-        lines = [line for line in metrics(tmp_path / name) if "eval_loss" in line]
+        lines = [line for line in metrics_of(tmp_path / name) if "eval_loss" in line]
         assert [line["step"] for line in lines] == [0, 2, 3]
         for line in lines:
             what = f"eval_loss of step {line['step']} of {name}"
@@ -203,7 +203,7 @@ def test_resume_is_exact(setup, tmp_path):
     whole = tmp_path / "whole"
     keep_all = {"SAVE_EVERY": 3, "KEEP_CHECKPOINTS": 9}
     on_ranks(2, run, setup("whole", **settings, **keep_all), tmp_path=tmp_path)
-    assert metrics(whole)[-1]["epoch"] > 2
+    assert metrics_of(whole)[-1]["epoch"] > 2
 
     for name, world, sp, zero_stage, rtol in (("same", 2, 1, 2, 0), ("other", 4, 2, 3, 1e-6)):
         resumed = tmp_path / name
@@ -212,7 +212,7 @@ def test_resume_is_exact(setup, tmp_path):
         shutil.copy(whole / "metrics.jsonl", resumed)
         changes = {"SEQUENCE_PARALLEL_SIZE": sp, "ZERO_STAGE": zero_stage}
         on_ranks(world, run, setup(name, **settings, **changes), tmp_path=tmp_path)
-        assert [line["step"] for line in metrics(resumed)] == [1, 2, 3, 4, 5, 6, 7]
+        assert [line["step"] for line in metrics_of(resumed)] == [1, 2, 3, 4, 5, 6, 7]
         assert_same_run(resumed, whole, rtol)
     assert exported_weights(tmp_path / "same") == exported_weights(whole)
 
@@ -232,7 +232,7 @@ def test_sigterm_on_one_rank_stops_all_after_a_checkpoint(setup, tmp_path, capfd
     on_ranks(2, run, setup("whole", MAX_STEPS=6), tmp_path=tmp_path)
     on_ranks(2, run, setup("run", MAX_STEPS=6), terminate_one_rank, tmp_path=tmp_path)
     # The ranks ask each other before every micro-batch: step 3 does not begin.
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
     assert "stopped by a signal after step 2" in capfd.readouterr().out
     assert not (tmp_path / "run/hf").exists()
 
@@ -261,7 +261,7 @@ def damage(folder, how):
 def test_a_damaged_checkpoint_is_passed_over(setup, tmp_path, how, capfd):
     on_ranks(2, run, setup("run", MAX_STEPS=4, SAVE_EVERY=2), tmp_path=tmp_path)
     folder = tmp_path / "run/checkpoints"
-    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    losses = [line["loss"] for line in metrics_of(tmp_path / "run")]
     damage(folder / "step-00000004", how)
     (folder / "step-00000006.part").mkdir()
     (folder / "somebody-elses").mkdir()
@@ -273,7 +273,7 @@ def test_a_damaged_checkpoint_is_passed_over(setup, tmp_path, how, capfd):
     assert "step-00000004" in out
     assert "resumed from" in out
     assert "step-00000002" in out
-    assert [line["loss"] for line in metrics(tmp_path / "run")] == losses
+    assert [line["loss"] for line in metrics_of(tmp_path / "run")] == losses
     assert {path.name for path in folder.iterdir()} == {
         "step-00000003", "step-00000004", "step-00000004.damaged", "somebody-elses"}
 
@@ -313,7 +313,7 @@ def test_a_second_run_of_a_folder_is_refused(setup, tmp_path):
             on_ranks(2, run, setup("run", MAX_STEPS=2), tmp_path=tmp_path)
 
     on_ranks(2, run, setup("run", MAX_STEPS=2), tmp_path=tmp_path)
-    assert [line["step"] for line in metrics(folder)] == [1, 2]
+    assert [line["step"] for line in metrics_of(folder)] == [1, 2]
 
 
 def run_and_lock_again(settings):
@@ -366,7 +366,7 @@ def poison_one_rank():
 
 def test_a_step_that_is_not_finite_is_skipped_by_all(setup, tmp_path):
     on_ranks(2, run, setup("run", MAX_STEPS=3), poison_one_rank, tmp_path=tmp_path)
-    assert [line["skipped"] for line in metrics(tmp_path / "run")] == [False, True, False]
+    assert [line["skipped"] for line in metrics_of(tmp_path / "run")] == [False, True, False]
 
     # Two steps, of which the second is skipped, leave the weights of one step.
     constant = {"LR_SCHEDULE": "constant", "WARMUP_RATIO": 0.0}
@@ -385,7 +385,7 @@ def test_a_run_that_diverges_ends(setup, tmp_path):
     message = "5 consecutive steps, up to step 5, was not finite: lower LEARNING_RATE 0.001"
     with pytest.raises(AssertionError, match=message):
         on_ranks(1, run, setup("run", MAX_STEPS=9), make_every_norm_nan, tmp_path=tmp_path)
-    assert [line["skipped"] for line in metrics(tmp_path / "run")] == [True] * 5
+    assert [line["skipped"] for line in metrics_of(tmp_path / "run")] == [True] * 5
 
 
 # -------------------------------------------------------------------------------- what a run leaves
@@ -430,7 +430,7 @@ def test_the_demo_needs_nothing_but_python(tmp_path, capfd):
         "SEQUENCE_PARALLEL_SIZE": 2,
     }
     on_ranks(2, run, settings, tmp_path=tmp_path)
-    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    losses = [line["loss"] for line in metrics_of(tmp_path / "run")]
     assert losses[0] > 5.5
     assert losses[-1] < losses[0] - 0.5
     assert "import os" in capfd.readouterr().out
@@ -760,10 +760,11 @@ def test_the_learning_rate_of_short_runs():
 ROOT = Path(train.__file__).parent
 
 MAY_IMPORT = {
-    "train.py": {"data", "convert", "model", "costs", "parallel"},
+    "train.py": {"data", "convert", "model", "costs", "parallel", "metrics"},
     "convert.py": {"model", "parallel"},
     "model.py": {"costs", "parallel"},
     "costs.py": set(),
+    "metrics.py": set(),
     "data.py": set(),
     "parallel.py": set(),
 }
