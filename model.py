@@ -26,13 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 import parallel
 from costs import attention_pairs, flops, memory  # noqa: F401  (for callers of this module)
-from parallel import (
-    AttendWithRecompute,
-    Kept,
-    heads_to_seq,
-    seq_to_heads,
-    split_heads_by_rank,
-)
+from parallel import heads_to_seq, seq_to_heads, split_heads_by_rank
+from recompute import AttendWithRecompute, Kept, Offload
 
 
 @dataclass
@@ -628,7 +623,7 @@ class Transformer(nn.Module):
         self.config = config
         self.execution = execution
         self.sp_group = sp_group
-        self.offload = parallel.Offload()
+        self.offload = Offload()
         self.rope_kinds = {config.rope_kind(i) for i in range(config.num_hidden_layers)}
 
         layers = nn.ModuleList()

@@ -761,8 +761,10 @@ ROOT = Path(train.__file__).parent
 
 MAY_IMPORT = {
     "train.py": {"data", "convert", "model", "costs", "parallel", "metrics"},
-    "convert.py": {"model", "parallel"},
-    "model.py": {"costs", "parallel"},
+    "convert.py": {"families", "model", "parallel"},
+    "model.py": {"costs", "parallel", "recompute"},
+    "families.py": set(),
+    "recompute.py": set(),
     "costs.py": set(),
     "metrics.py": set(),
     "data.py": set(),
