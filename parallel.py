@@ -82,14 +82,16 @@ def check(world, replicas, sp, heads, kv_heads):
     if world % replicas != 0:
         raise ValueError(
             f"REPLICAS {replicas} does not divide {world} processes: use a divisor of {world}")
+    of_replica = world // replicas
+    processes = f"{world} processes" if replicas == 1 else f"{of_replica} processes of a replica"
     rules = {
         f"divide {heads} attention heads": heads % sp == 0,
         f"fit {kv_heads} key/value heads": kv_heads % sp == 0 or sp % kv_heads == 0,
-        f"divide {world} processes": world % sp == 0,
+        f"divide {processes}": of_replica % sp == 0,
     }
     for rule, holds in rules.items():
         if not holds:
-            works = [str(p) for p in sequence_parallel_sizes(world, heads, kv_heads)]
+            works = [str(p) for p in sequence_parallel_sizes(of_replica, heads, kv_heads)]
             raise ValueError(f"SEQUENCE_PARALLEL_SIZE {sp} does not {rule}: use {', '.join(works)}")
     return world // sp
 

@@ -481,9 +481,13 @@ def open_all_data(folder, config):
     """Return the data.Rows of DATA, and those of EVAL_DATA or None."""
     if not EVAL_DATA:
         return open_data(DATA, folder, config), None
-    if not isinstance(EVAL_DATA, float):
-        return open_data(DATA, folder, config), open_data(EVAL_DATA, folder, config)
-    training, held_out = data.hold_out(open_corpus(DATA, folder, config), EVAL_DATA)
+    if isinstance(EVAL_DATA, float):
+        training, held_out = data.hold_out(open_corpus(DATA, folder, config), EVAL_DATA)
+    else:
+        training = open_corpus(DATA, folder, config)
+        held_out = open_corpus(EVAL_DATA, folder, config)
+    if held_out.targets.sum() == 0:
+        raise ValueError(f"EVAL_DATA {EVAL_DATA!r} has no token to predict: name other files.")
     return make_rows(training), make_rows(held_out)
 
 
@@ -627,11 +631,18 @@ def build_model(folder, config, grid, execution, dtype):
 
 def build_optimizer(model):
     """Return AdamW with weight decay on matrices, not on norms and biases."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    decayed = []
+    others = []
+    for name, parameter in model.named_parameters():
+        # Cohere's norms of q and k have a row for every head, so the shape alone does not tell.
+        is_norm = "norm" in name
+        if parameter.ndim > 1 and not is_norm:
+            decayed.append(parameter)
+        else:
+            others.append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": WEIGHT_DECAY},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
 
@@ -1071,7 +1082,7 @@ def update(model, optimizer, lr, grad_norm, skip):
         group["lr"] = lr
     if not skip:
         if 0 < MAX_GRAD_NORM < grad_norm:
-            gradients = [p.grad for p in model.parameters()]
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, MAX_GRAD_NORM / grad_norm)  # few kernels for all
         optimizer.step()
     optimizer.zero_grad()

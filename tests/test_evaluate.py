@@ -91,6 +91,12 @@ def find_nothing(name):
     return None
 
 
+def test_evaluation_data_without_a_target_is_refused(setup, tmp_path):  # noqa: F811
+    path = write_jsonl(tmp_path / "one.jsonl", [{"input_ids": [5]}])
+    with pytest.raises(ValueError, match="EVAL_DATA .*one.jsonl' has no token to predict"):
+        run(setup("run", EVAL_DATA=path))
+
+
 def test_evaluation_by_position_and_source(setup, tmp_path, monkeypatch):  # noqa: F811
     """Without a step of training, on any ranks: equal to one forward for each row."""
     chat = setup("", data="chat")["DATA"]

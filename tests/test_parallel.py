@@ -161,6 +161,7 @@ def test_without_a_group_the_exchange_is_the_identity():
     (2, 1, 2, 9, 3, "does not divide 9 attention heads: use 1"),
     (8, 1, 4, 12, 6, "does not fit 6 key/value heads: use 1, 2"),
     (6, 1, 4, 8, 8, "does not divide 6 processes"),
+    (8, 2, 8, 8, 8, "SEQUENCE_PARALLEL_SIZE 8 does not divide 4 processes of a replica: use 1, 2, 4"),
     (4, 3, 1, 8, 8, "REPLICAS 3 does not divide 4 processes")])
 def test_sizes_that_do_not_fit_are_refused(world, replicas, sp, heads, kv_heads, message):
     with pytest.raises(ValueError, match=message):

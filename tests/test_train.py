@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, on_ranks, write_jsonl
+from conftest import assert_close, on_ranks, tiny_model, write_jsonl
 from filelock import FileLock, Timeout
 
 import convert
@@ -741,6 +741,19 @@ def test_schedules(schedule, rates):
     set_constants({"LEARNING_RATE": 1.0, "MIN_LEARNING_RATE_RATIO": 0.0, "WARMUP_RATIO": 0.2,
                    "LR_SCHEDULE": schedule})
     assert [round(train.learning_rate(step, 10), 6) for step in (1, 2, 4, 8, 10)] == rates
+
+
+def test_norms_and_biases_have_no_weight_decay():
+    # Cohere's norms of q and k are matrices: every head has its own weights.
+    model = tiny_model(qk_norm=True, norm="layer", qkv_bias=True)
+    decayed, others = train.build_optimizer(model).param_groups
+    assert decayed["weight_decay"] == train.WEIGHT_DECAY and others["weight_decay"] == 0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    not_decayed = {names[id(parameter)] for parameter in others["params"]}
+    expected = {name for name in names.values() if "norm" in name or name.endswith("bias")}
+    assert not_decayed == expected
+    assert any("q_norm" in name for name in expected)
+    assert len(decayed["params"]) + len(not_decayed) == len(names)
 
 
 def test_the_learning_rate_of_short_runs():
