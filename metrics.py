@@ -1,4 +1,5 @@
 """What a run records of itself: metrics.jsonl, the lines on the screen, loss.png and env.json."""
+import collections
 import contextlib
 import datetime
 import errno
@@ -33,10 +34,16 @@ LOG_FORMAT = {
     "elapsed_seconds": "elapsed {}",
     "seconds_left": "left {}",
     "skipped": "SKIPPED",
+    "spike": "SPIKE",
 }
 
 # The time left is estimated without the first steps of a process, in which kernels are compiled.
 WARM_UP_STEPS = 3
+
+# A loss is a spike if it exceeds the median of the last SPIKE_WINDOW by so many times their median
+# deviation from it. Unlike mean and standard deviation, earlier spikes hardly change these.
+SPIKE_WINDOW = 100
+SPIKE_DEVIATIONS = 8
 
 # Seconds between two drawings of loss.png, which takes about one.
 PLOT_SECONDS = 300
@@ -54,7 +61,10 @@ class Log:
         self.drawn = self.began
         self.warm_step = steps_done + WARM_UP_STEPS
         self.warm_time = self.began  # when the warm step ended
-        self.tokens_seen = sum(line.get("tokens", 0) for line in read_metrics(run))
+        earlier = read_metrics(run)
+        self.tokens_seen = sum(line.get("tokens", 0) for line in earlier)
+        losses = [line["loss"] for line in earlier if math.isfinite(line.get("loss", math.nan))]
+        self.losses = collections.deque(losses, maxlen=SPIKE_WINDOW)  # of the last steps
         self.tensorboard = open_tensorboard(run, steps_done)
         self.wandb = None
         if wandb_project:
@@ -77,7 +87,19 @@ class Log:
             "tokens_seen": self.tokens_seen,
             "elapsed_seconds": now - self.began,
             "seconds_left": seconds_left,
+            "spike": self.is_spike(line["loss"]),
         })
+
+    def is_spike(self, loss):
+        """Return whether a loss is far above those of the steps before it, and remember it."""
+        spike = False
+        if len(self.losses) >= SPIKE_WINDOW // 4:
+            median = np.median(self.losses)
+            deviation = np.median(np.abs(self.losses - median))
+            spike = loss > median + SPIKE_DEVIATIONS * deviation
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        return bool(spike)
 
     def draw_if_due(self):
         """Draw loss.png if it is old. Return whether it was drawn."""

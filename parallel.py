@@ -34,12 +34,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
 from tqdm import tqdm
-
 
 # How long a collective waits for other ranks. Loading and compiling take some ranks longer than
 # others; once training runs, a rank that is late for minutes is stuck.
@@ -197,13 +197,17 @@ def refuse_differences(agreed):
                          "constants and files")
 
 
-def shorten_timeouts(grid):
-    """From here on, collectives of training wait for TRAINING_TIMEOUT only."""
+def shorten_timeouts(grid, step_seconds):
+    """From here on, collectives wait for TRAINING_TIMEOUT only, or for the time of three steps.
+
+    NCCL counts from the moment when the CPU queued a collective, which may be a step earlier than
+    when the GPU comes to it."""
+    timeout = max(TRAINING_TIMEOUT, timedelta(seconds=3 * step_seconds))
     groups = [dist.group.WORLD, *grid.mesh.get_all_groups()]
     if grid.sp_group is not None:
         groups.append(grid.sp_group)
     for group in groups:
-        dist.distributed_c10d._set_pg_timeout(TRAINING_TIMEOUT, group)
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 @contextlib.contextmanager
@@ -480,6 +484,15 @@ def accumulate(model, zero_stage, last):
     Before the last one, ZeRO 1 reduces no gradients, and ZeRO 1 and 2 keep the weights gathered."""
     model.set_requires_gradient_sync(last or zero_stage > 1)
     model.set_reshard_after_backward(last or zero_stage > 2)
+
+
+def free_gathered(model):
+    """Free the gathered weights that a forward without a backward has left.
+
+    model.parameters() are the shards again, which are saved and exported."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def grad_norm(parameters):

@@ -481,13 +481,9 @@ def open_all_data(folder, config):
     """Return the data.Rows of DATA, and those of EVAL_DATA or None."""
     if not EVAL_DATA:
         return open_data(DATA, folder, config), None
-    if isinstance(EVAL_DATA, float):
-        training, held_out = data.hold_out(open_corpus(DATA, folder, config), EVAL_DATA)
-    else:
-        training = open_corpus(DATA, folder, config)
-        held_out = open_corpus(EVAL_DATA, folder, config)
-    if held_out.targets.sum() == 0:
-        raise ValueError(f"EVAL_DATA {EVAL_DATA!r} has no token to predict: name other files.")
+    if not isinstance(EVAL_DATA, float):
+        return open_data(DATA, folder, config), open_data(EVAL_DATA, folder, config)
+    training, held_out = data.hold_out(open_corpus(DATA, folder, config), EVAL_DATA)
     return make_rows(training), make_rows(held_out)
 
 
@@ -953,7 +949,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
         stop_if_diverged(step, not_finite)
         if step == steps_done + 2:  # the first step compiles
-            parallel.shorten_timeouts(grid)
+            parallel.shorten_timeouts(grid, seconds)
             warn_of_long_steps(seconds / len(batches), grid)
 
         last = step == steps
@@ -1126,6 +1122,7 @@ def evaluate(model, rows, grid, step, log):
         sums.index_add_(0, band, parts)
         sums.index_add_(0, n_bands + batch.sources, parts)
     parallel.all_sum(sums)
+    parallel.free_gathered(model)
     if grid.rank == 0:
         loss_sum, weight = sums[:n_bands].sum(0).tolist()
         line = {"step": step, "eval_loss": loss_sum / weight, "eval_seconds": time.time() - began}
