@@ -209,9 +209,8 @@ def loss_memory(config, tokens, loss_chunk):
     C = config.hidden_size
     V = config.vocab_size
     chunk = min(loss_chunk, tokens)
-    # The last norm is not compiled: its input in float32, and in bfloat16 what it has normalized,
-    # its output, and the gradient of that.
-    norm = tokens * (4 * C + 2 * C + 2 * C + 2 * C)
+    # The input of the last norm, its output, and the gradient of that.
+    norm = tokens * (2 * C + 2 * C + 2 * C)
     # Logits and their gradient in bfloat16. Python lets go of those of a chunk only when it assigns
     # those of the next one, so there are three. Or two and the product for the head's gradient.
     logits = 2 * V * chunk

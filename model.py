@@ -657,7 +657,9 @@ class Transformer(nn.Module):
             offload = self.offload if i < self.execution.offload_layers else None
             cos, sin = ropes[self.config.rope_kind(i)]
             x = block(x, cos, sin, segments, offload)
-        x = self.model["norm"](x)
+        # Not compiled, the norm would keep and compute float32 copies of x: 12 GiB each at t = 1M.
+        call_norm = compiled_call if self.execution.compile else call
+        x = call_norm(self.model["norm"], False, x)                             # (t, C)
         head = self.head_weight()                                               # (V, C)
         if self.config.logit_scale != 1:
             x = x * self.config.logit_scale
