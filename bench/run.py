@@ -53,6 +53,10 @@ PEAK = 989e12       # dense bfloat16 FLOP/s of an H100 or H200
 WARM_UP_STEPS = 3   # steps that the medians leave out: they compile, allocate and pin memory
 # Where a row does not say otherwise. Rows of results.jsonl without RECOMPUTE ran with this one.
 DEFAULTS = {"MAX_STEPS": "7", "GLOBAL_BATCH_SIZE": "1", "RECOMPUTE": "all_but_attention"}
+# Constants of train.py that RECOMPUTE=auto chooses.
+MEMORY_SETTINGS = ("RECOMPUTE", "KEEP_LAYERS", "ZERO_STAGE", "MLP_CHUNK", "OFFLOAD_ACTIVATIONS",
+                   "OFFLOAD_OPTIMIZER")
+PACKAGES = ("torch", "triton", "flash-attn-4")  # whose versions are recorded
 HERE = Path(__file__).resolve().parent
 
 
@@ -160,6 +164,10 @@ def measure(row, out):
             lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         if lines:
             environment = json.loads((folder / "run" / "env.json").read_text())
+            packages = environment["packages"]
+            environment["packages"] = {name: packages.get(name) for name in PACKAGES}
+            # The constants of the run, with those that RECOMPUTE=auto has chosen.
+            constants = json.loads((folder / "run" / "config.json").read_text())
 
     output = done.stdout + done.stderr
     if out:
@@ -188,6 +196,7 @@ def measure(row, out):
         "wall": wall,
         "env": environment,
         "command": recorded_command,
+        "memory_settings": {name: constants[name] for name in MEMORY_SETTINGS},
     }
     append_line(HERE / "results.jsonl", result)
     if out:

@@ -275,10 +275,11 @@ def measured_rows():
     text = (Path(__file__).parents[1] / "bench/results.jsonl").read_text()
     for line in text.splitlines():
         result = json.loads(line)
-        other = "ATTENTION=" in result["row"] or "RECOMPUTE=auto" in result["row"]
-        if "env" not in result or other:
+        if "env" not in result or "ATTENTION=" in result["row"]:
             continue
         shape, gpus, length, *constants = result["row"].split()
+        for name, value in result.get("memory_settings", {}).items():
+            constants.append(f"{name}={value}")
         _, width, heads, kv_heads, inner, vocabulary, tied = SHAPES[shape]
         layers = result["layers"]
         config = Config(vocabulary, width, inner, layers, heads, kv_heads, head_dim=128,
