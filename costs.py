@@ -145,9 +145,10 @@ def attention_widths(config, sp):
     return q, q + 2 * kv
 
 
-def mlp_width(config):
-    """-> values a token that the MLP keeps for backward: gate, up and their product."""
-    return config.intermediate_size * (3 if config.mlp_gate else 2)
+def mlp_widths(config):
+    """-> values a token that the MLP keeps for backward, gate and up; and with their product."""
+    I = config.intermediate_size
+    return (2 * I, 3 * I) if config.mlp_gate else (I, 2 * I)
 
 
 def kept_by_block(config, recompute, chunked, sp):
@@ -160,11 +161,12 @@ def kept_by_block(config, recompute, chunked, sp):
         return 2 * C                        # x
     if recompute == "all_but_attention":
         return 2 * (C + q)                  # x and attention's output
-    kept = C + C + qkv + q                  # x, its norm, q, k, v, attention's output
+    kept = C + qkv + q                      # x, q, k, v, attention's output
     if sp > 1:
         kept += q                           # the output after its exchange, besides the one before
     if not chunked:
-        kept += C + C + mlp_width(config)   # x + attention, its norm, what the MLP keeps
+        mlp_kept, _ = mlp_widths(config)
+        kept += C + mlp_kept                # x + attention, gate and up
     return 2 * kept
 
 
@@ -177,13 +179,16 @@ def transient_of_block(config, recompute, tokens, chunk, sp):
 
     # In the MLP: the gradient of the block's output, those of what the MLP has computed, and what
     # is recomputed. With chunks also the gradients of x and a, which the chunks fill.
-    mlp = tokens * C + chunk * mlp_width(config)
+    mlp_kept, mlp_computed = mlp_widths(config)
+    mlp = tokens * C + chunk * mlp_computed
     if recompute != "none" or chunked:
-        mlp += chunk * (C + C + mlp_width(config))
+        mlp += chunk * (C + C + mlp_computed)
+    else:
+        mlp += chunk * (C + mlp_computed - mlp_kept)    # a norm and the product
     if chunked:
         mlp += tokens * (C + q)
     if recompute == "all":
-        mlp += tokens * (C + qkv + q)       # the norm of x, q, k, v, attention's output
+        mlp += tokens * (qkv + q)           # q, k, v, attention's output
 
     # In the kernel: gradients of x and of the output, then of q, k, v, which it sums in float32.
     attention = C + q + qkv + 2 * q
@@ -193,8 +198,6 @@ def transient_of_block(config, recompute, tokens, chunk, sp):
         attention += qkv
     if recompute != "none" and sp > 1 or recompute == "all":
         attention += q                      # the output, which is not the kept tensor
-    if recompute == "all":
-        attention += C                      # the norm of x
     if sp > 1:
         attention += q                      # the output's gradient before its exchange
         if recompute == "all":
@@ -318,7 +321,8 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
     products = 6 * t * (L * block + head) / gpu.products
     again = recomputed * (block - down_proj)
     if 0 < execution.mlp_chunk < t:
-        post_attention = config.hidden_size * q + mlp_width(config) * config.hidden_size
+        _, mlp_computed = mlp_widths(config)
+        post_attention = config.hidden_size * (q + mlp_computed)
         again += whole * (post_attention - down_proj)
         if recompute == "all":
             again += recomputed * post_attention
