@@ -1,6 +1,7 @@
 """What a run shows (log, loss.png, samples), evaluation in training, and tools/evaluate.py."""
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,7 +239,7 @@ def test_loss_png_is_drawn_now_and_then(log, tmp_path, monkeypatch):
     log, _ = log
     assert not log.draw_if_due()
     assert not (tmp_path / "loss.png").exists()
-    monkeypatch.setattr(train, "PLOT_SECONDS", -1)
+    monkeypatch.setattr(metrics, "PLOT_SECONDS", -1)
     assert log.draw_if_due()
     assert (tmp_path / "loss.png").exists()
 
@@ -254,7 +255,7 @@ def test_the_environment_is_recorded(setup, tmp_path):  # noqa: F811
 def test_a_changed_repository_is_recorded(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        train.subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
 
     monkeypatch.setattr(metrics, "__file__", str(tmp_path / "metrics.py"))
     (tmp_path / "metrics.py").write_text("a = 1\n")
