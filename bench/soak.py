@@ -29,7 +29,7 @@ def command(name, steps):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
         "--shutdown-timeout", "120", str(ROOT / "train.py"), f"RUN_DIR={FOLDER / name}",
         f"CACHE_DIR={FOLDER / 'cache'}", f"MAX_STEPS={steps}", "SAVE_EVERY=7", "DTYPE=float32",
-        "MAX_LENGTH=256", "SEQUENCE_PARALLEL_SIZE=1", "SAMPLE_PROMPTS=[]"]
+        "GLOBAL_BATCH_SIZE=8", "SEQUENCE_PARALLEL_SIZE=1", "SAMPLE_PROMPTS=[]"]
 
 
 def start(name, steps, file_size=resource.RLIM_INFINITY):

@@ -2,12 +2,16 @@
 
 A run that was interrupted must end with the metrics and weights of one that was not.
 """
+import ast
 import json
 import os
 import pickle
+import re
 import resource
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import _run_rank, on_ranks
+from conftest import _run_rank, on_ranks, write_jsonl
 from filelock import FileLock
 from test_train import assert_same_run, exported_weights, metrics_of, run, set_constants
 
@@ -29,6 +33,13 @@ import train
 
 setup = test_train.setup  # a fixture
 ROOT = Path(train.__file__).parent
+parallel.ROLL_CALL_SECONDS = 1.0  # ranks that wait for a killed one
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Drawing loss.png takes most of the time of a short run. It is tested elsewhere."""
+    monkeypatch.setattr(metrics, "plot", lambda run, lines: None)
 
 
 def own_rank():
@@ -174,19 +185,21 @@ def test_ranks_with_another_step_stop(setup, tmp_path, edit, sp):
 # ------------------------------------------------------------------------------ signals and killing
 
 
-def slow_down():
-    """Every micro-batch takes a while, so that signals arrive in one."""
+def slow_down(steps=1):
+    """Every micro-batch after so many steps takes a while, so that signals arrive in one."""
     accumulate = parallel.accumulate
+    done = has_steps(Path(train.RUN_DIR), steps)
 
     def wait_and_accumulate(*arguments, **keywords):
-        time.sleep(0.3)
+        if done():
+            time.sleep(0.3)
         accumulate(*arguments, **keywords)
     parallel.accumulate = wait_and_accumulate
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_between_micro_batches_after_a_checkpoint(setup, tmp_path, number, capfd):
-    """A step takes twelve seconds here, and the run stops in less."""
+    """A step takes twelve seconds after the first one, and the run stops in less."""
     settings = setup("run", MAX_STEPS=3, GLOBAL_BATCH_SIZE=80)
     ranks = Ranks(2, run, settings, slow_down, tmp_path=tmp_path)
     wait_for(has_steps(tmp_path / "run", 1))
@@ -304,10 +317,9 @@ def test_long_micro_batches_are_warned_of(monkeypatch, capsys):
 
 
 def shorten_times():
-    """Collectives wait for four seconds. Micro-batches take a while."""
+    """Collectives wait for four seconds after step 2. Micro-batches take a while from there on."""
     parallel.TRAINING_TIMEOUT = parallel.timedelta(seconds=4)
-    parallel.ROLL_CALL_SECONDS = 1.0
-    slow_down()
+    slow_down(steps=2)
 
 
 @pytest.mark.parametrize("sp", [1, 2])
@@ -316,7 +328,9 @@ def test_a_rank_that_is_stuck_is_named(setup, tmp_path, sp):
     ranks = Ranks(3 if sp == 1 else 2, run, settings, shorten_times, tmp_path=tmp_path)
     wait_for(has_steps(tmp_path / "run", 2))
     ranks.send(signal.SIGSTOP, ranks=[1])
-    codes, messages = ranks.end(seconds=20)
+    others = [ranks.processes[0], *ranks.processes[2:]]
+    wait_for(lambda: not any(process.is_alive() for process in others))
+    codes, messages = ranks.end(seconds=0)
     assert codes == [1, -signal.SIGKILL, 1][:len(codes)]
     assert "rank 1 does not answer: it is stuck or gone" in messages
     assert "rank 0 waited for others at " in messages
@@ -560,12 +574,13 @@ def test_half_a_line_of_metrics_is_mended(setup, tmp_path, capfd):
     settings = setup("run", MAX_STEPS=2)
     on_ranks(1, run, settings, tmp_path=tmp_path)
     path = tmp_path / "run/metrics.jsonl"
-    for garbage in (b'{"step": 2, "lo', b"\0\0\0\n", b'\xff"'):
-        with open(path, "ab") as file:
-            file.write(garbage)
-        on_ranks(1, run, settings, tmp_path=tmp_path)
-        assert steps_of(tmp_path / "run") == [1, 2]
-        assert "metrics.jsonl:3 is no line of metrics, and is removed" in capfd.readouterr().out
+    with open(path, "ab") as file:
+        file.write(b'\0\0\0\n\xff"\n{"step": 2, "lo')
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    assert steps_of(tmp_path / "run") == [1, 2]
+    out = capfd.readouterr().out
+    for number in (3, 4, 5):
+        assert f"metrics.jsonl:{number} is no line of metrics, and is removed" in out
 
 
 # ------------------------------------------------------------------------------------------- export
