@@ -162,11 +162,12 @@ def init(replicas, sp, agreed=None):
         backend = "gloo"
 
     if not dist.is_initialized():
+        store = dist.HashStore()
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=START_TIMEOUT)
-        else:
-            dist.init_process_group(
-                backend, timeout=START_TIMEOUT, rank=0, world_size=1, store=dist.HashStore())
+            store = store_of_attempt()
+        dist.init_process_group(
+            backend, timeout=START_TIMEOUT, rank=int(os.environ.get("RANK", 0)),
+            world_size=world_size(), store=store)
     rank = dist.get_rank()
     world = dist.get_world_size()
     # The meshes below are collectives, which hang if the ranks do not agree on their sizes.
@@ -181,15 +182,25 @@ def init(replicas, sp, agreed=None):
     return Grid(rank, world, world // sp, rank // sp, sp, rank % sp, sp_group, mesh, device)
 
 
+def store_of_attempt():
+    """-> the store in which ranks find each other.
+
+    torchrun --max-restarts keeps its store, with the addresses of the ranks that are gone."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt {attempt}", store)
+
+
 def refuse_differences(agreed):
     """ValueError on all ranks if the dict `agreed` is not the same on all of them."""
     of_ranks = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, agreed)
     differences = []
     for name, value in of_ranks[0].items():
-        others = [rank for rank, other in enumerate(of_ranks) if other[name] != value]
+        # Other code may not have a constant of this name.
+        others = [rank for rank, other in enumerate(of_ranks) if other.get(name) != value]
         if others:
-            other_value = of_ranks[others[0]][name]
+            other_value = of_ranks[others[0]].get(name)
             ranks = ", ".join(map(str, others))
             differences.append(f"{name} is {value!r} on rank 0 and {other_value!r} on rank {ranks}")
     if differences:
@@ -234,16 +245,19 @@ def call_roll(place):
     """-> which ranks report within ROLL_CALL_SECONDS that they wait in vain, and which do not.
 
     place: where this rank waited. The store is used, as the process group may be unusable."""
-    rank = dist.get_rank()
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"lost/{rank}", place)
-    time.sleep(ROLL_CALL_SECONDS)
     lines = []
-    for other in range(dist.get_world_size()):
-        if store.check([f"lost/{other}"]):
-            lines.append(f"rank {other} waited for others at {store.get(f'lost/{other}').decode()}")
-        else:
-            lines.append(f"rank {other} does not answer: it is stuck or gone")
+    try:
+        store.set(f"lost/{dist.get_rank()}", place)
+        time.sleep(ROLL_CALL_SECONDS)
+        for rank in range(dist.get_world_size()):
+            if store.check([f"lost/{rank}"]):
+                where = store.get(f"lost/{rank}").decode()
+                lines.append(f"rank {rank} waited for others at {where}")
+            else:
+                lines.append(f"rank {rank} does not answer: it is stuck or gone")
+    except RuntimeError:  # the store is in rank 0, or in torchrun on its host
+        lines = ["rank 0 does not answer: it is stuck or gone, or its host is"]
     return "\n".join(lines)
 
 

@@ -205,8 +205,8 @@ def main():
 
     # Process groups, model and optimizer. What the run will need is printed before it is taken.
     notes = manifest_notes(folder, config, rows)
-    agreed = {**notes["constants"], "the attention kernel": kernel_name,
-              **facts_of_files(notes, rows, eval_rows)}
+    agreed = {**notes["constants"], "the sequence-parallel size": sp,
+              "the attention kernel": kernel_name, **facts_of_files(notes, rows, eval_rows)}
     grid = parallel.init(REPLICAS, sp, agreed)
     execution = execution_settings(config, device_type)
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")

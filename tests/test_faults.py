@@ -151,6 +151,38 @@ def test_ranks_with_other_data_stop_before_the_first_step(setup, tmp_path):
     assert "the hash of DATA is " in messages
 
 
+def choose_another_size_on_rank_1():
+    choose_settings = train.choose_settings
+
+    def choose(*arguments):
+        sp, settings = choose_settings(*arguments)
+        return sp + own_rank(), settings
+    train.choose_settings = choose
+
+
+def test_ranks_that_chose_another_size_stop_before_the_first_step(setup, tmp_path):
+    """A size that is not set follows from the memory of the host, which may differ."""
+    settings = setup("run", SEQUENCE_PARALLEL_SIZE=0)
+    ranks = Ranks(2, run, settings, choose_another_size_on_rank_1, tmp_path=tmp_path)
+    codes, messages = ranks.end(seconds=20)
+    assert codes == [1, 1]
+    assert "the sequence-parallel size is 1 on rank 0 and 2 on rank 1" in messages
+
+
+def compare_with_older_code():
+    """Runs on every rank. The code of rank 1 lacks a constant."""
+    agreed = {"NEW": 5, "the hash of the code": "b"}
+    if own_rank() == 1:
+        agreed = {"the hash of the code": "a"}
+    message = "NEW is 5 on rank 0 and None on rank 1; the hash of the code is 'b' on rank 0"
+    with pytest.raises(ValueError, match=message):
+        parallel.refuse_differences(agreed)
+
+
+def test_ranks_with_older_code_are_named(tmp_path):
+    on_ranks(2, compare_with_older_code, tmp_path=tmp_path)
+
+
 def add_a_micro_batch_on_rank_1():
     rows_step = data.Rows.step
 
@@ -282,14 +314,16 @@ def torchrun(settings, world, *options):
 
 
 def test_torchrun_stops_and_the_printed_command_continues(setup, tmp_path):
+    """One rank of the run that continues is killed, and torchrun starts them all again."""
     settings = setup("run", MAX_STEPS=400, MAX_LENGTH=64, SAVE_EVERY=0, SEQUENCE_PARALLEL_SIZE=1,
                      SAMPLE_PROMPTS=[], INIT="weights", DTYPE="float32")
-    command = torchrun(settings, 2, "--standalone", "--shutdown-timeout", "100")
+    command = torchrun(settings, 2, "--standalone", "--shutdown-timeout", "100", "--max-restarts",
+                       "1", "--monitor-interval", "0.1")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     wait_for(has_steps(tmp_path / "run", 2))
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     printed = out.splitlines()
     [continues] = [i for i, line in enumerate(printed) if "This continues the run" in line]
     step = int(printed[continues].split()[6].rstrip("."))
@@ -297,11 +331,17 @@ def test_torchrun_stops_and_the_printed_command_continues(setup, tmp_path):
     assert steps_of(tmp_path / "run") == list(range(1, step + 1))
 
     # A later NAME=VALUE replaces an earlier one.
-    again = f"{printed[continues + 1]} MAX_STEPS={step + 1}"
-    out = subprocess.run(again, shell=True, env=environment, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    assert f"resumed from {tmp_path}/run/checkpoints/step-{step:08d}" in out.stdout
-    assert steps_of(tmp_path / "run") == list(range(1, step + 2))
+    again = shlex.split(printed[continues + 1])
+    again += [f"MAX_STEPS={step + 200}", f"SAVE_EVERY={step + 1}"]
+    process = subprocess.Popen(again, stdout=subprocess.PIPE, text=True, env=environment)
+    wait_for((tmp_path / f"run/checkpoints/step-{step + 1:08d}").exists)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    for first in (step, step + 1):
+        assert f"resumed from {tmp_path}/run/checkpoints/step-{first:08d}" in out
+    assert steps_of(tmp_path / "run") == list(range(1, step + 201))
 
 
 def test_long_micro_batches_are_warned_of(monkeypatch, capsys):
@@ -335,6 +375,26 @@ def test_a_rank_that_is_stuck_is_named(setup, tmp_path, sp):
     assert "rank 1 does not answer: it is stuck or gone" in messages
     assert "rank 0 waited for others at " in messages
     assert "rank 0 does not answer" not in messages
+
+
+def join_by_tcp_and_run(settings, port):
+    """Rank 0 has the store of the process group, as without torchrun."""
+    torch.distributed.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    run(settings, slow_down)
+
+
+def test_the_first_rank_is_named_if_it_is_gone(setup, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = setup("run", GLOBAL_BATCH_SIZE=8)
+    ranks = Ranks(2, join_by_tcp_and_run, settings, port, tmp_path=tmp_path)
+    wait_for(has_steps(tmp_path / "run", 2))
+    ranks.send(signal.SIGKILL, ranks=[0])
+    codes, messages = ranks.end(seconds=20)
+    assert codes == [-signal.SIGKILL, 1]
+    assert "rank 0 does not answer: it is stuck or gone" in messages
 
 
 def test_a_rank_that_comes_back_in_time_goes_on(setup, tmp_path):

@@ -1,5 +1,6 @@
 """Every way of spreading a step over ranks, against one process: loss and every gradient."""
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -391,6 +392,35 @@ def test_tasks_of_srun_join_each_other():
     assert [process.exitcode for process in processes] == [0, 0]
     reports = sorted(queue.get() for _ in range(2))
     assert reports == [(0, 2, 2, 0, 3.0), (1, 2, 2, 1, 3.0)]
+
+
+def join_attempt(attempt, rank, port):
+    """The body of a rank of torchrun. In the second attempt rank 1 comes later."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(attempt))
+    torch.cuda.is_available = lambda: False
+    time.sleep(attempt * rank)
+    grid = parallel.init(1, 1)
+    assert parallel.all_sum(torch.tensor(grid.rank + 1.0)).item() == 3
+    parallel.close()
+
+
+def test_restarted_ranks_do_not_find_the_addresses_of_earlier_ones():
+    """torchrun has one store, in its own process, for all attempts."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = mp.get_context("fork")
+    for attempt in range(2):
+        processes = []
+        for rank in range(2):
+            arguments = (attempt, rank, store.port)
+            processes.append(context.Process(target=join_attempt, args=arguments))
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            process.kill()
+        assert [process.exitcode for process in processes] == [0, 0]
 
 
 @pytest.mark.parametrize("given,expected", [
