@@ -571,12 +571,37 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
         partial.mkdir(parents=True)
 
     def write():
+        dcp.save(state, checkpoint_id=partial, process_group=group)
+        written = list(partial.glob(f"__{rank}_*"))
+        if rank == 0:
+            written.append(partial / ".metadata")
+        return {file.name: [file.stat().st_size, file_hash(file)] for file in written}
+
+    def publish(files_of_ranks):
+        files = {}
+        for files_of_rank in files_of_ranks:
+            files.update(files_of_rank)
+        manifest = {**notes, "step": step, "files": files}
+        manifest["hash"] = manifest_hash(manifest)
+        # The contents must be on disk before the name that says they are complete. Each rank has
+        # synchronized its shards in dcp.save.
+        path = partial / "manifest.json"
+        path.write_text(json.dumps(manifest, indent=1))
+        fsync(path)
+        fsync(partial)
+        partial.rename(folder)
+        fsync(folder.parent)
+        published = sorted(folder.parent.glob(STEP))
+        if keep >= 0:
+            for old in published[:-keep]:
+                # Where the process is killed meanwhile, no half of a checkpoint has its name.
+                leftover = old.with_suffix(".part")
+                old.rename(leftover)
+                shutil.rmtree(leftover)
+
+    def attempt(function, *args):
         try:
-            dcp.save(state, checkpoint_id=partial, process_group=group)
-            written = list(partial.glob(f"__{rank}_*"))
-            if rank == 0:
-                written.append(partial / ".metadata")
-            return {file.name: [file.stat().st_size, file_hash(file)] for file in written}
+            return function(*args)
         except (Exception, dcp.api.CheckpointException) as e:
             cause = e
             if isinstance(e, dcp.api.CheckpointException):  # the error of one rank is enough
@@ -586,26 +611,12 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
                 f"{cause}. {free / 2**30:,.1f} GiB are free there. Earlier checkpoints are "
                 "intact: free space or make the folder writable, and start again") from e
 
-    def publish(files_of_ranks):
-        files = {}
-        for files_of_rank in files_of_ranks:
-            files.update(files_of_rank)
-        manifest = {**notes, "step": step, "files": files}
-        manifest["hash"] = manifest_hash(manifest)
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        os.sync()  # the contents must be on disk before the name that says they are complete
-        partial.rename(folder)
-        published = sorted(folder.parent.glob(STEP))
-        if keep >= 0:
-            for old in published[:-keep]:
-                shutil.rmtree(old)
-
     already_published = together(f"looking for {folder}", folder.exists, only=0, group=group)[0]
     if already_published:
         return
-    together(f"preparing {partial}", prepare, only=0, group=group)
-    files_of_ranks = together(f"saving {partial}", write, group=group)
-    together(f"publishing {folder}", publish, files_of_ranks, only=0, group=group)
+    together(f"preparing {partial}", attempt, prepare, only=0, group=group)
+    files_of_ranks = together(f"saving {partial}", attempt, write, group=group)
+    together(f"publishing {folder}", attempt, publish, files_of_ranks, only=0, group=group)
 
 
 class Saver:
@@ -835,6 +846,15 @@ class SafePlanner(dcp.DefaultLoadPlanner):
         torch.load(value, weights_only=True)  # raises an error if it refers to any function
         value.seek(0)
         super().load_bytes(read_item, value)
+
+
+def fsync(path):
+    """Wait until a file, or the names of the files in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_hash(path):

@@ -306,6 +306,35 @@ def test_kill_in_a_save_loses_only_that_save(setup, tmp_path, moment):
     assert exported_weights(tmp_path / "run") == exported_weights(tmp_path / "whole")
 
 
+def kill_while_removing():
+    """Rank 0 is killed when it has removed one file of an older checkpoint."""
+    def remove_one_and_kill(folder):
+        (folder / "manifest.json").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    parallel.shutil.rmtree = remove_one_and_kill
+
+
+def test_kill_after_a_save_leaves_no_half_of_an_older_checkpoint(setup, tmp_path):
+    settings = setup("run", MAX_STEPS=3, SAVE_EVERY=1, KEEP_CHECKPOINTS=1)
+    ranks = Ranks(2, run, settings, kill_while_removing, tmp_path=tmp_path)
+    codes, _ = ranks.end()
+    assert codes == [-signal.SIGKILL, 1]
+    assert checkpoints(tmp_path / "run") == ["step-00000001.part", "step-00000002"]
+    on_ranks(2, run, settings, tmp_path=tmp_path)
+    assert checkpoints(tmp_path / "run") == ["step-00000003"]
+
+
+def report_little_memory():
+    parallel.available_memory = int
+
+
+def test_where_memory_is_short_training_waits_for_a_save(setup, tmp_path, capfd):
+    settings = setup("run", MAX_STEPS=2)
+    on_ranks(2, run, settings, report_little_memory, tmp_path=tmp_path)
+    assert "training waits while a checkpoint is written" in capfd.readouterr().out
+    parallel.read_manifest(tmp_path / "run/checkpoints/step-00000002")
+
+
 def torchrun(settings, world, *options):
     """-> the command of a run by torchrun."""
     arguments = [f"{name}={value}" for name, value in settings.items()]
@@ -585,6 +614,26 @@ def limit_when_saving(step):
             limit_file_size(20_000)
         save(*arguments, checkpoint_id=checkpoint_id, **keywords)
     parallel.dcp.save = save_on_full_disk
+
+
+def refuse_folders():
+    """Rank 0 cannot create the folder of step 2."""
+    mkdir = Path.mkdir
+
+    def refuse(path, *arguments, **keywords):
+        if path.name == "step-00000002.part":
+            raise OSError(30, "Read-only file system", str(path))
+        mkdir(path, *arguments, **keywords)
+    Path.mkdir = refuse
+
+
+def test_a_checkpoint_in_a_read_only_folder_stops_all_ranks(setup, tmp_path):
+    ranks = Ranks(2, run, setup("run", MAX_STEPS=4, SAVE_EVERY=2), refuse_folders,
+                  tmp_path=tmp_path)
+    codes, messages = ranks.end()
+    assert codes == [1, 1]
+    assert "Read-only file system" in messages
+    assert "GiB are free there. Earlier checkpoints are intact: free space or make" in messages
 
 
 def test_a_checkpoint_on_a_full_disk_stops_all_ranks(setup, tmp_path):
