@@ -114,22 +114,24 @@ class Log:
         """Append the dict `line` to metrics.jsonl, print it and pass it on."""
         with warning_if_not_written():
             append(self.run / "metrics.jsonl", json.dumps(line) + "\n")
-        print(format_line(line, self.steps), flush=True)
+        show(format_line(line, self.steps))
         numbers = flatten(line)
         if self.tensorboard is not None:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, line["step"])
+            with warning_if_not_written():
+                for name, value in numbers.items():
+                    self.tensorboard.add_scalar(name, value, line["step"])
         if self.wandb is not None:
             self.wandb.log(numbers, step=line["step"])
 
     def close(self):
         """Draw loss.png once more, and complete what TensorBoard and Weights & Biases have."""
-        lines = read_metrics(self.run)
-        if lines:
-            with warning_if_not_written():
+        with warning_if_not_written():
+            lines = read_metrics(self.run)
+            if lines:
                 plot(self.run, lines)
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with warning_if_not_written():
+                self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
 
@@ -176,7 +178,13 @@ def warning_if_not_written():
 @functools.cache
 def warn_once(text):
     """Print a warning, but not a second time."""
-    print(f"WARNING: {text}", flush=True)
+    show(f"WARNING: {text}")
+
+
+def show(text, end="\n"):
+    """Print, where that is possible: training goes on after its terminal or its pipe is closed."""
+    with contextlib.suppress(OSError):
+        print(text, end=end, flush=True)
 
 
 def open_tensorboard(run, steps_done):

@@ -44,7 +44,7 @@ from costs import (
     step_seconds,
 )
 from model import Config, Execution, Transformer, attention_kernel
-from metrics import Log, describe_environment, remove_lines
+from metrics import Log, describe_environment, remove_lines, show
 
 # What to train, on what data, and where the results go
 MODEL = "demo"                  # Hugging Face folder; "demo": a small Llama, made on first use
@@ -669,7 +669,7 @@ def learning_rate(step, steps):
 def print_once(grid, text, end="\n"):
     """Print on the first rank only."""
     if grid.rank == 0:
-        print(text, end=end, flush=True)
+        show(text, end)
 
 
 @contextlib.contextmanager

@@ -679,6 +679,23 @@ def test_metrics_that_cannot_be_written_are_warned_of_once(setup, tmp_path, capf
     assert "step 4/4" in out
 
 
+def remove_run_in_step_2():
+    learning_rate = train.learning_rate
+
+    def remove(step, steps):
+        if step == 2:
+            shutil.rmtree(train.RUN_DIR)
+        return learning_rate(step, steps)
+    train.learning_rate = remove
+
+
+def test_a_run_whose_folder_is_gone_still_saves_its_model(setup, tmp_path, capfd):
+    on_ranks(1, run, setup("run"), remove_run_in_step_2, tmp_path=tmp_path)
+    assert "training goes on without it" in capfd.readouterr().out
+    assert checkpoints(tmp_path / "run") == ["step-00000004"]
+    assert exported_weights(tmp_path / "run")
+
+
 def test_half_a_line_of_metrics_is_mended(setup, tmp_path, capfd):
     settings = setup("run", MAX_STEPS=2)
     on_ranks(1, run, settings, tmp_path=tmp_path)
