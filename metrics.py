@@ -65,6 +65,7 @@ class Log:
         self.tokens_seen = sum(line.get("tokens", 0) for line in earlier)
         losses = [line["loss"] for line in earlier if math.isfinite(line.get("loss", math.nan))]
         self.losses = collections.deque(losses, maxlen=SPIKE_WINDOW)  # of the last steps
+        self.evaluated = {line["step"] for line in earlier if "eval_loss" in line}
         self.tensorboard = open_tensorboard(run, steps_done)
         self.wandb = None
         if wandb_project:

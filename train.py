@@ -889,8 +889,8 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
                   stop_requests):
     """Run the steps after `steps_done`. Return True if a signal stopped the run."""
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
-    if eval_rows is not None and (steps_done == 0 or MAX_STEPS == 0):
-        evaluate(model, eval_rows, grid, steps_done, log)  # what training is compared with
+    if eval_rows is not None and evaluation_is_missing(steps_done, steps, log):
+        evaluate(model, eval_rows, grid, steps_done, log, stop_requests)
     saver = None
     if SAVE_EVERY >= 0:
         saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", model, notes)
@@ -952,18 +952,33 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
             parallel.shorten_timeouts(grid, seconds)
             warn_of_long_steps(seconds / len(batches), grid)
 
-        last = step == steps
-        eval_due = last or (EVAL_EVERY > 0 and step % EVAL_EVERY == 0)
-        if eval_rows is not None and eval_due:
-            evaluate(model, eval_rows, grid, step, log)
+        if eval_rows is not None and eval_due(step, steps):
+            evaluate(model, eval_rows, grid, step, log, stop_requests)
             began = time.time()  # nor is evaluation, nor saving
-        if saver is not None and (last or save_due(step, saved)):
+        if saver is not None and (step == steps or save_due(step, saved)):
             save(saver, step, model, optimizer, not_finite, grid)
             saved = time.time()
             began = time.time()
     if saver is not None:
         saver.wait()
-    return parallel.any_rank(bool(stop_requests))
+    stopped = parallel.any_rank(bool(stop_requests))
+    if stopped:  # in the last step, which is saved: what remains is the export
+        stop(saver, steps, steps, model, optimizer, not_finite, grid)
+    return stopped
+
+
+def eval_due(step, steps):
+    """Return whether to evaluate after this step. Step 0 is what training is compared with."""
+    return step in (0, steps) or (EVAL_EVERY > 0 and step % EVAL_EVERY == 0)
+
+
+def evaluation_is_missing(steps_done, steps, log):
+    """Return whether to evaluate before the first step of this process, on rank 0's word.
+
+    A signal may have stopped the run in the evaluation of its last step.
+    """
+    missing = log is not None and steps_done not in log.evaluated
+    return MAX_STEPS == 0 or (eval_due(steps_done, steps) and parallel.any_rank(missing))
 
 
 def save_due(step, saved):
@@ -982,13 +997,13 @@ def save(saver, step, model, optimizer, not_finite, grid):
     saver.save(step, model, optimizer, keep)
 
 
-def stop(saver, step, steps_done, model, optimizer, not_finite, grid):
-    """Save `step`, unless the run began after it, and print how to continue."""
+def stop(saver, step, saved_step, model, optimizer, not_finite, grid):
+    """Save `step`, unless that is `saved_step`, and print how to continue."""
     if saver is None:
         print_once(grid, f"stopped by a signal after step {step}: nothing is saved, as SAVE_EVERY "
                          "is -1")
         return
-    if step > steps_done:
+    if step > saved_step:
         save(saver, step, model, optimizer, not_finite, grid)
     saver.wait()
     again = command_line()
@@ -1014,7 +1029,7 @@ def warn_of_long_steps(seconds, grid):
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     given = re.search(r"--shutdown[-_]timeout[= ](\d+)", command_line())
-    patience = int(given[1]) if given else 30
+    patience = int(given[1] if given else os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
     if seconds > patience:
         print_once(grid, f"WARNING: a micro-batch takes {seconds:.0f} s, but torchrun kills the run "
                          f"{patience} s after it is told to stop, so that no checkpoint would be "
@@ -1098,10 +1113,11 @@ def stop_if_diverged(step, not_finite):
 
 
 @torch.no_grad()
-def evaluate(model, rows, grid, step, log):
+def evaluate(model, rows, grid, step, log, stop_requests=()):
     """Log the loss over all rows of EVAL_DATA: sum(weight x cross entropy) / sum(weight).
 
-    Also log it by position, the number of tokens that a token can attend to, and by source.
+    Also log it by position, the number of tokens that a token can attend to, and by source. A
+    request to stop abandons it: it takes longer than a launcher waits. Resuming repeats it.
     """
     began = time.time()
     names = source_names()
@@ -1111,6 +1127,9 @@ def evaluate(model, rows, grid, step, log):
     # Of each position band, then of each source: sum(weight x cross entropy) and sum(weight).
     sums = torch.zeros(n_bands + len(names), 2, dtype=torch.float64, device=grid.device)
     for i in parallel.progress(range(ceil_div(rows.per_epoch, grid.dp)), "evaluating"):
+        if parallel.any_rank(bool(stop_requests)):
+            parallel.free_gathered(model)
+            return
         # One row for each data-parallel rank; past the last row it is padding of weight 0.
         [batch] = rows.step(
             i + 1, grid.dp, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, rows.per_epoch)

@@ -250,6 +250,79 @@ def test_a_signal_stops_between_micro_batches_after_a_checkpoint(setup, tmp_path
     assert exported_weights(tmp_path / "run") == exported_weights(tmp_path / "whole")
 
 
+def terminate(moment):
+    """-> sends SIGTERM to rank 1, and waits until it has arrived, at a moment of the run."""
+    def send():
+        if own_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+    owner, name, calls_before = {
+        "in a save": (parallel.dcp, "save", 0),
+        "in an evaluation": (train, "position_edges", 1),  # not in that before the first step
+        "in the last step": (parallel, "grad_norm", 3),
+    }[moment]
+    function = getattr(owner, name)
+    calls = []
+
+    def send_and_call(*arguments, **keywords):
+        if len(calls) == calls_before:
+            send()
+        calls.append(1)
+        return function(*arguments, **keywords)
+    setattr(owner, name, send_and_call)
+
+
+def losses_of(folder):
+    return [(line["step"], line.get("loss"), line.get("eval_loss")) for line in metrics_of(folder)]
+
+
+def test_a_signal_at_any_moment_leaves_one_checkpoint(setup, tmp_path, capfd):
+    evaluated = write_jsonl(tmp_path / "evaluated.jsonl", [{"text": "abc " * 50}])
+    constants = {"EVAL_DATA": evaluated, "EVAL_EVERY": 2, "SAVE_EVERY": 2, "KEEP_CHECKPOINTS": 1}
+    on_ranks(2, run, setup("whole", **constants), tmp_path=tmp_path)
+    whole = losses_of(tmp_path / "whole")
+    assert [step for step, _, _ in whole] == [0, 1, 2, 2, 3, 4, 4]
+    for moment in ("in a save", "in an evaluation", "in the last step"):
+        folder = tmp_path / moment
+        settings = setup(moment, **constants)
+        capfd.readouterr()
+        on_ranks(2, run_with, settings, terminate, moment, tmp_path=tmp_path)
+        out = capfd.readouterr().out
+        [step] = re.findall(r"stopped by a signal after step (\d)\. This continues the run:", out)
+        assert checkpoints(folder) == [f"step-0000000{step}"]
+        stopped = losses_of(folder)
+        assert stopped == whole[:len(stopped)]
+        if moment == "in an evaluation":
+            assert stopped[-1][0] == 2
+            assert stopped[-1][2] is None
+        assert not (folder / "hf").exists()
+
+        on_ranks(2, run, settings, tmp_path=tmp_path)
+        assert losses_of(folder) == whole
+        assert exported_weights(folder) == exported_weights(tmp_path / "whole")
+
+
+def test_a_run_without_checkpoints_does_not_say_that_it_can_be_continued(capsys):
+    grid = parallel.Grid(0, 1, 1, 0, 1, 0, None, None, torch.device("cpu"))
+    train.stop(None, 3, 0, None, None, 0, grid)
+    out = capsys.readouterr().out
+    assert "stopped by a signal after step 3: nothing is saved, as SAVE_EVERY is -1" in out
+    assert "continues" not in out
+
+
+def close_stdout():
+    """Nobody reads what is printed any more, as after the terminal was closed."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    sys.stdout = os.fdopen(write_end, "w")
+
+
+def test_training_goes_on_without_its_terminal(setup, tmp_path):
+    on_ranks(1, run, setup("run"), close_stdout, tmp_path=tmp_path)
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
+
+
 def hang_in_step_2():
     learning_rate = train.learning_rate
 
@@ -383,6 +456,11 @@ def test_long_micro_batches_are_warned_of(monkeypatch, capsys):
         train.warn_of_long_steps(seconds, grid)
         out = capsys.readouterr().out
         assert ("start it with --shutdown-timeout" in out) == warned, (given, seconds)
+
+    monkeypatch.setattr(train, "command_line", "torchrun train.py".strip)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "90")
+    train.warn_of_long_steps(80, grid)
+    assert capsys.readouterr().out == ""
 
 
 def shorten_times():

@@ -2,6 +2,7 @@
 before any process waits for another. Also how the files of the project may import each other."""
 import ast
 import json
+import math
 import os
 import random
 import re
@@ -217,6 +218,38 @@ def test_resume_is_exact(setup, tmp_path):
     assert exported_weights(tmp_path / "same") == exported_weights(whole)
 
 
+def test_resume_is_exact_anywhere_in_an_epoch(setup, tmp_path):
+    """An epoch is two steps: a run is resumed within the first, after it, and in the second."""
+    texts = [{"text": "abc de " * n} for n in range(1, 9)]
+    settings = {
+        "DATA": write_jsonl(tmp_path / "eight.jsonl", texts), "PACKING": "none",
+        "GLOBAL_BATCH_SIZE": 4, "SAVE_EVERY": 1, "KEEP_CHECKPOINTS": -1}
+    whole = tmp_path / "whole"
+    on_ranks(1, run, setup("whole", **settings), tmp_path=tmp_path)
+    assert [line["epoch"] for line in metrics_of(whole)] == [0.5, 1, 1.5, 2]
+
+    for step in (1, 2, 3):
+        resumed = tmp_path / f"after-{step}"
+        checkpoint = f"checkpoints/step-{step:08d}"
+        shutil.copytree(whole / checkpoint, resumed / checkpoint)
+        shutil.copy(whole / "metrics.jsonl", resumed)
+        on_ranks(1, run, setup(resumed.name, **settings), tmp_path=tmp_path)
+        assert_same_run(resumed, whole, rtol=0)
+        assert exported_weights(resumed) == exported_weights(whole)
+
+
+def test_changed_constants_are_shown_and_another_model_is_refused(setup, tmp_path, capfd):
+    on_ranks(1, run, setup("run", MAX_STEPS=1), tmp_path=tmp_path)
+    changed = setup("run", MAX_STEPS=2, LEARNING_RATE=0.5)
+    on_ranks(1, run, changed, tmp_path=tmp_path)
+    out = capfd.readouterr().out
+    assert "LEARNING_RATE was 0.001 in step-00000001 and is now 0.5" in out
+    assert "SEED was" not in out
+
+    with pytest.raises(AssertionError, match="The config of .*step-00000002.* differs"):
+        on_ranks(1, run, {**changed, "MAX_POSITION_EMBEDDINGS": 1024}, tmp_path=tmp_path)
+
+
 def terminate_one_rank():
     """Rank 1 receives SIGTERM while it works on step 2."""
     learning_rate = train.learning_rate
@@ -373,6 +406,20 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(setup, tmp_path):
     on_ranks(2, run, setup("one", MAX_STEPS=1, **constant), tmp_path=tmp_path)
     on_ranks(2, run, setup("two", MAX_STEPS=2, **constant), poison_one_rank, tmp_path=tmp_path)
     assert exported_weights(tmp_path / "two") == exported_weights(tmp_path / "one")
+
+
+def test_steps_without_a_target_are_skipped(setup, tmp_path):
+    """Three of four rows have no target. However many follow each other, the run goes on."""
+    untrained = {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}
+    path = write_jsonl(tmp_path / "few.jsonl", [{"input_ids": [5, 6, 7]}] + 7 * [untrained])
+    settings = setup("run", DATA=path, PACKING="none", GLOBAL_BATCH_SIZE=1, MAX_STEPS=8)
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    lines = metrics_of(tmp_path / "run")
+    assert sorted(line["target_tokens"] for line in lines) == [0, 0, 0, 0, 0, 0, 0, 2]
+    for line in lines:
+        assert line["skipped"] == (line["target_tokens"] == 0)
+        assert math.isfinite(line["loss"])
+        assert math.isfinite(line["grad_norm"])
 
 
 def make_every_norm_nan():
