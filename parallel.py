@@ -728,6 +728,11 @@ def read_manifest(folder, part=0, parts=1):
     if not is_whole:
         raise ValueError(f"{path} is not what was written: resume from another checkpoint")
 
+    for name, _ in files:
+        if Path(name).name != name:
+            raise ValueError(
+                f"{path} lists {name!r}: only files of the checkpoint itself are read")
+
     for name, (size, expected_hash) in files[part::parts]:
         path = folder / name
         if not path.exists():

@@ -183,7 +183,7 @@ def choose_held_out(tokens, options):
 def main(options, constants):
     """Measure every variant. `constants`: NAME=VALUE of train.py, the same for all of them."""
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     larger_base = {"rope_theta": 10 * convert.load_config(options.model).rope_theta}
     variants = {
         "as it is": "ROPE_SCALING=default",

@@ -944,6 +944,30 @@ def test_a_manifest_that_names_another_folder_is_refused(setup, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_a_manifest_that_lists_files_elsewhere_is_refused(tmp_path):
+    (tmp_path / "other").write_text("")
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    for name in ("../other", str(tmp_path / "other")):
+        files = {".metadata": [0, ""], name: [0, parallel.file_hash(tmp_path / "other")]}
+        manifest = {"step": 1, "files": files}
+        manifest["hash"] = parallel.manifest_hash(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match="only files of the checkpoint itself are read"):
+            parallel.read_manifest(folder, part=1, parts=2)
+        with pytest.raises(ValueError, match="only files of the checkpoint itself are read"):
+            parallel.read_manifest(folder, part=0, parts=2)
+
+
+def test_code_that_comes_with_a_model_is_never_run():
+    """transformers would ask on the terminal, and run it if the answer is yes."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("bench/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert keywords.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
+
+
 def test_a_billion_layers_are_refused_at_once(setup, tmp_path):
     folder = Path(setup("run")["MODEL"])
     config = json.loads((folder / "config.json").read_text())

@@ -25,14 +25,14 @@ def check(folder):
     """Print the differences. -> True if any is above TOLERANCE."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     text = Path(__file__).read_text()[:CHARACTERS]
     ids = torch.tensor(tokenizer(text).input_ids)  # (T,)
     ours = our_outputs(folder, ids)
 
     # eager attention is the plainest implementation, and needs no package
     reference = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager").eval()
+        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False).eval()
     output = reference(ids[None], labels=ids[None], output_hidden_states=True)
     layers = output.hidden_states[1:]  # the first one is the embedding
     theirs = [hidden[0] for hidden in layers] + [output.logits[0]]

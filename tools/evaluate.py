@@ -300,8 +300,7 @@ def key_tokens(losses, short_losses):
 
 def evaluate(folder, grid, options):
     """Returns the results of a folder: retrieval, documents, and losses where they are measured."""
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = data.open_tokenizer(folder)
     model = load_model(folder, grid, options)
     results = {"questions": measure_retrieval(model, tokenizer, grid, options)}
     if options.documents > 0:

@@ -79,8 +79,6 @@ def draw_lengths(lengths):
 
 
 def main(arguments):
-    from transformers import AutoTokenizer
-
     shown = []
     settings = []
     for argument in arguments:
@@ -97,7 +95,7 @@ def main(arguments):
     rows = train.open_data(train.DATA, folder, config)
     print(rows.describe())
     for row in shown:
-        show_row(rows, row, sp, AutoTokenizer.from_pretrained(folder).decode)
+        show_row(rows, row, sp, data.open_tokenizer(folder).decode)
     if "--lengths" in arguments:
         draw_lengths(rows.corpus.full)
 

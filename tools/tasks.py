@@ -231,7 +231,7 @@ def random_names(n, rng):
 def write_documents(folder, path, length, n, seed):
     """Write n documents of `length` tokens, with five questions each, in turn of all tasks."""
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with open(path, "w") as file:
         for i in range(n):
             depths = np.random.default_rng((seed, i)).random(5)
