@@ -903,23 +903,10 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
     for step in range(steps_done + 1, steps + 1):
         batches, sums = upcoming
 
-        # The loss of the step is sum(weight x cross entropy) / sum(weight) over its targets on all
-        # ranks. So each micro-batch is divided by the weight of the whole step, and losses and
-        # gradients are summed over micro-batches and ranks, never averaged.
-        loss_sum = torch.zeros((), device=grid.device)
-        for i, batch in enumerate(batches):
-            # The launcher does not wait long after it has asked to stop: abandon this step.
-            if parallel.any_rank(bool(stop_requests)):
-                stop(saver, step - 1, steps_done, model, optimizer, not_finite, grid)
-                return True
-            parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
-            weights = batch.weights / max(sums.weight, 1e-9)
-            batch_loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
-                               batch.max_seqlen, batch.labels, weights)
-            batch_loss.backward()
-            loss_sum += batch_loss.detach()
-            del batch_loss  # free the graph before the next forward
-        parallel.all_sum(loss_sum)
+        loss_sum = forward_backward(model, batches, sums.weight, grid, stop_requests)
+        if loss_sum is None:
+            stop(saver, step - 1, steps_done, model, optimizer, not_finite, grid)
+            return True
         norm = parallel.grad_norm(model.parameters())
 
         # The CPU prepares the next step while the GPU works on this one.
@@ -965,6 +952,30 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
     if stopped:  # in the last step, which is saved: what remains is the export
         stop(saver, steps, steps, model, optimizer, not_finite, grid)
     return stopped
+
+
+def forward_backward(model, batches, step_weight, grid, stop_requests):
+    """Compute the gradients of a step. Return its loss, a tensor, or None if a signal asks to stop.
+
+    step_weight: the sum of the weights of all targets of the step, on all ranks.
+    """
+    loss_sum = torch.zeros((), device=grid.device)
+    for i, batch in enumerate(batches):
+        # The launcher does not wait long after it has asked to stop: abandon this step.
+        if parallel.any_rank(bool(stop_requests)):
+            return None
+
+        # The loss of the step is sum(weight x cross entropy) / sum(weight) over its targets on all
+        # ranks. So each micro-batch is divided by the weight of the whole step, and losses and
+        # gradients are summed over micro-batches and ranks, never averaged.
+        weights = batch.weights / max(step_weight, 1e-9)
+        parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
+        batch_loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
+                           batch.max_seqlen, batch.labels, weights)
+        batch_loss.backward()
+        loss_sum += batch_loss.detach()
+        del batch_loss  # free the graph before the next forward
+    return parallel.all_sum(loss_sum)
 
 
 def eval_due(step, steps):
