@@ -235,16 +235,16 @@ def main(options, constants):
                 print(f"{variant:<10} {steps:>3} steps {seconds:>6.1f} s  {loss}", flush=True)
 
 
-def parse_arguments(arguments):
-    """Returns Options, and the arguments that are constants of train.py."""
+def parse_arguments(arguments, options=Options):
+    """Returns the options, and the arguments that are constants of train.py."""
     given = dict(argument.split("=", 1) for argument in arguments)
     values = {}
-    for name, default in Options()._asdict().items():
+    for name, default in options()._asdict().items():
         text = given.pop(name.upper(), None)
         if text is not None:
             values[name] = type(default)(text)
     constants = [f"{name}={value}" for name, value in given.items()]
-    return Options(**values), constants
+    return options(**values), constants
 
 
 if __name__ == "__main__":

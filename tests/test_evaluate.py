@@ -1,6 +1,7 @@
 """What a run shows (log, loss.png, samples), evaluation in training, and tools/evaluate.py."""
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -515,11 +516,17 @@ def test_documents_for_training(tmp_path, tokenizer_files):
     tokenizer = tokenizer_files(tmp_path)
     path = tmp_path / "documents.jsonl"
     tasks.write_documents(tmp_path, path, 3000, 4, seed=1)
-    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
     assert len(set(texts)) == 4
-    for text in texts:
-        assert 2800 < len(tokenizer(text).input_ids) <= 3000
+    for text, row in zip(texts, rows):
+        assert 2800 < len(row["input_ids"]) <= 3000
         assert "Questions about the text above" in text
+        # The answers alone are targets: of the first three tasks five numbers, and then a word.
+        targets = [token for token in row["labels"] if token != -100]
+        answers = re.findall(r"(?: is| list is) (\w+)\.\n", text.split("text above")[1])
+        assert "".join(tokenizer.decode(targets).split()) == "".join(answers)
+        assert len(answers) in (1, 5)
 
 
 def test_documents_that_are_too_short_are_refused(folder, tmp_path, monkeypatch):
@@ -542,3 +549,8 @@ def test_arguments():
     assert evaluate.parse_lengths(options.lengths) == [4096, 2**20, 100]
     with pytest.raises(ValueError, match="LENGTH is not an option: use one of LENGTHS, DEPTHS"):
         evaluate.parse_arguments(["a", "LENGTH=4k"])
+
+
+def test_an_export_has_the_name_of_its_run(tmp_path):
+    assert evaluate.short_name(tmp_path / "extended" / "hf") == "extended"
+    assert evaluate.short_name("models/llama/") == "llama"

@@ -436,7 +436,7 @@ def draw(summaries, options, path):
             axes = figure.add_subplot(grid[i, j * width:(j + 1) * width])
             draw_scores(axes, summary["scores"], task, lengths)
             if j == 0:
-                axes.set_ylabel(f"{Path(folder).name}\n\ndepth", fontsize=9)
+                axes.set_ylabel(f"{short_name(folder)}\n\ndepth", fontsize=9)
     positions = figure.add_subplot(grid[-1, :4])
     evidence = figure.add_subplot(grid[-1, 4:8])
     longppl = figure.add_subplot(grid[-1, 8:])
@@ -462,7 +462,7 @@ def draw_scores(axes, scores, task, lengths):
 
 def draw_curves(positions, evidence, longppl, summaries):
     """Draw loss by position, the gain from evidence by distance, and LongPPL, for each folder."""
-    names = [Path(folder).name for folder in summaries]
+    names = [short_name(folder) for folder in summaries]
     for i, (name, summary) in enumerate(zip(names, summaries.values())):
         losses = summary.get("loss_by_position", {})
         positions.plot(list(losses), list(losses.values()), marker="o", ms=4, label=name)
@@ -485,6 +485,12 @@ def draw_curves(positions, evidence, longppl, summaries):
         axes.legend(fontsize=8)
     positions.set_xlabel("position")
     evidence.set_xlabel("tokens between the evidence and the answer")
+
+
+def short_name(folder):
+    """Returns the last part of a path: "runs/extended/hf", an export of train.py, is "extended"."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name == "hf" else path.name
 
 
 def short_number(length):

@@ -3,7 +3,8 @@
     python tools/tasks.py FOLDER OUT.jsonl LENGTH ROWS [SEED]
 
 writes documents of these tasks for training, in which far tokens matter, with the tokenizer of a
-Hugging Face folder. SEED must differ from that of an evaluation; it is 1 unless given.
+Hugging Face folder. They are token ids, of which the answers alone are targets, because the text
+around them is random. SEED must differ from that of an evaluation; it is 1 unless given.
 
 A row is a text of about `length` tokens and, after it, questions about facts in it. The texts are
 synthetic and depend on the seed alone. Three tasks ask for the same kind of answer, a number, at
@@ -29,6 +30,7 @@ import numpy as np
 TASKS = ("needle", "keys", "variables", "words")
 OTHER_KEYS = 15         # facts of the task "keys" that no question asks for
 HOPS = 2                # variables between the number and the one that is asked for
+IGNORE = -100           # label of a token that is no target
 COMMON_SHARE = 0.1      # of the list of words: the word that is asked for
 
 THINGS = (
@@ -236,8 +238,11 @@ def write_documents(folder, path, length, n, seed):
         for i in range(n):
             depths = np.random.default_rng((seed, i)).random(5)
             example = make_example(TASKS[i % len(TASKS)], length, depths, tokenizer, seed, i)
-            text = tokenizer.decode(example.ids, skip_special_tokens=True)
-            file.write(json.dumps({"text": text}) + "\n")
+            labels = [IGNORE] * len(example.ids)
+            for question in example.questions:
+                answer = slice(question.start, question.end)
+                labels[answer] = example.ids[answer]
+            file.write(json.dumps({"input_ids": example.ids, "labels": labels}) + "\n")
 
 
 def text_ids(text, tokenizer):
