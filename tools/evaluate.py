@@ -428,6 +428,7 @@ def draw(summaries, options, path):
     lengths = parse_lengths(options.lengths)
     n_rows = len(summaries) + 1
     figure = Figure(figsize=(12, 2.6 * len(summaries) + 3.4), layout="constrained")
+    figure.suptitle("answers that greedy decoding writes exactly, by depth and length", fontsize=11)
     columns = max(len(names), 3)
     grid = figure.add_gridspec(n_rows, 12, height_ratios=[1] * len(summaries) + [1.3])
     for i, (folder, summary) in enumerate(summaries.items()):
@@ -456,8 +457,10 @@ def draw_scores(axes, scores, task, lengths):
         axes.text(j, i, f"{image[i, j]:.0%}", ha="center", va="center", fontsize=8)
     axes.set_title(task, fontsize=10)
     axes.set_xticks(range(len(lengths)), [short_number(length) for length in lengths], fontsize=8)
-    labels = ["" if depth is None else f"{depth:.0%}" for depth in depths]
-    axes.set_yticks(range(len(depths)), labels, fontsize=8)
+    if depths == [None]:
+        axes.set_yticks([])
+    else:
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
 
 
 def draw_curves(positions, evidence, longppl, summaries):
@@ -472,19 +475,25 @@ def draw_curves(positions, evidence, longppl, summaries):
         if value is not None:
             longppl.bar(i, value, 0.6, color=f"C{i}")
             longppl.text(i, value, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
-    positions.set_title("loss by position in a document", fontsize=10)
-    evidence.set_title("gain of log-probability from the evidence", fontsize=10)
+    positions.set_title("loss by position, lower is better", fontsize=10)
+    evidence.set_title("gain of an answer from its facts, higher is better", fontsize=10)
     longppl.set_title("LongPPL, lower is better", fontsize=10)
+    positions.set_ylabel("nats per token", fontsize=8)
+    evidence.set_ylabel("nats per answer", fontsize=8)
+    longppl.set_ylabel("perplexity of key tokens", fontsize=8)
+    longppl.tick_params(labelsize=8)
+    longppl.margins(y=0.1)  # room for the numbers above the bars
     longppl.set_xticks(range(len(names)), names, fontsize=8)
     if not longppl.patches:
+        longppl.set(xticks=[], yticks=[])
         longppl.text(0.5, 0.5, f"no key tokens, or no more\nthan {SHORT_CONTEXT} tokens",
                      ha="center", va="center", transform=longppl.transAxes)
     for axes in (positions, evidence):
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=8)
         axes.legend(fontsize=8)
-    positions.set_xlabel("position")
-    evidence.set_xlabel("tokens between the evidence and the answer")
+    positions.set_xlabel("position of the token in its document", fontsize=8)
+    evidence.set_xlabel("tokens between the first fact and the answer", fontsize=8)
 
 
 def short_name(folder):
