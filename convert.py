@@ -289,6 +289,10 @@ def _checked_scaling(given, more_keys=()):
             continue
         if key == "type":
             key = "rope_type"
+        if key in ("short_factor", "long_factor"):
+            raise ValueError("rope_scaling is LongRoPE, which is not supported, because its "
+                             "frequencies change with the length of the text: use a folder "
+                             "without it")
         if key not in ROPE_KEYS and key not in more_keys:
             raise ValueError(f"rope_scaling's {key} {value!r} is not supported: "
                              f"use {', '.join(sorted(ROPE_KEYS))}")
