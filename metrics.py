@@ -260,6 +260,7 @@ def plot(run, lines):
         axes.grid(alpha=0.3)
     plot_losses(panels["loss per target"], training, evaluations)
     plot_key(panels["learning rate"], training, "learning_rate")
+    panels["learning rate"].ticklabel_format(axis="y", scilimits=(0, 0))
     plot_key(panels["gradient norm"], training, "grad_norm")
     panels["gradient norm"].set_yscale("log")
     plot_key(panels["tokens per second per GPU"], training, "tokens_per_second_per_gpu")
@@ -291,12 +292,17 @@ def plot_losses(axes, training, evaluations):
         for i, name in enumerate(sources if len(sources) > 1 else ()):
             points = [{"step": line["step"], **line["eval_by_source"]} for line in evaluations]
             plot_key(axes, points, name, color=f"C{i + 2}", marker=".", ls="--",
-                     label=f"evaluation of {Path(name).name}")
+                     label=f"evaluation of {last_parts(name)}")
     skipped = [line["step"] for line in training if line["skipped"]]
     if skipped:
         axes.plot(skipped, np.ones(len(skipped)), "v", color="red", clip_on=False,
                   transform=axes.get_xaxis_transform(), label="skipped")
     axes.legend(fontsize=8)
+
+
+def last_parts(source):
+    """Return a file and its folder: of /data/code/*.jsonl, the last part alone says too little."""
+    return "/".join(Path(source).parts[-2:])
 
 
 def plot_positions(axes, evaluations):

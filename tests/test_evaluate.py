@@ -245,6 +245,11 @@ def test_loss_png_is_drawn_now_and_then(log, tmp_path, monkeypatch):
     assert (tmp_path / "loss.png").exists()
 
 
+def test_sources_of_the_plot_are_told_apart():
+    assert metrics.last_parts("/data/code/*.jsonl") == "code/*.jsonl"
+    assert metrics.last_parts("books.jsonl") == "books.jsonl"
+
+
 def test_the_environment_is_recorded(setup, tmp_path):  # noqa: F811
     on_ranks(2, run, setup("run", MAX_STEPS=0), tmp_path=tmp_path)
     environment = json.loads((tmp_path / "run/env.json").read_text())
