@@ -765,7 +765,8 @@ def tokenize(sources, home, settings):
     encoder = Encoder(*settings)
     fork = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(n_cores, fork, initializer=start_worker, initargs=(encoder,))
-    bar = tqdm(total=total_bytes, desc="tokenizing", unit="B", unit_scale=True, mininterval=2)
+    bar = tqdm(total=total_bytes, desc="tokenizing", unit="B", unit_scale=True, mininterval=2,
+               disable=None)  # shown on a terminal only
     tokens_file = open(part / "tokens.bin", "ab")
     documents_file = open(part / "documents.bin", "ab")
     with bar, pool, tokens_file, documents_file:
