@@ -119,7 +119,7 @@ DEMO = {
     "GLOBAL_BATCH_SIZE": 4,
     "LEARNING_RATE": 4e-3,
     "MIN_LEARNING_RATE_RATIO": 0.05,
-    "MAX_STEPS": 300,
+    "MAX_STEPS": 400,
     "SAMPLE_PROMPTS": ["def __init__(self", "import os\nimport sys\n", "class Error(Exception):\n"],
 }
 
