@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers
 
 import convert
+import corpus
 import data
 import train
 from tools import show
@@ -620,7 +621,7 @@ def test_the_cache_is_built_once(build, tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl")
     first = build(path)
 
-    monkeypatch.setattr(data, "tokenize", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(corpus, "tokenize", lambda *_: pytest.fail("tokenized again"))
     assert build(path).key == first.key
     assert build(str(tmp_path / "a.*")).key == first.key
 
