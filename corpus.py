@@ -16,7 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from examples import (
-    CHAT_FORMATS, Encoder, find_format, is_trained, naming, parse_json, token_ids)
+    HASHES, Encoder, hash_row, is_trained, naming, parse_json, parse_row, read_example, token_ids)
 
 # ---------------------------------------------------------------------------------------- files
 
@@ -83,23 +83,21 @@ def read_parquet(file):
         yield from batch.to_pylist()
 
 
-def is_chat(data):
+def is_chat(data, wanted_format="", columns=None):
     """Returns whether the first row of a source of DATA is a conversation."""
     sources, _ = find_files(data)
     for files in sources:
         for place, row in itertools.islice(read_rows(files[0]), 1):
             with naming(place):
-                example = parse_json(row, "fix the line") if isinstance(row, bytes) else row
-                if find_format(example) in CHAT_FORMATS:
+                if read_example(parse_row(row), wanted_format, columns).chat is not None:
                     return True
     return False
 
 
 # ---------------------------------------------------------------------------------- token cache
 
-CACHE_VERSION = 5  # part of every key: raise it when the same files would give other tokens
+CACHE_VERSION = 6  # part of every key: raise it when the same files would give other tokens
 TOKENIZER_FILE = re.compile("token|vocab|merges|template")
-HASHES = 2**32
 BLOCK_BYTES = 8 * 2**20  # what a core tokenizes at a time, as the data may be larger than memory
 
 # The record of one document in documents.bin.
@@ -237,6 +235,7 @@ def tokenize(sources, home, settings):
 
     # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
     encoder = Encoder(*settings)
+    encoder.load()
     fork = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(n_cores, fork, initializer=start_worker, initargs=(encoder,))
     bar = tqdm(total=total_bytes, desc="tokenizing", unit="B", unit_scale=True, mininterval=2,
@@ -310,21 +309,8 @@ def encode_row(encoder, row):
     """Returns the tokens of a row (place, content, source), and the fields of its DOCUMENT."""
     place, content, source = row
     with naming(place):
-        if isinstance(content, bytes):
-            rule = "each line must be one JSON object in UTF-8; fix or remove the line"
-            content = parse_json(content, rule)
         tokens, full_length = encoder(content)
     targets = int(is_trained(tokens[1:]).sum())
     largest_id = int(token_ids(tokens).max(initial=0))
-    return tokens, (len(tokens), targets, full_length, largest_id, source, hash_row(content))
-
-
-def hash_row(content):
-    """Returns an integer below HASHES that depends on the contents of a row alone.
-
-    It is the same for the formats of files: the order of keys and null values do not matter.
-    """
-    if isinstance(content, dict):
-        content = {key: value for key, value in content.items() if value is not None}
-    text = json.dumps(content, sort_keys=True, default=str)
-    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % HASHES
+    row_hash = hash_row(parse_row(content))
+    return tokens, (len(tokens), targets, full_length, largest_id, source, row_hash)

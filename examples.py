@@ -3,6 +3,9 @@
 A row is a text or a conversation in one of several formats. Encoder turns it into the tokens of one
 document.
 """
+import bisect
+import functools
+import hashlib
 import itertools
 import json
 import os
@@ -38,50 +41,138 @@ def is_trained(tokens):
 
 # --------------------------------------------------------------------------------------- errors
 
+JSON = json.JSONDecoder()  # json.loads takes half as long again for a short row
+
+
 @contextmanager
 def naming(what):
     """Turns any error in the body into a ValueError whose message begins with `what`."""
     try:
         yield
     except Exception as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__} "
-        raise ValueError(f"{what}: {kind}{error}") from error
+        raise ValueError(f"{what}: {describe_error(error)}") from error
+
+
+def describe_error(error):
+    kind = "" if type(error) is ValueError else f"{type(error).__name__} "
+    return f"{kind}{error}"
 
 
 def parse_json(content, rule):
     """Returns the object that bytes hold. The error message ends with the rule."""
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return JSON.decode(content.decode("utf-8-sig"))
     except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"{type(error).__name__} {error}: {rule}") from error
 
 
 # -------------------------------------------------------------------------------------- formats
 
-# Each format is named by the keys that an example must have.
-FORMATS = ("text", "messages", "conversations", "instruction output", "prompt completion",
-           "input_ids")
-CHAT_FORMATS = ("messages", "conversations", "instruction output")
+# The keys that an example of each format must have. The first of them names the format.
+FORMATS = {
+    "text": ("text",),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "instruction": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "input_ids": ("input_ids",),
+}
 
 # The names of roles in files (of OpenAI, then of ShareGPT), and those that chat templates expect.
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
-         "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+         "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool",
+         "developer": "system", "function": "tool"}
 
-# The text before and after this character is tokenized separately. Unicode keeps it for internal
-# use (a "noncharacter"), so it has no place in the texts of the data.
-BOUNDARY = "\ufdd0"
-TEXT_PART = re.compile(f"[^{BOUNDARY}]+")
-NOT_TEXT = re.compile(f"[{BOUNDARY}\ud800-\udfff]")
+HASHES = 2**32  # the number of values of hash_row
+SORTED_JSON = json.JSONEncoder(sort_keys=True, default=str)
+
+# Keys of a row that no chat template writes.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
-def find_format(example):
+class Example(NamedTuple):
+    """A row of a file in the form that all formats have in common. It holds one of these three."""
+    text: tuple = None      # (prompt, text to train)
+    chat: tuple = None      # (messages, functions): see to_messages and read_tools
+    tokens: np.ndarray = None
+
+
+def parse_row(row):
+    """Returns a row, an object or the line (bytes) of a .jsonl file, as an object without nulls."""
+    if isinstance(row, bytes):
+        row = parse_json(row, "each line must be one JSON object in UTF-8; fix or remove the line")
+    if not isinstance(row, dict):
+        return {}
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def hash_row(fields):
+    """Returns an integer below HASHES that depends on the content of a row alone.
+
+    It is the same for all kinds of files: the order of keys and null values do not matter.
+    """
+    content = SORTED_JSON.encode(fields).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[-4:], "big")
+
+
+def read_example(fields, wanted_format="", columns=None):
+    """Returns the Example of a row. fields: see parse_row.
+
+    columns: {key that is expected: name of the column that has its content}.
+    """
+    if columns:
+        fields = rename_columns(fields, columns)
+    kind = find_format(tuple(fields), wanted_format)
+
+    if kind == "input_ids":
+        return Example(tokens=read_input_ids(fields))
+    if kind == "text":
+        return Example(text=("", check_text(fields, "text")))
+    if kind == "prompt" and not isinstance(fields["prompt"], list):
+        prompt = check_text(fields, "prompt")
+        return Example(text=(prompt, check_text(fields, "completion")))
+    return Example(chat=(to_messages(fields, kind), read_tools(fields)))
+
+
+def rename_columns(fields, columns):
+    renamed = {key: value for key, value in fields.items() if key not in columns.values()}
+    for key, column in columns.items():
+        if column in fields:
+            renamed[key] = fields[column]
+    return renamed
+
+
+@functools.lru_cache
+def find_format(keys, wanted):
     """Returns the one of FORMATS that the keys of an example match."""
-    found = [kind for kind in FORMATS if example.keys() >= set(kind.split())]
+    found = []
+    for kind, required in FORMATS.items():
+        if set(required) <= set(keys):
+            found.append(kind)
+    if wanted in found:
+        return wanted
     if len(found) != 1:
         matches = " and ".join(map(repr, found)) if found else "no format"
-        raise ValueError(f"keys {sorted(example)} match {matches}: a row must be a JSON object "
-                         f"with the keys of exactly one of {FORMATS}")
+        known = [" ".join(required) for required in FORMATS.values()]
+        raise ValueError(f"keys {sorted(keys)} match {matches}: a row must be a JSON object with "
+                         f"the keys of exactly one of {known}; set FORMAT to the first key of one, "
+                         "or COLUMNS to the names that the keys have in DATA")
     return found[0]
+
+
+def check_text(example, key):
+    text = example[key]
+    if not isinstance(text, str):
+        raise ValueError(f"{key} {str(text)[:60]} is not a string: text, prompt and completion "
+                         "must be strings; fix or remove the row")
+    if NOT_TEXT.search(text):
+        raise_not_text()
+    return text
+
+
+def raise_not_text():
+    raise ValueError(f"the row contains {BOUNDARY!r} or half of a surrogate pair, which are no "
+                     "text: remove them")
 
 
 def read_input_ids(example):
@@ -102,14 +193,35 @@ def read_input_ids(example):
     return np.array(tokens, np.int32)
 
 
+def read_tools(example):
+    """Returns the functions that a row offers to the assistant, in the form that OpenAI uses."""
+    tools = example.get("tools") or example.get("functions") or []
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    if isinstance(tools, dict):
+        tools = [tools]
+    functions = []
+    for tool in tools or ():
+        functions.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return functions
+
+
 def to_messages(example, kind):
     """Returns the messages of a conversation as chat templates expect them.
 
-    kind is "messages" (OpenAI), "conversations" (ShareGPT) or "instruction output" (alpaca). Each
-    message also has the key "trained": whether it is to be trained, if it is the assistant's.
+    kind is one of FORMATS. Each message has two more keys: "trained" is 0 if it must not be, and
+    "is_prompt" is whether it is trained with TRAIN_ON_PROMPT only, whoever wrote it.
     """
-    if kind == "instruction output":
+    for key in MEDIA:
+        if example.get(key):
+            raise ValueError(f"the row has {key!r}: only text can be trained; remove the key or "
+                             "the row")
+    n_prompt = 0
+    if kind == "instruction":
         turns = alpaca_turns(example)
+    elif kind == "prompt":  # TRL: the prompt and the completion are lists of messages
+        turns = [*example["prompt"], *example["completion"]]
+        n_prompt = len(example["prompt"])
     else:
         turns = list(example[kind])
     if example.get("system"):
@@ -117,8 +229,13 @@ def to_messages(example, kind):
 
     messages = []
     for i, turn in enumerate(turns):
-        with naming(f"message {i}, {json.dumps(turn)[:60]}"):
-            messages.append(to_message(turn))
+        with naming(f"message {i}, {json.dumps(turn, default=str)[:60]}"):
+            message = to_message(turn)
+        messages.append({**message, "is_prompt": i < n_prompt})
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("0 of 0 assistant turns are to be trained: add one, or remove the row")
+    if NOT_TEXT.search(json.dumps(example, ensure_ascii=False, default=str)):
+        raise_not_text()
     return messages
 
 
@@ -140,20 +257,19 @@ def to_message(turn):
     message = {key: value for key, value in turn.items() if value is not None}
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    if content is None and message.get("tool_calls"):
-        content = ""
 
+    calls = message.get("tool_calls", [])
     if role == "function_call":  # ShareGPT: the content is one call, or a list of them
-        calls = json.loads(content)
-        if not isinstance(calls, list):
-            calls = [calls]
-        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        functions = json.loads(content)
+        if not isinstance(functions, list):
+            functions = [functions]
+        calls = [{"type": "function", "function": function} for function in functions]
         content = ""
-    for call in message.get("tool_calls", ()):
-        # OpenAI gives the arguments as a string of JSON, and chat templates expect an object.
-        function = call["function"]
-        if isinstance(function["arguments"], str):
-            function["arguments"] = json.loads(function["arguments"])
+    elif "function_call" in message:  # OpenAI's earlier form
+        calls = [{"type": "function", "function": message.pop("function_call")}]
+    if calls:
+        message["tool_calls"] = [parse_arguments(call) for call in calls]
+        content = content or ""
     if isinstance(content, list):
         content = join_parts(content)
 
@@ -167,27 +283,46 @@ def to_message(turn):
     return {**message, "role": ROLES[role], "content": content, "trained": trained}
 
 
+def parse_arguments(call):
+    """Returns a tool call whose arguments are an object, not the JSON of one."""
+    function = call.get("function", call)
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments or "{}")
+    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+
+
 def join_parts(parts):
     """Returns the text of a list of content parts."""
     for part in parts:
         if "text" not in part:
-            raise ValueError(f"content part {json.dumps(part)[:60]} has no 'text': only text can "
-                             "be trained; remove the part or the row")
-    # Parts are tokenized separately, so that two of them never form a control token.
-    return BOUNDARY.join(part["text"] for part in parts)
+            raise ValueError(f"content part {json.dumps(part, default=str)[:60]} has no 'text': "
+                             "only text can be trained; remove the part or the row")
+    return "".join(part["text"] for part in parts)
 
 
-# ------------------------------------------------------------------------ chat: what is trained
-# The trained part of a conversation is what the chat template writes for the assistant after the
-# generation prompt, including the token that ends the turn. If the template has generation
-# markers, they say where that is in the text. Otherwise it is found by rendering the first
-# messages alone, as their text should be a prefix of the text of the whole conversation.
+# -------------------------------------------------------------------------------- control tokens
+
+# A control token in somebody's text is split by this character before the text is tokenized, and
+# the tokens of the character are removed afterwards. Unicode keeps the character for internal use
+# (a "noncharacter"), so it has no place in the texts of the data.
+BOUNDARY = "\ufdd0"
+NOT_TEXT = re.compile(f"[{BOUNDARY}\ud800-\udfff]")
+PAIRED_TAG = re.compile(r"</?([\w▁|｜-]+)>")
+
 
 class ControlTokens(NamedTuple):
-    """Tokens such as <|im_end|>, which the chat template may write and a user may not."""
-    ids: list            # of all of them
-    texts: list          # the longest first, as one may be the beginning of another
-    pattern: re.Pattern  # matches any of them
+    """Tokens such as <|im_end|>, which a chat template may write and the texts of a row may not."""
+    ids: dict            # {text: id} of all of them
+    all: re.Pattern      # matches any of them
+    turns: re.Pattern    # those that an assistant's text must not contain either
+
+    def ends_with(self, text):
+        """Returns the control token between turns that a text ends with, or ""."""
+        for token in self.ids:
+            if text.endswith(token) and self.turns.fullmatch(token):
+                return token
+        return ""
 
 
 def open_tokenizer(folder):
@@ -236,39 +371,350 @@ def read_as_sentencepiece(backend, model_file):
 
 
 def control_tokens(tokenizer):
+    """Returns the ControlTokens: special tokens, and added tokens that a chat template contains."""
+    templates = tokenizer.chat_template or ""
+    if isinstance(templates, dict):
+        templates = "\n".join(templates.values())
     ids = {}
     for token_id, token in tokenizer.added_tokens_decoder.items():
-        if token.special:
-            ids[token.content] = token_id
-    texts = sorted(ids, key=len, reverse=True)
+        text = token.content
+        is_written = find_value(templates, text, 0)[0] >= 0
+        if token.special or (is_written and len(text.strip()) > 1):
+            ids[text] = token_id
+
+    # Tags in pairs, such as <think> and </think>, are parts of an answer. An assistant's text may
+    # contain them, unless they are special.
+    turns = []
+    for text, token_id in ids.items():
+        tag = PAIRED_TAG.fullmatch(text)
+        is_paired = tag and {f"<{tag[1]}>", f"</{tag[1]}>"} <= ids.keys()
+        if tokenizer.added_tokens_decoder[token_id].special or not is_paired:
+            turns.append(text)
+    return ControlTokens(ids, any_of(ids), any_of(turns))
+
+
+def any_of(texts):
+    """Returns a pattern that matches any of the texts, and the longest where several match."""
     matches_nothing = "(?!)"
-    pattern = re.compile("|".join(map(re.escape, texts)) or matches_nothing)
-    return ControlTokens(list(ids.values()), texts, pattern)
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or matches_nothing)
 
 
-def split_control_tokens(example, control):
-    """Returns an example with a BOUNDARY in every control token that its texts contain."""
-    # Values that JSON cannot hold, such as the bytes of an image, become null.
-    written = json.dumps(example, ensure_ascii=False, default=lambda value: None)
-    if NOT_TEXT.search(written):
-        raise ValueError(f"the row contains {BOUNDARY!r} or half of a surrogate pair, which are "
-                         "no text: remove them")
-
+def split_tokens(text, pattern):
+    """Returns a text with a BOUNDARY in every token that the pattern matches."""
     def split(match):
         token = match[0]
+        if len(token) == 1:
+            raise ValueError(f"the row contains {token!r}, a control token of one character, which "
+                             "the tokenizer cannot read as text: remove it")
         return token[0] + BOUNDARY + token[1:]
 
-    return json.loads(control.pattern.sub(split, written))
+    return pattern.sub(split, text)
 
 
-def write_tools_as_text(messages, tools, template):
+def split_tokens_in(value, pattern):
+    """Returns an object, such as a message, with a BOUNDARY in the control tokens of its texts."""
+    if isinstance(value, str):
+        return split_tokens(value, pattern)
+    if isinstance(value, dict):
+        return {split_tokens(key, pattern): split_tokens_in(item, pattern)
+                for key, item in value.items()}
+    if isinstance(value, list):
+        return [split_tokens_in(item, pattern) for item in value]
+    return value
+
+
+# ------------------------------------------------------------------------ chat: what is trained
+# The trained part of a conversation is what the chat template writes for the assistant after the
+# generation prompt, including the token that ends the turn. If the template has generation
+# markers, they say where that is in the text. Otherwise it is found by rendering the first
+# messages alone, as their text should be a prefix of the text of the whole conversation.
+
+THINK_TAG = re.compile("</?think>")
+
+
+class Place(NamedTuple):
+    """Where the contents of a message stand in the text of a conversation."""
+    start: int
+    end: int
+    lost: str  # a content that does not stand there, or ""
+
+
+class Chat:
+    """A conversation as the chat template writes it.
+
+    messages: see to_messages. stop_tokens: texts of the tokens that end an answer in use.
+    """
+
+    def __init__(self, messages, functions, template, tokenizer, control, stop_tokens):
+        self.messages = messages
+        self.functions = functions
+        self.template = template
+        self.variables = tokenizer.special_tokens_map
+        self.control = control
+        self.stop_tokens = stop_tokens
+        self.has_markers = re.search(r"{%-?\s*generation\b", template) is not None
+        self.text, self.marked = self.render(len(messages))
+        if self.has_markers and len(self.marked) != len(self.answers()):
+            raise ValueError("the generation markers of the chat template enclose "
+                             f"{len(self.marked)} of {len(self.answers())} assistant turns: "
+                             "correct them, or remove them all")
+        self.places = self.find_contents()
+        self.spans = {}  # see find_span
+
+    def render(self, n_messages, add_generation_prompt=False):
+        """Returns the text of the first messages, and the spans of the generation markers."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with naming(f"the chat template, up to message {n_messages - 1}"):
+            texts, marked = render_jinja_template(
+                [self.messages[:n_messages]],
+                self.functions or None,
+                chat_template=self.template,
+                return_assistant_tokens_mask=self.has_markers,
+                add_generation_prompt=add_generation_prompt,
+                **self.variables,
+            )
+        return texts[0], marked[0] if self.has_markers else None
+
+    def find_contents(self):
+        """Returns the Place of each message."""
+        # Contents have no control tokens, so that none is found in a part of one.
+        text = self.control.turns.sub(lambda match: "\0" * len(match[0]), self.text)
+        questions = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        last_question = max(questions, default=-1)
+        places = []
+        position = 0
+        for i, message in enumerate(self.messages):
+            # Thoughts before the last question are left out in use, too.
+            contents = contents_of(message, with_thoughts=i > last_question)
+            values = texts_in(message.get("tool_calls", []))
+            # Some templates write a system prompt into a later question.
+            is_system = message["role"] == "system"
+            place = find_place(text, contents, values, 0 if is_system else position)
+            places.append(place)
+            if not is_system:
+                position = place.end
+        return places
+
+    def lost(self):
+        """Returns (index, content) of each message whose content the template leaves out."""
+        lost = [(i, place.lost) for i, place in enumerate(self.places) if place.lost]
+        for function in self.functions:
+            name = function["function"]["name"]
+            if name not in self.text:
+                lost.append((0, name))
+        return lost
+
+    def find_span(self, i):
+        """Returns the span (start, end) of message i, an assistant's, and whether it has an end.
+
+        Its start and end relative to its content depend on the text between the contents only. So
+        the chat is rendered again once for every such text, not for every message.
+        """
+        place = self.places[i]
+        before = self.places[i - 1].end if i > 0 else 0
+        after = self.places[i + 1].start if i + 1 < len(self.places) else len(self.text)
+        context = (self.text[before:place.start], self.text[place.end:after], i == 0,
+                   place.start == place.end)
+        is_in_order = before <= place.start <= place.end <= after and not place.lost
+        if is_in_order and context in self.spans:
+            from_start, from_end, is_ended = self.spans[context]
+            return place.start + from_start, place.end + from_end, is_ended
+
+        start, end, is_ended = self.render_span(i)
+        if is_in_order and before <= start and end <= after:
+            self.spans[context] = (start - place.start, end - place.end, is_ended)
+        return start, end, is_ended
+
+    def render_span(self, i):
+        """Returns the same as find_span, from the renderings of the messages before and up to i."""
+        through_turn, _ = self.render(i + 1)
+        through_turn = through_turn.rstrip()
+        end_token = self.control.ends_with(through_turn)
+        if self.has_markers:
+            start, end = self.marked[self.answers().index(i)]
+        else:
+            start = self.find_start(i)
+            end = self.find_end(start, through_turn, end_token)
+        if end <= start:
+            raise ValueError(f"message {i}: the chat template writes it differently when other "
+                             "messages follow: set MASK_HISTORY=True")
+        if self.control.ends_with(self.text[start:end].rstrip()):
+            return start, end, True
+
+        # The token that ends the turn may follow. In some formats it begins the next turn.
+        rest = self.text[end:]
+        following = self.control.turns.match(rest.lstrip())
+        if following and following[0] in (end_token, *self.stop_tokens):
+            end += len(rest) - len(rest.lstrip()) + following.end()
+            return start, end, True
+        return start, end, False
+
+    def find_start(self, i):
+        """Returns where message i begins in the text; len(text) if it is not found."""
+        text = self.text
+        if i == 0:
+            # No message is before it. It begins after the first generation prompt.
+            history, _ = self.render(1)
+            prompt, _ = self.render(1, add_generation_prompt=True)
+            prompt = prompt.removeprefix(history)
+            found = text.find(prompt)
+            if prompt and 0 <= found <= self.places[0].start:
+                return found + len(prompt)
+            return self.places[0].start
+
+        prompt, _ = self.render(i, add_generation_prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+
+        # The generation prompt may open a thought that this answer does not have. The answer then
+        # begins after the last line break or control token that is common to both texts.
+        history, _ = self.render(i)
+        if not text.startswith(history):
+            return len(text)
+        common = os.path.commonprefix([text, prompt])
+        candidates = [match.end() for match in self.control.turns.finditer(common)]
+        return max([self.places[i - 1].end, common.rfind("\n") + 1, *candidates])
+
+    def find_end(self, start, through_turn, end_token):
+        """Returns where the turn that begins at `start` ends in the text; start if not found."""
+        text = self.text
+        if text.startswith(through_turn):
+            return len(through_turn)
+
+        # A template may write the token that ends the turn after the last turn only.
+        without_end = through_turn.removesuffix(end_token).rstrip()
+        if text.startswith(without_end):
+            return max(len(without_end), start)
+
+        # A template may write a turn differently once others follow, as Qwen3's removes earlier
+        # thoughts. The turn then ends at the next control token, if through_turn ends with the
+        # same text.
+        match = self.control.turns.search(text, start)
+        if match and through_turn.endswith(text[start:match.end()]):
+            return match.end()
+        return start
+
+    def find_untrained(self):
+        """Returns the spans of the messages whose weight is 0."""
+        spans = []
+        for i, message in enumerate(self.messages):
+            if not message["trained"] and message["role"] == "assistant":
+                start, end, _ = self.find_span(i)
+                spans.append((start, end))
+            elif not message["trained"]:
+                spans.append((self.places[i].start, self.places[i].end))
+        return spans
+
+    def answers(self):
+        """Returns the indices of the assistant's messages."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+
+def contents_of(message, with_thoughts):
+    """Returns the texts of a message that its template should write, in their order."""
+    content = message["content"] or ""
+    contents = [content]
+    if message["role"] == "assistant":
+        contents = THINK_TAG.split(content)
+        if not with_thoughts:
+            contents = contents[-1:]
+        elif message.get("reasoning_content"):
+            contents.insert(0, message["reasoning_content"])
+    contents = [content.strip() for content in contents]
+    return [content for content in contents if content]
+
+
+def find_place(text, contents, values, position):
+    """Returns the Place of contents, in their order, and of values after them, in any order."""
+    starts = []
+    lost = []
+    for content in contents:
+        found = text.find(content, position)
+        if found < 0:
+            lost.append(content)
+        else:
+            starts.append(found)
+            position = found + len(content)
+
+    end = position
+    for value in values:
+        found, length = find_value(text, value, position)
+        if found < 0:
+            lost.append(value)
+        else:
+            starts.append(found)
+            end = max(end, found + length)
+    return Place(min(starts, default=end), end, lost[0] if lost else "")
+
+
+def texts_in(calls):
+    """Returns the texts in tool calls: names, and all strings in arguments."""
+    texts = []
+
+    def collect(value):
+        if isinstance(value, dict):
+            for item in value.values():
+                collect(item)
+        elif isinstance(value, list):
+            for item in value:
+                collect(item)
+        elif isinstance(value, str) and value.strip():
+            texts.append(value.strip())
+
+    for call in calls:
+        collect(call["function"])
+    return texts
+
+
+def find_value(text, value, position):
+    """Returns where a value stands in a text, as it is or as JSON, and its length there."""
+    for ensure_ascii in (False, True):
+        written = json.dumps(value, ensure_ascii=ensure_ascii)[1:-1]
+        for form in (value, written):
+            found = text.find(form, position)
+            if found >= 0:
+                return found, len(form)
+    return -1, 0
+
+
+def message_forms(messages):
+    """Yields messages with tool calls in the forms that chat templates are written for.
+
+    These have "" or None as the content of a call, and arguments as an object or as JSON.
+    """
+    yield messages
+    if not any("tool_calls" in message for message in messages):
+        return
+    for content, as_json in ((None, False), ("", True), (None, True)):
+        form = []
+        for message in messages:
+            if "tool_calls" in message:
+                message = rewrite_calls(message, content, as_json)
+            form.append(message)
+        yield form
+
+
+def rewrite_calls(message, content, as_json):
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        if as_json:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls, "content": message["content"] or content}
+
+
+def write_tools_as_text(messages, functions, template):
     """Returns the messages, with tools and tool calls as text where the template omits them."""
-    if tools and "tools" not in template:
-        lines = ["Tools:", as_json_lines(tools)]
+    if functions and "tools" not in template:
+        lines = ["Tools:", as_json_lines(function["function"] for function in functions)]
         if messages[0]["role"] == "system":
             lines.insert(0, messages[0]["content"])
             messages = messages[1:]
-        messages = [{"role": "system", "content": "\n".join(lines)}, *messages]
+        tools = {"role": "system", "content": "\n".join(lines), "trained": 1, "is_prompt": False}
+        messages = [tools, *messages]
     if "tool_calls" not in template:
         for message in messages:
             calls = message.pop("tool_calls", ())
@@ -280,211 +726,284 @@ def as_json_lines(objects):
     return "\n".join(json.dumps(item, ensure_ascii=False) for item in objects)
 
 
-def find_answers(text, marked, messages, render, mask_history, control):
-    """Returns the spans (start, end) of the text to train, one for each chosen assistant turn.
-
-    marked: the spans of the generation markers; None if the template has none.
-    render: see Encoder.write_chat.
-    """
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    candidates = answers[-1:] if mask_history else answers
-    chosen = [i for i in candidates if messages[i]["trained"]]
-    if not chosen:
-        raise ValueError(f"0 of {len(answers)} assistant turns are to be trained: add one, or "
-                         "remove the row")
-    if marked is not None and len(marked) != len(answers):
-        raise ValueError(f"the generation markers of the chat template enclose {len(marked)} of "
-                         f"{len(answers)} assistant turns: correct them, or remove them all")
-
-    spans = []
-    for i in chosen:
-        through_turn, _ = render(i + 1)
-        through_turn = through_turn.rstrip()  # white space after the end of the turn is no answer
-        if marked is not None:
-            start, end = marked[answers.index(i)]
-        else:
-            start = find_start(text, i, render, control)
-            end = len(through_turn) if text.startswith(through_turn) else start
-        end = find_end(text, start, end, through_turn, control)
-        if end <= start:
-            raise ValueError(f"message {i}: the chat template writes it differently when other "
-                             "messages follow: set MASK_HISTORY=True")
-        spans.append((start, end))
-    return spans
-
-
-def find_start(text, i, render, control):
-    """Returns where the answer of turn i begins in the text; len(text) if it is not found."""
-    prompt, _ = render(i, add_generation_prompt=True)
-    start = len(prompt) if text.startswith(prompt) else len(text)
-    if start < len(text) or i == 0:
-        return start
-
-    # The generation prompt may open a thought that this answer does not have. The answer then
-    # begins after the last line break or control token that is common to both texts.
-    history, _ = render(i)
-    if not text.startswith(history):
-        return len(text)
-    common = os.path.commonprefix([text, prompt])
-    candidates = [match.end() for match in control.pattern.finditer(common)]
-    return max([common.rfind("\n") + 1, *candidates])
-
-
-def find_end(text, start, end, through_turn, control):
-    """Returns the end of a span, moved to include the token that ends the turn.
-
-    through_turn is the text up to and including the turn. Returns start if the end is not found.
-    """
-    end_of_turn = ""
-    for token in control.texts:
-        if through_turn.endswith(token):
-            end_of_turn = token
-            break
-    if text[start:end].rstrip().endswith(end_of_turn):
-        return end
-
-    # Generation markers may not include the end of the turn. And a template may write a turn
-    # differently once others follow, as that of Qwen3 removes earlier thoughts. The turn then ends
-    # at the next control token, if through_turn ends with the same text.
-    match = control.pattern.search(text, end)
-    if match and through_turn.endswith(text[start:match.end()]):
-        return match.end()
-    return start
-
-
 # ------------------------------------------------------------------------------------- encoding
+
+class Written(NamedTuple):
+    """An example as text. A span is (start, end) in the text."""
+    text: str
+    answers: list              # spans of what is trained by default; None: all
+    untrained: list = ()       # spans that are never trained
+    is_document: bool = False  # no chat: bos and eos are added
+    is_lossy: bool = False     # the template leaves out contents
+    is_endless: bool = False   # an answer ends without a stop token
+    hash: int = 0              # of the row: see hash_row
+
+
+class Encoded(NamedTuple):
+    """A row as tokens."""
+    tokens: np.ndarray        # (n,) int32: see `mask`
+    full_length: int          # before OVERLONG
+    is_lossy: bool = False    # see Written, as the next two
+    is_endless: bool = False
+    hash: int = 0
+
 
 class Encoder:
     """Turns examples into tokens with the tokenizer and chat template of a Hugging Face folder.
 
     cap: the number of tokens above which OVERLONG applies, unless OVERLONG is "split".
+    The other settings are the constants of train.py.
     """
 
-    def __init__(self, folder, append_eos, train_on_prompt, mask_history, overlong, cap):
-        tokenizer = open_tokenizer(folder)
-        # Many tokenizers have a bos token, and only some begin a text with it.
-        begins_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-        self.tokenizer = tokenizer
-        self.bos = tokenizer.bos_token if begins_with_bos else ""
-        self.eos = tokenizer.eos_token if append_eos and tokenizer.eos_token else ""
-        self.control = control_tokens(tokenizer)
+    def __init__(self, folder, append_eos, train_on_prompt, mask_history, overlong, cap,
+                 wanted_format="", columns=None, accept_loss=False, no_stop_token="refuse"):
+        self.folder = folder
+        self.append_eos = append_eos
         self.train_on_prompt = train_on_prompt
         self.mask_history = mask_history
         self.overlong = overlong
         self.cap = cap
-        # Where every token is trained, answers need not be located, unless truncate_middle must
-        # know them: it removes nothing of an answer.
-        self.locates_answers = not train_on_prompt or overlong == "truncate_middle"
+        self.wanted_format = wanted_format
+        self.columns = columns
+        self.accept_loss = accept_loss
+        self.no_stop_token = no_stop_token
+        self.tokenizer = None
+        self.control_ids = []
+        if overlong == "truncate_middle":  # which keeps control tokens, also those of input_ids
+            self.load()
 
-    def __call__(self, example):
-        """Returns the tokens (int32) of an example, and their number before OVERLONG."""
-        if not isinstance(example, dict):
-            example = {}
-        example = {key: value for key, value in example.items() if value is not None}
-        kind = find_format(example)
-        if kind == "input_ids":
-            tokens = read_input_ids(example)
+    def load(self):
+        """Loads the tokenizer, which rows of input_ids do not need."""
+        tokenizer = open_tokenizer(self.folder)
+        # Many tokenizers have a bos token, and only some begin a text with it.
+        begins_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        ends_with_eos = self.append_eos and tokenizer.eos_token_id is not None
+        self.tokenizer = tokenizer
+        self.bos = [tokenizer.bos_token_id] if begins_with_bos else []
+        self.eos = [tokenizer.eos_token_id] if ends_with_eos else []
+        self.control = control_tokens(tokenizer)
+        self.stop_tokens = stop_tokens(self.folder, tokenizer)
+        self.control_ids = list(self.control.ids.values())
+        self.is_control = np.zeros(max(tokenizer.get_vocab().values()) + 1, bool)
+        self.is_control[self.control_ids] = True
+
+    def __call__(self, row):
+        """Returns the tokens (int32) of a row, and their number before OVERLONG."""
+        [encoded] = self.encode_rows([row])
+        if isinstance(encoded, Exception):
+            raise encoded
+        return encoded.tokens, encoded.full_length
+
+    def encode_rows(self, rows):
+        """Returns the Encoded of each row, or the error that it causes."""
+        results = []
+        for row in rows:
+            try:
+                results.append(self.encode_or_write(row))
+            except Exception as error:
+                results.append(error)
+
+        # Texts that are trained as a whole are tokenized together, which is faster for short ones.
+        plain = [i for i, result in enumerate(results) if isinstance(result, Written)]
+        if plain:
+            texts = [results[i].text for i in plain]
+            backend = self.tokenizer.backend_tokenizer
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+            for i, encoding in zip(plain, encodings):
+                tokens = np.array(self.bos + encoding.ids + self.eos, np.int32)
+                row_hash = results[i].hash
+                results[i] = Encoded(self.shorten(tokens, tokens), len(tokens), hash=row_hash)
+        return results
+
+    def encode_or_write(self, row):
+        """Returns the Encoded of a row, or its Written if the whole of it is trained."""
+        fields = parse_row(row)
+        row_hash = hash_row(fields)
+        example = read_example(fields, self.wanted_format, self.columns)
+        if example.tokens is not None:
+            tokens = self.shorten(example.tokens, example.tokens)
+            return Encoded(tokens, len(example.tokens), hash=row_hash)
+
+        if self.tokenizer is None:
+            self.load()
+        if example.chat is not None:
+            written = self.write_chat(*example.chat, row_hash)
         else:
-            text, spans = self.write(example, kind)
-            tokens = self.encode(text, spans)
+            written = self.write_document(*example.text, row_hash)
+        if written.is_document and written.answers is None and BOUNDARY not in written.text:
+            return written
+        return self.encode_with_spans(written)
 
-        start, end = range_to_remove(tokens, self.overlong, self.cap, self.control.ids)
-        kept = tokens
-        if self.train_on_prompt and kind != "input_ids":
-            kept = token_ids(kept)
+    def write_document(self, prompt, answer, row_hash):
+        """Returns the Written of a text, whose prompt is not trained."""
+        if not prompt:
+            text = split_tokens(answer, self.control.all)
+            return Written(text, None, is_document=text != "", hash=row_hash)
+
+        prompt = split_tokens(prompt, self.control.all)
+        answer = split_tokens(answer, self.control.turns)
+        if self.control.all.search(prompt + answer):
+            prompt += BOUNDARY  # both together contain a control token
+        text = prompt + answer
+        answers = [(len(prompt), len(text) + 1)]  # with eos
+        return Written(text, answers, is_document=True, hash=row_hash)
+
+    def write_chat(self, messages, functions, row_hash):
+        """Returns the Written of a conversation."""
+        chat = self.render_chat(messages, functions)
+        # Where every token is trained, only the last answer is located: it tells whether answers
+        # have an end. But truncate_middle removes nothing of any, and eos is appended to all.
+        needs_all = self.overlong == "truncate_middle" or self.no_stop_token == "append"
+        only_last = self.mask_history or self.train_on_prompt and not needs_all
+        candidates = chat.answers()[-1:] if only_last else chat.answers()
+        spans = []
+        endless = []  # the ends of those that have no stop token
+        for i in candidates:
+            message = chat.messages[i]
+            if not self.train_on_prompt and (not message["trained"] or message["is_prompt"]):
+                continue
+            start, end, is_ended = chat.find_span(i)
+            spans.append((start, end))
+            if not is_ended:
+                endless.append(end)
+                if self.no_stop_token == "refuse" and message["trained"]:
+                    raise ValueError(f"message {i}: the chat template writes no stop token after "
+                                     "it, so that the model would not learn to end: set "
+                                     "NO_STOP_TOKEN=append to append eos, or NO_STOP_TOKEN=accept")
+
+        text = chat.text
+        untrained = chat.find_untrained() if self.train_on_prompt else []
+        if endless and self.no_stop_token == "append":
+            token = self.tokenizer.eos_token
+            text, spans, untrained = insert_token(text, token, endless, spans, untrained)
+        return Written(text, spans, untrained, is_lossy=len(chat.lost()) > 0,
+                       is_endless=len(endless) > 0, hash=row_hash)
+
+    def render_chat(self, messages, functions):
+        """Returns the Chat of the first form of its tool calls that the template writes fully."""
+        control = self.control
+        template = self.tokenizer.get_chat_template(None, functions or None)
+        functions = split_tokens_in(functions, control.all)
+        split_messages = []
+        for message in messages:
+            pattern = control.turns if message["role"] == "assistant" else control.all
+            split_messages.append(split_tokens_in(message, pattern))
+        messages = write_tools_as_text(split_messages, functions, template)
+
+        lossy = None
+        first_error = None
+        for form in message_forms(messages):
+            try:
+                chat = Chat(form, functions, template, self.tokenizer, control, self.stop_tokens)
+            except ValueError as error:
+                first_error = first_error or error
+                continue
+            if not chat.lost():
+                return chat
+            lossy = lossy or chat
+        if lossy is None:
+            raise first_error
+        if not self.accept_loss:
+            i, content = lossy.lost()[0]
+            content = content.replace(BOUNDARY, "")[:60]
+            raise ValueError(f"message {i}: the chat template leaves out {content!r} of the "
+                             f"{lossy.messages[i]['role']}: use a template that writes it, or set "
+                             "ACCEPT_LOSS=True to train without it")
+        return lossy
+
+    def encode_with_spans(self, written):
+        """Returns the Encoded of a text. A token is in a span if they have a character in common.
+
+        The whole text is tokenized at once: parts of it may have other tokens by themselves.
+        """
+        text = written.text
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        # Some tokenizers leave white space out of the offsets. It belongs to the token after it.
+        ends = np.maximum.accumulate(offsets[:, 1])
+        starts = np.minimum(offsets[:, 0], np.insert(ends, 0, 0)[:-1])
+
+        if BOUNDARY in text:
+            parts = [text[start:end] for start, end in zip(starts, ends)]
+            kept = np.array([part != BOUNDARY for part in parts])
+            if any(BOUNDARY in part and part != BOUNDARY for part in parts):
+                raise ValueError("the row contains control tokens that the tokenizer cannot read "
+                                 "as text: remove them")
+            ids = ids[kept]
+            starts = starts[kept]
+            ends = ends[kept]
+
+        # What the template writes and what the row has are the only control tokens.
+        written_ids = [self.control.ids[match[0]] for match in self.control.all.finditer(text)]
+        if ids[self.is_control[ids]].tolist() != written_ids:
+            raise ValueError("the tokenizer reads other control tokens than the row and the chat "
+                             "template have: remove them from the row")
+
+        if written.is_document:
+            ids = np.concatenate([self.bos, ids, self.eos]).astype(np.int32)
+            starts = np.concatenate([[-1] * len(self.bos), starts, [len(text)] * len(self.eos)])
+            ends = np.concatenate([[0] * len(self.bos), ends, [len(text) + 1] * len(self.eos)])
+        in_answer = np.ones(len(ids), bool)
+        if written.answers is not None:
+            in_answer = overlaps(starts, ends, written.answers)
+        trained = in_answer
+        if self.train_on_prompt:
+            trained = ~overlaps(starts, ends, written.untrained)
+        tokens = np.where(trained, ids, ~ids)
+        shortened = self.shorten(tokens, np.where(in_answer, ids, ~ids))
+        return Encoded(shortened, len(tokens), written.is_lossy, written.is_endless, written.hash)
+
+    def shorten(self, tokens, answers):
+        """Returns tokens after OVERLONG. answers: the same tokens, trained in answers only."""
+        if len(tokens) <= self.cap or self.overlong == "split":
+            return tokens
+        start, end = range_to_remove(answers, self.overlong, self.cap, self.control_ids)
         if end > start:
-            kept = np.delete(kept, slice(start, end))
-            if start < len(kept):  # the tokens that led to this one are gone: it is no target
-                kept[start] = mask(kept[start])
-        return kept, len(tokens)
+            tokens = np.delete(tokens, slice(start, end))
+            if start < len(tokens):  # the tokens that led to this one are gone: it is no target
+                tokens[start] = mask(tokens[start])
+        return tokens
 
-    def write(self, example, kind):
-        """Returns an example as text, and the spans (start, end) of it to train; None for all."""
-        example = split_control_tokens(example, self.control)
-        if kind in ("text", "prompt completion"):
-            return self.write_text(example, kind)
-        messages = to_messages(example, kind)
-        return self.write_chat(messages, example.get("tools"))
 
-    def write_text(self, example, kind):
-        for key in kind.split():
-            if not isinstance(example[key], str):
-                raise ValueError(f"{key} {str(example[key])[:60]} is not a string: text, prompt "
-                                 "and completion must be strings; fix or remove the row")
-        if kind == "text":
-            prompt = ""
-            answer = example["text"]
-        else:
-            prompt = example["prompt"]
-            answer = example["completion"]
-        if not prompt and not answer:
-            return "", None
+def stop_tokens(folder, tokenizer):
+    """Returns the texts of the tokens that end an answer in use: eos, and those of the model."""
+    ids = [tokenizer.eos_token_id]
+    path = Path(folder) / "generation_config.json"
+    if path.exists():
+        declared = json.loads(path.read_text()).get("eos_token_id")
+        ids += declared if isinstance(declared, list) else [declared]
+    tokens = tokenizer.added_tokens_decoder
+    return [tokens[token_id].content for token_id in ids if token_id in tokens]
 
-        # The boundaries keep control tokens from forming where two of these texts meet.
-        context = self.bos + BOUNDARY + prompt + BOUNDARY
-        text = context + answer + BOUNDARY + self.eos
-        if prompt and self.locates_answers:
-            return text, [(len(context), len(text))]
-        return text, None
 
-    def write_chat(self, messages, tools):
-        from transformers.utils.chat_template_utils import render_jinja_template
+def insert_token(text, token, places, *lists_of_spans):
+    """Inserts a token into a text at sorted places. Returns the text, and all lists of spans."""
+    parts = [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])]
 
-        if isinstance(tools, str):
-            tools = json.loads(tools or "null")
-        template = self.tokenizer.get_chat_template(None, tools)
-        messages = write_tools_as_text(messages, tools, template)
-        # Templates expect the tools as OpenAI writes them. ShareGPT gives the functions alone.
-        functions = []
-        for tool in tools or ():
-            functions.append(tool if "function" in tool else {"type": "function", "function": tool})
-        has_markers = re.search(r"{%-?\s*generation\b", template) is not None
+    def moved(position):
+        return position + len(token) * bisect.bisect_right(places, position)
 
-        def render(n_messages, add_generation_prompt=False):
-            """Returns the text of the first messages, and the spans of the generation markers."""
-            with naming(f"the chat template, up to message {n_messages - 1}"):
-                texts, marked = render_jinja_template(
-                    [messages[:n_messages]],
-                    functions or None,
-                    chat_template=template,
-                    return_assistant_tokens_mask=has_markers,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.tokenizer.special_tokens_map,
-                )
-            return texts[0], marked[0] if has_markers else None
+    results = [token.join(parts)]
+    for spans in lists_of_spans:
+        results.append([(moved(start), moved(end)) for start, end in spans])
+    return results
 
-        text, marked = render(len(messages))
-        if not self.locates_answers:
-            return text, None
-        spans = find_answers(text, marked, messages, render, self.mask_history, self.control)
-        return text, spans
 
-    def encode(self, text, spans):
-        """Returns the tokens of a text, trained inside the spans only, or everywhere if None."""
-        # A span is tokenized separately from the text before it, as in use, where the model
-        # continues a prompt that was tokenized without the answer.
-        edges = {0, len(text)}
-        for span in spans or ():
-            edges.update(span)
-
-        parts = [np.array([], np.int32)]
-        for start, end in itertools.pairwise(sorted(edges)):
-            trained = spans is None or any(a <= start < b for a, b in spans)
-            for part in TEXT_PART.finditer(text, start, end):
-                # The text has its bos and eos already, or the template decides about them.
-                backend = self.tokenizer.backend_tokenizer
-                encoding = backend.encode(part[0], add_special_tokens=False)
-                ids = np.array(encoding.ids, np.int32)
-                parts.append(ids if trained else mask(ids))
-        return np.concatenate(parts)
+def overlaps(starts, ends, spans):
+    """Returns which of the tokens from `starts` to `ends`, both sorted, overlap with a span."""
+    flags = np.zeros(len(starts), bool)
+    for start, end in spans:
+        first = np.searchsorted(ends, start, "right")
+        last = np.searchsorted(starts, end, "left")
+        flags[first:last] = True
+    return flags
 
 
 def range_to_remove(tokens, overlong, cap, control_ids):
     """Returns (start, end): OVERLONG removes tokens[start:end] of a document."""
     n = len(tokens)
     extra = n - cap
-    if overlong == "split" or extra <= 0:
-        return 0, 0
     if overlong == "truncate":
         return cap, n
     if overlong == "drop":

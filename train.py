@@ -64,6 +64,10 @@ OVERLONG = "split"              # longer documents: "split", "truncate", "trunca
 APPEND_EOS = True               # plain text ends with the tokenizer's eos, which is a target
 TRAIN_ON_PROMPT = False         # chat: train all tokens; False: the assistant's only
 MASK_HISTORY = False            # chat: train the last assistant turn only
+ACCEPT_LOSS = False             # chat: train although the template leaves out contents of a chat
+NO_STOP_TOKEN = "refuse"        # chat: where no stop token ends an answer: "append" eos; "accept"
+FORMAT = ""                     # of rows that have the keys of several formats, such as "text"
+COLUMNS = {}                    # {key that a format has: the key in the rows of DATA}
 MAX_POSITION_EMBEDDINGS = 0     # extend the context to so many tokens; 0: as in the checkpoint
 ROPE_SCALING = None             # how: "yarn", "linear", "dynamic", "llama3" or a dict; None: yarn
 LOSS_WEIGHT = "token"           # n targets in a document count n; "sample": 1; "square": sqrt(n)
@@ -128,6 +132,8 @@ CHOICES = {
     "INIT": ("weights", "random"),
     "PACKING": ("split", "whole", "none"),
     "OVERLONG": ("split", "truncate", "truncate_middle", "drop"),
+    "NO_STOP_TOKEN": ("refuse", "append", "accept"),
+    "FORMAT": ("", *data.FORMATS),
     "LOSS_WEIGHT": ("token", "sample", "square"),
     "ZERO_STAGE": (1, 2, 3),
     "RECOMPUTE": ("auto", "none", "all_but_attention", "all"),
@@ -507,7 +513,7 @@ def open_corpus(source, folder, config):
     cap = 0 if OVERLONG == "split" else MAX_LENGTH  # tokens per document; 0: no limit
     return data.build_corpus(
         files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG, cap,
-        vocab_size=config.vocab_size)
+        FORMAT, COLUMNS, ACCEPT_LOSS, NO_STOP_TOKEN, vocab_size=config.vocab_size)
 
 
 def make_rows(corpus):
@@ -1247,7 +1253,7 @@ def sample(model, folder, grid, temperature=0.5):
     """
     tokenizer = data.open_tokenizer(folder)
     generator = torch.Generator().manual_seed(SEED)
-    chat = DATA != "demo" and data.is_chat(DATA)
+    chat = DATA != "demo" and data.is_chat(DATA, FORMAT, COLUMNS)
     deadline = time.time() + SAMPLE_SECONDS
     for prompt in SAMPLE_PROMPTS:
         text, end = chat_prompt(tokenizer, prompt) if chat else (prompt, tokenizer.eos_token)

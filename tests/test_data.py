@@ -15,11 +15,13 @@ import torch
 from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import convert
 import corpus
 import data
+import examples
 import train
 from tools import show
 
@@ -99,6 +101,36 @@ TEMPLATES = {
         "{% if add_generation_prompt %}### assistant: {% endif %}"
     ),
 
+    # No turn has an end.
+    "endless": (
+        "{% for m in messages %}"
+        "{{ m.role }}: {{ m.content }}\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    ),
+
+    # Tool calls are written only where the content is null, and arguments only if they are JSON.
+    "calls without content": (
+        "{% for m in messages %}"
+        "{% if m.role == 'assistant' and m.tool_calls and m.content is none %}"
+        "<|Assistant|>{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}"
+        "{% endfor %}<|end_of_sentence|>"
+        "{% elif m.role == 'assistant' %}<|Assistant|>{{ m.content }}<|end_of_sentence|>"
+        "{% else %}<|User|>{{ m.content }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+    ),
+
+    # Only questions and answers are written, without the thoughts of an answer.
+    "forgetful": (
+        "{% for m in messages %}"
+        "{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endif %}"
+        "{% if m.role == 'assistant' %}"
+        "<|im_start|>assistant\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+        "{% endif %}"
+        "{% endfor %}"
+    ) + PROMPT,
+
     # A system prompt is added where the conversation has none.
     "default": (
         "{% for m in messages %}"
@@ -159,14 +191,14 @@ class Reader:
 
 @pytest.fixture
 def reader(tmp_path, tokenizer_files):
-    """A function from a template and the settings of Encoder to a Reader."""
+    """A function from a template, or its name, and the settings of Encoder to a Reader."""
     def make(template="chatml", append_eos=True, train_on_prompt=False, mask_history=False,
-             overlong="split", cap=0):
+             overlong="split", cap=0, **more):
         # " Y" and " u" are tokens, so that it matters where an answer begins.
         merges = [("Ġ", "Y"), ("Ġ", "u")]
-        tokenizer_files(tmp_path, TEMPLATES[template], SPECIALS, merges)
+        tokenizer_files(tmp_path, TEMPLATES.get(template, template), SPECIALS, merges)
         encoder = data.Encoder(
-            str(tmp_path), append_eos, train_on_prompt, mask_history, overlong, cap)
+            str(tmp_path), append_eos, train_on_prompt, mask_history, overlong, cap, **more)
         return Reader(encoder)
     return make
 
@@ -181,6 +213,10 @@ def system(content):
 
 def user(content):
     return {"role": "user", "content": content}
+
+
+def tool(content):
+    return {"role": "tool", "content": content}
 
 
 def assistant(content, **more):
@@ -302,10 +338,10 @@ MASKS = {
         "<|im_start|>assistant\n«3<|im_end|>»\n"),
     "prompt and completion": (
         "chatml", {"prompt": "Once ", "completion": "upon"},
-        "Once «upon<|endoftext|>»"),
+        "Once« upon<|endoftext|>»"),  # " u" is one token, and a part of it is trained
     "the end of the last turn only": (
         "eos last", ONE_TURN,
-        "### user: Hi\n### assistant: «Yes\n<|endoftext|>»"),
+        "### user: Hi\n### assistant:« Yes\n<|endoftext|>»"),
     "the prompt begins a thought that the answer lacks": (
         "thinks", chat(user("Hi"), assistant("<table>x")),
         "<|im_start|>user\nHi<|im_end|>\n"
@@ -341,6 +377,40 @@ MASKS = {
         '<|im_start|>system\nTools:\n{"name": "f"}<|im_end|>\n'
         "<|im_start|>user\nHi<|im_end|>\n"
         '<|im_start|>assistant\n«{"name": "f", "arguments": {}}<|im_end|>»\n'),
+    "tool calls for a template that wants no content, and JSON": (
+        "calls without content", OPENAI_TOOLS,
+        '<|User|>Hi<|Assistant|>«f{"x": 1}<|end_of_sentence|>»'),
+    "an answer first, where the template adds a system prompt": (
+        "default", chat(assistant("Yes"), user("Hi"), assistant("No")),
+        "<|im_start|>system\nBe.<|im_end|>\n"
+        "<|im_start|>assistant\n«Yes<|im_end|>»\n"
+        "<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n«No<|im_end|>»\n"),
+    "no turn is to be trained": (
+        "chatml", chat(user("Hi"), assistant("Yes", weight=0)),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"),
+    "prompt and completion of messages": (
+        "chatml",
+        {"prompt": TWO_TURNS["messages"], "completion": [user("Why"), assistant("Ah")]},
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+        "<|im_start|>user\nSo<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n"
+        "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n«Ah<|im_end|>»\n"),
+    "a result that also stands in the call": (
+        "tools",
+        chat(user("Hi"), assistant(None, tool_calls=[OPENAI_CALL]), tool("f"), assistant("x")),
+        "<|im_start|>user\nHi<|im_end|>\n"
+        f"<|im_start|>assistant\n«<call>{CALL}</call><|im_end|>»\n"
+        "<|im_start|>tool\nf<|im_end|>\n"
+        "<|im_start|>assistant\n«x<|im_end|>»\n"),
+    "one tool that is no list": (
+        "tools", {**ONE_TURN, "tools": {"name": "f"}},
+        '<|im_start|>system\n[{"type": "function", "function": {"name": "f"}}]<|im_end|>\n'
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Yes<|im_end|>»\n"),
+    "early thoughts that are left out in use": (
+        "forgetful",
+        chat(user("Hi"), assistant("<think>hm</think>Yes"), user("So"), assistant("No")),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Yes<|im_end|>»\n"
+        "<|im_start|>user\nSo<|im_end|>\n<|im_start|>assistant\n«No<|im_end|>»\n"),
 }
 
 
@@ -368,13 +438,265 @@ def test_every_token(reader):
 def test_a_turn_that_is_written_differently_before_others_is_refused(reader):
     with pytest.raises(ValueError, match="message 2: .* set MASK_HISTORY=True"):
         reader("mistral")(THREE_ROLES)
-    with pytest.raises(ValueError, match="message [01]: "):
-        reader("eos last")(TWO_TURNS)
-    with pytest.raises(ValueError, match="message [01]: "):
-        reader("default")(chat(assistant("Yes"), user("Hi"), assistant("No")))
-
     expected = "<s>[INST] Hi[/INST] Yes</s>[INST] Be.\n\nSo[/INST]« No</s>»"
     assert reader("mistral", mask_history=True)(THREE_ROLES) == expected
+
+
+# Templates that write no token at the end of some answer.
+ENDLESS = [
+    ("endless", ONE_TURN, "message 1", "user: Hi\nassistant:« Yes<|endoftext|>»\n"),
+    ("eos last", TWO_TURNS, "message 1",
+     "### user: Hi\n### assistant:« Yes<|endoftext|>»\n"
+     "### user: So\n### assistant: «No\n<|endoftext|>»"),
+]
+
+
+@pytest.mark.parametrize("template,row,place,appended", ENDLESS)
+def test_an_answer_without_a_stop_token_is_refused(reader, template, row, place, appended):
+    with pytest.raises(ValueError, match=f"{place}: .* no stop token .* NO_STOP_TOKEN=append"):
+        reader(template)(row)
+    assert reader(template, no_stop_token="append")(row) == appended
+
+    accepted = appended.replace("<|endoftext|>»\n", "»\n")
+    read = reader(template, no_stop_token="accept")
+    assert read(row) == accepted
+    [encoded] = read.encode.encode_rows([row])
+    assert encoded.is_endless
+
+
+def test_an_untrained_turn_needs_no_stop_token(reader):
+    row = chat(user("Hi"), assistant("Yes", weight=0))
+    assert reader("endless")(row) == "user: Hi\nassistant: Yes\n"
+
+
+def test_eos_is_appended_where_every_token_is_trained(reader):
+    read = reader("endless", train_on_prompt=True, no_stop_token="append")
+    row = chat(user("Hi"), assistant("Yes"), user("So"), assistant("No", weight=0))
+    assert read(row) == ("«user: Hi\nassistant: Yes<|endoftext|>\n"
+                         "user: So\nassistant: »No<|endoftext|>«\n»")
+
+
+REASON = {"reasoning_content": "hm"}
+CALLS = {"tool_calls": [OPENAI_CALL]}
+LEFT_OUT = [
+    (chat(user("Hi"), assistant("Yes"), tool("22"), assistant("No")),
+     "message 2: .*'22' of the tool"),
+    (chat(system("Be."), user("Hi"), assistant("Yes")), "message 0: .*'Be.' of the system"),
+    (chat(user("Hi"), assistant("<think>hm</think>Yes")), "message 1: .*'hm' of the assistant"),
+    (chat(user("Hi"), assistant("Yes", **REASON)), "message 1: .*'hm' of the assistant"),
+    ({**ONE_TURN, "tools": [{"name": "look"}]}, "message 0: .*look.* of the system"),
+]
+
+
+@pytest.mark.parametrize("row,message", LEFT_OUT)
+def test_what_the_template_leaves_out_is_named(reader, row, message):
+    with pytest.raises(ValueError, match=f"{message}: .*ACCEPT_LOSS=True"):
+        reader("forgetful")(row)
+    read = reader("forgetful", accept_loss=True)
+    assert "«Yes<|im_end|>»" in read(row)
+    [encoded] = read.encode.encode_rows([row])
+    assert encoded.is_lossy
+
+
+@pytest.mark.parametrize("arguments", ["{}", '{"x": "12 \\"in\\"\\n"}'])
+def test_tool_calls_that_the_template_leaves_out_are_named(reader, arguments):
+    template = "{# tool_calls #}" + TEMPLATES["chatml"]
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    row = chat(user("Hi"), assistant("", tool_calls=[call]))
+    with pytest.raises(ValueError, match="message 1: the chat template leaves out '(f|12)"):
+        reader(template)(row)
+    assert json.dumps(json.loads(arguments)) in reader("tools")(row)
+
+
+def test_weights_of_zero_hold_where_every_token_is_trained(reader):
+    row = chat(user("Hi"), assistant("Yes", weight=0), {**user("So"), "weight": 0}, assistant("No"))
+    assert reader(train_on_prompt=True)(row) == (
+        "«<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n»Yes<|im_end|>"
+        "«\n<|im_start|>user\n»So«<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n»")
+
+
+def test_a_prompt_of_messages_is_trained_as_one_of_text(reader):
+    row = {"prompt": [user("Hi"), assistant("Yes")], "completion": [assistant("No")]}
+    text = unmarked(reader()(row))
+    assert reader(train_on_prompt=True)(row) == f"«{text}»"
+
+
+AMBIGUOUS = {"instruction": "Add", "input": "", "output": "3", "text": "Below is ..."}
+
+
+def test_format_and_columns_choose_what_is_read(reader):
+    expected = "<|im_start|>user\nAdd<|im_end|>\n<|im_start|>assistant\n«3<|im_end|>»\n"
+    with pytest.raises(ValueError, match="match 'text' and 'instruction': .*set FORMAT"):
+        reader()(AMBIGUOUS)
+    assert reader(wanted_format="instruction")(AMBIGUOUS) == expected
+    assert reader(wanted_format="text")(AMBIGUOUS) == "«Below is ...<|endoftext|>»"
+
+    columns = {"instruction": "q", "output": "a"}
+    assert reader(columns=columns)({"q": "Add", "a": "3", "output": 1}) == expected
+    assert reader(columns={"output": "text"})({"instruction": "Add", "text": "3"}) == expected
+
+
+def counts_renderings(monkeypatch):
+    """A list that grows with every rendering of a conversation."""
+    renderings = []
+    render = examples.Chat.render
+
+    def count_and_render(self, *arguments, **more):
+        renderings.append(arguments)
+        return render(self, *arguments, **more)
+
+    monkeypatch.setattr(examples.Chat, "render", count_and_render)
+    return renderings
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "qwen3", "deepseek", "marked"])
+def test_long_chats_are_rendered_as_often_as_short_ones(reader, monkeypatch, template):
+    renderings = counts_renderings(monkeypatch)
+    read = reader(template)
+    counts = []
+    for n_turns in (10, 300):
+        turns = []
+        for i in range(n_turns):
+            turns += [user(f"Question {i}"), assistant(f"Answer {i}")]
+        renderings.clear()
+        text = read(chat(*turns))
+        assert text.count("«Answer ") == text.count("«") == n_turns
+        counts.append(len(renderings))
+    assert counts[0] == counts[1]
+
+
+# Letters of the templates' own words, so that contents are also found in other places.
+short_texts = st.text("asutien<|_ \n", min_size=1, max_size=4).filter(str.strip)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(short_texts, short_texts), min_size=1, max_size=5),
+       st.sampled_from(["chatml", "qwen3", "deepseek", "default", "thinks"]))
+def test_spans_do_not_depend_on_those_found_before(turns, template):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS})
+    messages = []
+    for question, answer in turns:
+        messages += [{**user(question), "trained": 1}, {**assistant(answer), "trained": 1}]
+    control = examples.control_tokens(tokenizer)
+    made = examples.Chat(messages, [], TEMPLATES[template], tokenizer, control, [])
+    for i in made.answers():
+        assert made.find_span(i) == made.render_span(i)
+
+
+# ----------------------------------------------------------------------- the ids of the whole text
+
+def save_tokenizer(folder, backend, template, added=()):
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.add_tokens(list(added))  # not special
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def sentencepiece_like():
+    """A tokenizer that puts a space before the text, and knows the words of the tests."""
+    letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    letters += sorted(set("HelowrdYesNintm|>:ua"))
+    merges = [("\u2581", "Y"), ("e", "s"), ("\u2581Y", "es"), ("l", "d"), ("w", "o")]
+    vocabulary = {token: i for i, token in enumerate([*letters, *map("".join, merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SPACES = [
+    (ONE_TURN, "Yes</s>"),
+    (chat(user("Hello"), assistant(" Yes")), " Yes</s>"),
+    (chat(user("Hello wor"), assistant("ld")), "ld</s>"),
+    (chat(user("</s>"), assistant("\u6f22 <s>")), "\u6f22 <s></s>"),
+    ({"prompt": "Hello wor", "completion": "ld"}, "ld</s>"),
+]
+
+
+@pytest.mark.parametrize("row,trained", SPACES)
+def test_tokens_are_those_of_the_whole_text(tmp_path, row, trained):
+    """Pieces of a text, tokenized alone, would each begin with a space."""
+    tokenizer = save_tokenizer(tmp_path, sentencepiece_like(), ZEPHYR)
+    encode = data.Encoder(str(tmp_path), True, False, False, "split", 0)
+    tokens, _ = encode(row)
+    ids = data.token_ids(tokens)
+    assert tokenizer.decode(ids[data.is_trained(tokens)]) == trained
+
+    if "</s>" not in str(row):  # which is text there, but not to the tokenizer alone
+        if "messages" in row:
+            text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            expected = tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            expected = [*tokenizer("Hello world", add_special_tokens=False).input_ids, 2]
+        assert ids.tolist() == expected
+
+
+def byte_level(tmp_path, tokenizer_files):
+    tokenizer_files(tmp_path)
+    return Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+
+
+def test_texts_are_neither_truncated_nor_padded(tmp_path, tokenizer_files):
+    backend = byte_level(tmp_path, tokenizer_files)
+    tokenizer_files(tmp_path)
+    backend.enable_truncation(5)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    encode = data.Encoder(str(tmp_path), False, False, False, "split", 0)
+    assert [len(encoded.tokens) for encoded in encode.encode_rows(
+        [{"text": "a"}, {"text": "abcdefghij"}])] == [1, 10]
+    assert "assistant\n«Yes<|im_end|>»" in Reader(encode)(ONE_TURN)
+
+
+@pytest.mark.parametrize("token", ["<U>", '<"U">', "<\u2581U\n>", "<tool>"])
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_tokens_that_only_the_template_writes_are_text_elsewhere(
+        tmp_path, tokenizer_files, token, role):
+    """The template writes an added token, which is not special, once for each message."""
+    backend = byte_level(tmp_path, tokenizer_files)
+    written = json.dumps(token)  # as in a string of the template, where a quote is escaped
+    template = "{% for m in messages %}{{ " + written + " }}{{ m.content }}</s>{% endfor %}"
+    save_tokenizer(tmp_path, backend, template, [token])
+    encode = data.Encoder(str(tmp_path), True, False, False, "split", 0)
+    row = chat(user("Hi"), assistant("Yes"))
+    messages = {message["role"]: message for message in row["messages"]}
+    messages[role]["content"] += f" {token}!"
+    tokens, _ = encode(row)
+    ids = data.token_ids(tokens).tolist()
+    assert ids.count(backend.token_to_id(token)) == 2
+    assert f" {token}!" in encode.tokenizer.decode(ids)
+
+
+def test_control_tokens_that_only_the_tokenizer_sees_are_refused(tmp_path, tokenizer_files):
+    backend = byte_level(tmp_path, tokenizer_files)
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens([AddedToken("<end>", normalized=True)])
+    save_tokenizer(tmp_path, backend, TEMPLATES["chatml"])
+    encode = data.Encoder(str(tmp_path), True, False, False, "split", 0)
+    encode(chat(user("<end>"), assistant("a")))
+    with pytest.raises(ValueError, match="reads other control tokens than the row"):
+        encode(chat(user("<END>"), assistant("a")))
+
+
+def test_a_control_token_of_one_character_is_refused_in_texts(tmp_path, tokenizer_files):
+    backend = byte_level(tmp_path, tokenizer_files)
+    backend.add_special_tokens(["\ue000"])
+    save_tokenizer(tmp_path, backend, TEMPLATES["chatml"])
+    encode = data.Encoder(str(tmp_path), True, False, False, "split", 0)
+    encode(ONE_TURN)
+    for row in (chat(user("\ue000"), assistant("a")), {"text": "a\ue000"}):
+        with pytest.raises(ValueError, match="control token of one character.*remove it"):
+            encode(row)
 
 
 def test_generation_markers_must_enclose_every_answer(reader):
@@ -415,7 +737,7 @@ BAD_ROWS = [
     (chat({"role": "user"}), "message 0.*content None is not text"),
     (chat(user([{"type": "image_url"}])), "message 0.*has no 'text'.*remove the part or the row"),
     (chat(assistant("a", weight=0.5)), "message 0.*weight is 0.5: use 0 or 1"),
-    (chat(assistant("a", train=False)), "0 of 1 assistant turns"),
+    ({**ONE_TURN, "images": ["a.png"]}, "has 'images': only text.*remove the key or the row"),
     (chat(), "0 of 0 assistant turns"),
     ({"messages": None}, "no format"),
     ({"text": None}, "no format"),
