@@ -1,32 +1,57 @@
-"""From files to documents: tokenized once, and stored in a memory-mapped cache."""
+"""From files to documents: tokenized once, and stored in a memory-mapped cache.
+
+Each row of each file is one document. Processes on all cores tokenize the rows, and what they write
+is kept by file, so that a build that was killed, or a corpus with a changed file, continues.
+"""
+import collections
+import ctypes
+import fcntl
+import functools
 import glob
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import re
+import shutil
+import signal
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from examples import (
-    HASHES, Encoder, hash_row, is_trained, naming, parse_json, parse_row, read_example, token_ids)
+    HASHES, Encoded, Encoder, describe_error, is_trained, naming, parse_json, parse_row,
+    read_example, token_ids)
 
 # ---------------------------------------------------------------------------------------- files
 
-DATA_FILE = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
+DATA_FILE = re.compile(r"\.(jsonl|ndjson|json|parquet|txt)(\.gz|\.zst)?$")
+OTHER_FILE = re.compile(r"\.(csv|tsv|arrow|feather|xlsx)(\.gz|\.zst)?$")  # data, but not readable
+
+
+class Source(NamedTuple):
+    """One source of DATA."""
+    name: str       # path, glob or folder
+    files: list     # paths, sorted
+    epochs: float
+    skipped: list   # names of files in the folder that are not data
 
 
 def find_files(data):
-    """Returns a sorted list of files for each source of DATA, and the epochs of each source.
+    """Returns a list of the Source of each source of DATA.
 
     DATA is a source, a list of sources, or {source: epochs}. A source is a path, glob or folder.
+    A file that is named several times belongs to the first source that names it.
     """
     if isinstance(data, str):
         epochs_of_source = {data: 1.0}
@@ -36,36 +61,99 @@ def find_files(data):
         epochs_of_source = dict.fromkeys(data, 1.0)
 
     sources = []
-    for source, epochs in epochs_of_source.items():
-        # A set, because a glob such as books/** finds both a folder and the files in it.
-        files = set()
-        for path in map(Path, glob.glob(source, recursive=True)):
-            if path.is_dir():
-                files.update(file for file in path.rglob("*") if DATA_FILE.search(file.name))
-            else:
-                files.add(path)
-        unknown = sorted(file.name for file in files if not DATA_FILE.search(file.name))
-        if unknown or not files:
-            found = unknown[0] if unknown else "no file"
-            raise ValueError(f"DATA {source!r} matches {found}: name files whose names end with "
-                             ".json, .jsonl or .parquet, or with one of these and .gz")
+    known = set()  # files of earlier sources, without symbolic links
+    for name, epochs in epochs_of_source.items():
         if not epochs > 0:
-            raise ValueError(f"DATA {source!r} is set to {epochs} epochs: use more than 0")
-        sources.append(sorted(str(file) for file in files))
-    return sources, list(epochs_of_source.values())
+            raise ValueError(f"DATA {name!r} is set to {epochs} epochs: use more than 0")
+        found, skipped = find_source(name)
+        files = []
+        for path in sorted(found):
+            real_path = os.path.realpath(path)
+            if real_path not in known:
+                known.add(real_path)
+                files.append(path)
+        sources.append(Source(name, files, epochs, sorted(skipped)))
+    return sources
+
+
+def find_source(name):
+    """Returns the data files of a source, and the names of other files in its folders."""
+    # Sets, because a glob such as books/** finds both a folder and the files in it.
+    files = set()
+    skipped = set()
+    for path in glob.glob(name, recursive=True):
+        if os.path.isdir(path):
+            in_folder = list_folder(path)
+            files.update(file for file in in_folder if DATA_FILE.search(file))
+            skipped.update(file for file in in_folder if not DATA_FILE.search(file))
+        else:
+            files.add(path)
+    skipped -= files
+
+    unknown = sorted(path for path in files if not DATA_FILE.search(path))
+    unknown += sorted(path for path in skipped if OTHER_FILE.search(path))
+    if unknown or not files:
+        found = os.path.basename(unknown[0]) if unknown else "no file"
+        raise ValueError(f"DATA {name!r} matches {found}: name files whose names end with .json, "
+                         ".jsonl, .ndjson, .parquet or .txt, or with one of these and .gz or .zst; "
+                         "convert others")
+    return files, [os.path.basename(path) for path in skipped]
+
+
+def list_folder(folder):
+    """Returns the files in a folder and the folders in it, but not in hidden ones."""
+    files = []
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real_path = os.path.realpath(parent)
+        if real_path in visited:  # a symbolic link to a folder that contains it
+            folders.clear()
+            continue
+        visited.add(real_path)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    return files
+
+
+class Chunk(NamedTuple):
+    """Consecutive rows of a file, which one worker process takes at a time."""
+    path: str
+    rows: list    # (number, row): see read_rows
+    n_bytes: int
+    is_last: bool
+
+
+def read_chunks(path, after=0):
+    """Yields the rows of a file whose number is greater than `after`, as Chunks."""
+    rows = []
+    n_bytes = 0
+    for number, row in read_rows(path):
+        if number <= after:
+            continue
+        rows.append((number, row))
+        n_bytes += len(row) if isinstance(row, bytes) else len(str(row))
+        if n_bytes >= CHUNK_BYTES:
+            yield Chunk(path, rows, n_bytes, is_last=False)
+            rows = []
+            n_bytes = 0
+    yield Chunk(path, rows, n_bytes, is_last=True)
 
 
 def read_rows(path):
-    """Yields (place, row) for each row of a file. A place is path:line, or path:number of the row.
+    """Yields (number, row) for each row of a file. The number is that of its line, from 1.
 
     A row of a .jsonl file is its unparsed line (bytes), and others are objects.
     """
-    open_file = gzip.open if path.endswith(".gz") else open
-    with naming(path), open_file(path, "rb") as file:
-        beginning = file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")  # after a byte order mark
-        if path.removesuffix(".gz").endswith(".parquet"):
+    name = path.removesuffix(".gz").removesuffix(".zst")
+    with naming(path), open_file(path) as file:
+        byte_order_mark = b"\xef\xbb\xbf"
+        if file.peek(3)[:3] == byte_order_mark:
+            file.read(3)
+        if name.endswith(".parquet"):
             rows = read_parquet(file)
-        elif beginning.startswith(b"["):
+        elif name.endswith(".txt"):
+            rows = [{"text": file.read().decode()}]
+        elif file.peek(64).lstrip(b" \t\r\n").startswith(b"["):
             rows = parse_json(file.read(), "the file must be one JSON array in UTF-8; fix it")
         else:
             rows = file  # its lines; parsing them is left to the worker processes
@@ -73,22 +161,44 @@ def read_rows(path):
         for number, row in enumerate(rows, 1):
             is_blank = isinstance(row, bytes) and not row.strip()
             if not is_blank:
-                yield f"{path}:{number}", row
+                yield number, row
+
+
+def open_file(path):
+    """Opens a file, which may be compressed, to read bytes."""
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.endswith(".zst"):
+        import pyarrow
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return open(path, "rb")
 
 
 def read_parquet(file):
     from pyarrow import parquet
 
     for batch in parquet.ParquetFile(file).iter_batches(1000):
-        yield from batch.to_pylist()
+        for row in batch.to_pylist():
+            yield without_nulls(row)
+
+
+def without_nulls(value):
+    """Returns a value of a parquet file without the keys of its objects that are null.
+
+    All objects of a column have the same keys there, and null fills those that were missing.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 def is_chat(data, wanted_format="", columns=None):
     """Returns whether the first row of a source of DATA is a conversation."""
-    sources, _ = find_files(data)
-    for files in sources:
-        for place, row in itertools.islice(read_rows(files[0]), 1):
-            with naming(place):
+    for source in find_files(data):
+        for path in source.files[:1]:
+            for _, row in itertools.islice(read_rows(path), 1):
                 if read_example(parse_row(row), wanted_format, columns).chat is not None:
                     return True
     return False
@@ -97,18 +207,47 @@ def is_chat(data, wanted_format="", columns=None):
 # ---------------------------------------------------------------------------------- token cache
 
 CACHE_VERSION = 6  # part of every key: raise it when the same files would give other tokens
-TOKENIZER_FILE = re.compile("token|vocab|merges|template")
-BLOCK_BYTES = 8 * 2**20  # what a core tokenizes at a time, as the data may be larger than memory
+TOKENIZER_FILE = re.compile("token|vocab|merges|template|generation_config")
+CHUNK_BYTES = 2**20  # what a worker process takes at a time
+OLD_PART = 7 * 24 * 3600  # seconds after which what a killed build left is removed
+MAX_REPORTED = 10  # bad rows in one error
+SILENT_SECONDS = 3  # of a wait for a lock, before it is reported
 
-# The record of one document in documents.bin.
+# The record of one row in documents.bin.
 DOCUMENT = np.dtype([
+    ("number", np.int64),       # of the row in its file
     ("length", np.int64),
     ("targets", np.int64),      # trained tokens, except the first, which no token precedes
     ("full_length", np.int64),  # before OVERLONG
     ("largest_id", np.int64),
-    ("source", np.int64),       # index of its source in DATA
-    ("hash", np.int64),         # of its row, from 0 to below HASHES
+    ("hash", np.int64),         # of its content, from 0 to below HASHES
+    ("is_bad", np.bool_),       # the row cannot be used; its error is in bad_rows.txt
+    ("is_lossy", np.bool_),
+    ("is_endless", np.bool_),
 ])
+
+
+class TokenFiles:
+    """The tokens of several files, memory-mapped as if they were one array.
+
+    A slice must be inside one file.
+    """
+
+    def __init__(self, paths, sizes):
+        self.paths = paths
+        self.firsts = np.cumsum(sizes) - sizes  # of each file, the index of its first token
+        # Files are opened when they are needed, as there may be more than a process can map.
+        self.open = functools.lru_cache(maxsize=4096)(self.map)
+
+    def map(self, file):
+        if os.path.getsize(self.paths[file]) == 0:
+            return np.empty(0, np.int32)  # an empty file cannot be mapped
+        return np.memmap(self.paths[file], np.int32, "r")
+
+    def __getitem__(self, window):
+        file = int(np.searchsorted(self.firsts, window.start, "right")) - 1
+        first = self.firsts[file]
+        return self.open(file)[window.start - first:window.stop - first]
 
 
 class Corpus(NamedTuple):
@@ -116,12 +255,13 @@ class Corpus(NamedTuple):
 
     If the key is "synthetic", documents are random, and `tokens` is the size of the vocabulary.
     """
-    tokens: np.ndarray   # int32; see `mask`
+    tokens: np.ndarray   # int32; see `mask`. Or TokenFiles
     offsets: np.ndarray  # (documents + 1,) int64
     targets: np.ndarray  # (documents,) int64: trained tokens, except the first of a document
     full: np.ndarray     # (documents,) int64: lengths before OVERLONG
     sources: list        # (first document, last + 1, epochs) of each source
     key: str             # hash of files, tokenizer and settings; or "synthetic"
+    notes: str = ""      # what was read, in lines
     hashes: np.ndarray = None    # (documents,) int64 below HASHES, of the rows of the files
     selected: np.ndarray = None  # (documents,) bool: those that this run uses; None: all
 
@@ -135,21 +275,31 @@ class Corpus(NamedTuple):
         return self.tokens[first + start:min(first + end, last)]
 
 
-def build_corpus(data, folder, cache, *settings, vocab_size=None):
+def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
     """Returns the Corpus of DATA, tokenized with the tokenizer of a Hugging Face folder.
 
-    settings: the arguments of Encoder after the folder.
+    settings: the arguments of Encoder after the folder. bad_rows: the share of rows that may be
+    unusable.
     """
-    sources, epochs = find_files(data)
-    key = cache_key(sources, folder, cache, settings)
-    home = Path(cache) / key
-    # The first process tokenizes and the others wait for this lock. They do so before the process
-    # group exists, where no collective can time out.
-    with FileLock(home.with_suffix(".lock")):
-        if not home.exists():
-            tokenize(sources, home, (str(folder), *settings))
+    sources = find_files(data)
+    homes = find_homes(sources, folder, cache, settings)
+    if not all(home.exists() for home in homes.values()):
+        # The first process tokenizes and the others wait for this lock. They do so before the
+        # process group exists, where no collective can time out.
+        with exclusive(Path(cache) / "tokenizing.lock") as lock:
+            remove_old_parts(cache)
+            paths = {home: path for path, home in homes.items() if not home.exists()}
+            if paths:
+                tokenize(paths, Encoder(str(folder), *settings), lock, bad_rows)
 
-    documents = np.fromfile(home / "documents.bin", DOCUMENT)
+    rows_of_file = {}
+    for path, home in homes.items():
+        rows_of_file[path] = np.fromfile(home / "documents.bin", DOCUMENT)
+    rows = np.concatenate(list(rows_of_file.values()))
+    bad_files = [home / "bad_rows.txt" for home in homes.values()]
+    errors = itertools.chain.from_iterable(map(read_lines, bad_files))
+    check_bad_rows(errors, rows["is_bad"].sum(), len(rows), bad_rows)
+    documents = rows[~rows["is_bad"]]
     if not documents["targets"].any():
         raise ValueError(f"DATA {data} holds no token to train: name other files")
     largest = documents["largest_id"].max()
@@ -157,18 +307,49 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None):
         raise ValueError(f"token {largest} is beyond the vocabulary of {vocab_size} tokens: use "
                          "the tokenizer of the model")
 
-    # Documents are stored in the order of their sources.
-    ends = np.searchsorted(documents["source"], range(len(sources)), "right").tolist()
-    firsts = [0, *ends[:-1]]
+    # Documents are stored in the order of their files.
+    spans = []
+    notes = []
+    first = 0
+    for source in sources:
+        of_source = [rows_of_file[path] for path in source.files]
+        n_documents = sum(int((~found["is_bad"]).sum()) for found in of_source)
+        spans.append((first, first + n_documents, source.epochs))
+        first += n_documents
+        notes += describe_source(source, of_source, [homes[path] for path in source.files])
+    sizes = [found["length"].sum() for found in rows_of_file.values()]
+    key = json.dumps([home.name for home in homes.values()])
     return Corpus(
-        tokens=np.memmap(home / "tokens.bin", np.int32, "r"),
+        tokens=TokenFiles([home / "tokens.bin" for home in homes.values()], sizes),
         offsets=np.insert(np.cumsum(documents["length"]), 0, 0),
         targets=documents["targets"],
         full=documents["full_length"],
-        sources=list(zip(firsts, ends, epochs)),
-        key=key,
+        sources=spans,
+        key=hashlib.sha256(key.encode()).hexdigest()[:16],
+        notes="\n".join(notes),
         hashes=documents["hash"],
     )
+
+
+def describe_source(source, rows_of_files, homes):
+    """Returns lines that tell what was read from a source. rows_of_files: arrays of DOCUMENT."""
+    rows = np.concatenate([np.empty(0, DOCUMENT), *rows_of_files])
+    lines = [f"{source.name}: {len(source.files):,} files, {(~rows['is_bad']).sum():,} documents, "
+             f"{rows['full_length'].sum():,} tokens, {rows['targets'].sum():,} trained, "
+             f"{source.epochs:g} epochs"]
+    if source.skipped:
+        lines.append(f"  {len(source.skipped):,} files are no data: "
+                     f"{', '.join(source.skipped[:5])}")
+    if rows["is_lossy"].any():
+        lines.append(f"  {rows['is_lossy'].sum():,} chats have contents that the chat template "
+                     "leaves out")
+    if rows["is_endless"].any():
+        lines.append(f"  {rows['is_endless'].sum():,} chats have answers to which the chat "
+                     "template gives no stop token")
+    for found, home in zip(rows_of_files, homes):
+        if found["is_bad"].any():
+            lines.append(f"  {found['is_bad'].sum():,} rows are skipped: {home}/bad_rows.txt")
+    return lines
 
 
 def hold_out(corpus, share):
@@ -190,22 +371,29 @@ def hold_out(corpus, share):
     return training, evaluation
 
 
-def cache_key(sources, folder, cache, settings):
-    """Returns a hash of the contents of all files, of the tokenizer, and of the settings."""
-    # The names of files do not matter: a moved file is recognized, and a changed one is not.
-    files = list(itertools.chain.from_iterable(sources))
+def find_homes(sources, folder, cache, settings):
+    """Returns {path: folder of its tokens}. Its name is a hash of file, tokenizer and settings."""
+    files = list(itertools.chain.from_iterable(source.files for source in sources))
+    tokenizer_files = sorted(Path(folder).glob("additional_chat_templates/*"))
     for path in sorted(Path(folder).iterdir()):
-        if TOKENIZER_FILE.search(path.name) and path.is_file():
-            files.append(path)
-    hashes = hash_files(files, Path(cache) / "hashes.json")
-    files_of_source = [len(source) for source in sources]
-    content = [CACHE_VERSION, settings, files_of_source, *hashes]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        if path.is_file() and TOKENIZER_FILE.search(path.name):
+            tokenizer_files.append(path)
+    hashes = hash_files([*tokenizer_files, *files], Path(cache) / "hashes.json")
+    of_tokenizer = hashes[:len(tokenizer_files)]
+    homes = {}
+    for path, file_hash in zip(files, hashes[len(tokenizer_files):]):
+        # Of the name only the suffix matters, which tells how to read the file. So a file that was
+        # moved is recognized, and one that was changed is not.
+        name = re.sub(r"(\.gz|\.zst)$", "", path)
+        content = [CACHE_VERSION, settings, of_tokenizer, file_hash, os.path.splitext(name)[1]]
+        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        homes[path] = Path(cache) / key
+    return homes
 
 
 def hash_files(files, memory):
     """Returns the hash of each file. Those in the file `memory` are not computed again."""
-    with FileLock(memory.with_suffix(".lock")):
+    with exclusive(memory.with_suffix(".lock")):
         known = json.loads(memory.read_text()) if memory.exists() else {}
         hashes = []
         for path in files:
@@ -223,94 +411,219 @@ def hash_files(files, memory):
     return hashes
 
 
-def tokenize(sources, home, settings):
-    """Writes the documents of all files to the folder `home`, using all cores.
+@contextmanager
+def exclusive(path):
+    """Holds the lock of a file, which contains the name of its holder, and yields the open file.
 
-    settings: all arguments of Encoder. A call that was killed is continued by the next one.
+    The system releases the lock when all processes that have this open file have ended.
     """
-    part = home.with_suffix(".part")
-    part.mkdir(exist_ok=True)
-    total_bytes = sum(os.path.getsize(path) for path in itertools.chain.from_iterable(sources))
-    n_cores = len(os.sched_getaffinity(0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:  # not "w": the holder's name must stay until the lock is free
+        for attempt in itertools.count():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 10 * SILENT_SECONDS and os.environ.get("LOCAL_RANK", "0") == "0":
+                    file.seek(0)
+                    print(f"waiting for {path}, which {file.read()} holds", file=sys.stderr)
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield file
+
+
+def remove_old_parts(cache):
+    """Removes what killed builds left a week ago or earlier."""
+    for part in Path(cache).glob("*.part"):
+        if part.is_dir() and time.time() - part.stat().st_mtime > OLD_PART:
+            shutil.rmtree(part)
+
+
+def tokenize(paths, encoder, lock, bad_rows):
+    """Writes the documents of files, {folder to write: path}, using all cores.
+
+    A call that was killed is continued by the next one. Rows are checked before any is tokenized,
+    as far as this is possible without the chat template.
+    """
+    # Reading is many times faster than tokenizing, so that a bad row is known within minutes.
+    all_chunks = itertools.chain.from_iterable(map(read_chunks, paths.values()))
+    errors = []
+    n_rows = 0
+    n_bad = 0
+    needs_tokenizer = False
+    with process_chunks("checking", check_chunk, all_chunks, paths, encoder, lock) as done:
+        for chunk, (is_needed, errors_of_chunk) in done:
+            n_rows += len(chunk.rows)
+            n_bad += len(errors_of_chunk)
+            errors += errors_of_chunk[:MAX_REPORTED]
+            needs_tokenizer |= is_needed
+            if bad_rows == 0 and n_bad >= MAX_REPORTED:
+                break  # a share can be checked after the last row only
+    check_bad_rows(errors, n_bad, n_rows, bad_rows)
 
     # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
-    encoder = Encoder(*settings)
-    encoder.load()
+    if needs_tokenizer and encoder.tokenizer is None:
+        encoder.load()
+    homes = {path: home for home, path in paths.items()}
+    missing_chunks = itertools.chain.from_iterable(map(continue_part, homes, homes.values()))
+    errors = []
+    with process_chunks("tokenizing", encode_chunk, missing_chunks, paths, encoder, lock) as done:
+        for chunk, (tokens, records, errors_of_chunk) in done:
+            home = homes[chunk.path]
+            part = home.with_suffix(".part")
+            # A row counts as done when its record is written, so its tokens come first.
+            append(part / "tokens.bin", tokens.tobytes())
+            append(part / "bad_rows.txt", "".join(errors_of_chunk).encode())
+            append(part / "documents.bin", records.tobytes())
+            if chunk.is_last:
+                part.rename(home)
+            errors += errors_of_chunk
+            if bad_rows == 0 and len(errors) >= MAX_REPORTED:
+                break
+    if bad_rows == 0:
+        check_bad_rows(errors, len(errors), n_rows, bad_rows)
+
+
+def check_bad_rows(errors, n_bad, n_rows, bad_rows):
+    """Raises a ValueError that names the first bad rows if there are more than bad_rows allows."""
+    if n_bad > bad_rows * n_rows:
+        shown = "".join(itertools.islice(errors, MAX_REPORTED))
+        raise ValueError(f"{shown}{n_bad} of {n_rows} rows cannot be used: fix or remove them, or "
+                         "set BAD_ROWS to the share of rows that may be skipped")
+
+
+def continue_part(path, home):
+    """Yields the Chunks of a file that are not in the part of a killed build yet."""
+    part = home.with_suffix(".part")
+    part.mkdir(exist_ok=True)
+    yield from read_chunks(path, after=drop_incomplete(part))
+
+
+def drop_incomplete(part):
+    """Truncates the files of a killed build after the last complete row; returns its number."""
+    with open(part / "documents.bin", "ab") as file:
+        n_rows = file.tell() // DOCUMENT.itemsize
+        file.truncate(n_rows * DOCUMENT.itemsize)
+    rows = np.fromfile(part / "documents.bin", DOCUMENT)
+    with open(part / "tokens.bin", "ab") as file:
+        file.truncate(int(rows["length"].sum()) * np.dtype(np.int32).itemsize)
+    return rows["number"].max(initial=0)
+
+
+def append(path, content):
+    with open(path, "ab") as file:
+        file.write(content)
+
+
+def read_lines(path):
+    """Yields the lines of a text file."""
+    with open(path) as file:
+        yield from file
+
+
+@contextmanager
+def process_chunks(what, function, chunks, paths, encoder, lock):
+    """Yields an iterator over (chunk, function(chunk)), computed by one process per core.
+
+    The files of `paths` are the total of the progress bar.
+    """
+    n_cores = len(os.sched_getaffinity(0))
+    total_bytes = sum(os.path.getsize(path) for path in paths.values())
     fork = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(n_cores, fork, initializer=start_worker, initargs=(encoder,))
-    bar = tqdm(total=total_bytes, desc="tokenizing", unit="B", unit_scale=True, mininterval=2,
+    arguments = (encoder, lock, os.getpid())
+    pool = ProcessPoolExecutor(n_cores, fork, initializer=start_worker, initargs=arguments)
+    bar = tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, mininterval=2,
                disable=None)  # shown on a terminal only
-    tokens_file = open(part / "tokens.bin", "ab")
-    documents_file = open(part / "documents.bin", "ab")
-    with bar, pool, tokens_file, documents_file:
-        n_done = drop_incomplete(tokens_file, documents_file)
-        rows = itertools.islice(read_sources(sources), n_done, None)
-        for block, n_bytes in split_into_blocks(rows, BLOCK_BYTES * n_cores):
-            records = []
-            chunksize = 1 + len(block) // (64 * n_cores)
-            for tokens, record in pool.map(encode_in_worker, block, chunksize=chunksize):
-                tokens_file.write(tokens)
-                records.append(record)
-            # A document counts as done when its record is written, so its tokens come first.
-            tokens_file.flush()
-            documents_file.write(np.array(records, DOCUMENT))
-            documents_file.flush()
-            bar.update(n_bytes)
-    part.rename(home)
 
+    def results():
+        # In the order of the chunks, and few at a time, as the data may be larger than memory.
+        waiting = collections.deque()
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(function, chunk)))
+            if len(waiting) > 4 * n_cores:
+                yield finish(*waiting.popleft())
+        while waiting:
+            yield finish(*waiting.popleft())
 
-def drop_incomplete(tokens_file, documents_file):
-    """Truncates the files of a killed build after the last complete document; returns how many."""
-    n_documents = documents_file.tell() // DOCUMENT.itemsize
-    documents_file.truncate(n_documents * DOCUMENT.itemsize)
-    documents = np.fromfile(documents_file.name, DOCUMENT)
-    n_tokens = int(documents["length"].sum())
-    tokens_file.truncate(n_tokens * np.dtype(np.int32).itemsize)
-    return n_documents
+    def finish(chunk, future):
+        result = future.result()
+        bar.update(chunk.n_bytes)
+        return chunk, result
 
-
-def read_sources(sources):
-    """Yields (place, row, index of the source) for all rows of all files."""
-    for source, files in enumerate(sources):
-        for path in files:
-            for place, row in read_rows(path):
-                yield place, row, source
-
-
-def split_into_blocks(rows, block_bytes):
-    """Yields (rows, their bytes) for consecutive blocks of about block_bytes."""
-    block = []
-    n_bytes = 0
-    for place, row, source in rows:
-        block.append((place, row, source))
-        n_bytes += len(row) if isinstance(row, bytes) else len(str(row))
-        if n_bytes >= block_bytes:
-            yield block, n_bytes
-            block = []
-            n_bytes = 0
-    if block:
-        yield block, n_bytes
+    try:
+        with bar:
+            yield results()
+    except BrokenProcessPool as error:
+        raise RuntimeError("a process that tokenizes was killed, probably because memory ran out: "
+                           "give the job more memory, or fewer cores by taskset") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # Each worker process sets this once. As an argument, it would be pickled with every call.
 worker_encoder = None
 
 
-def start_worker(encoder):
+def start_worker(encoder, lock, parent):
+    """Prepares a process that tokenizes: it ends with its parent, and does not hold its lock."""
     global worker_encoder
     worker_encoder = encoder
+    lock.close()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
+    # Otherwise it would wait for further chunks for ever if its parent is killed.
+    set_signal_of_parents_death = 1  # PR_SET_PDEATHSIG of Linux
+    ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before
+        os._exit(1)
 
 
-def encode_in_worker(row):
-    return encode_row(worker_encoder, row)
+def check_chunk(chunk):
+    """Returns whether any row needs a tokenizer, and the errors of rows."""
+    needs_tokenizer = False  # rows of input_ids do not
+    errors = []
+    for number, row in chunk.rows:
+        try:
+            fields = parse_row(row)
+            example = read_example(fields, worker_encoder.wanted_format, worker_encoder.columns)
+            needs_tokenizer |= example.tokens is None
+        except Exception as error:
+            errors.append(describe_bad_row(chunk.path, number, error))
+    return needs_tokenizer, errors
 
 
-def encode_row(encoder, row):
-    """Returns the tokens of a row (place, content, source), and the fields of its DOCUMENT."""
-    place, content, source = row
-    with naming(place):
-        tokens, full_length = encoder(content)
-    targets = int(is_trained(tokens[1:]).sum())
-    largest_id = int(token_ids(tokens).max(initial=0))
-    row_hash = hash_row(parse_row(content))
-    return tokens, (len(tokens), targets, full_length, largest_id, source, row_hash)
+def encode_chunk(chunk):
+    """Returns the tokens of all rows of a chunk, their records (DOCUMENT), and their errors."""
+    results = worker_encoder.encode_rows([row for _, row in chunk.rows])
+    errors = []
+    is_bad = []
+    for i, (number, _) in enumerate(chunk.rows):
+        is_bad.append(isinstance(results[i], Exception))
+        if is_bad[i]:
+            errors.append(describe_bad_row(chunk.path, number, results[i]))
+            results[i] = Encoded(np.array([], np.int32), full_length=0)
+
+    # Arithmetic on all rows at once is much faster than one by one if they are short.
+    records = np.zeros(len(results), DOCUMENT)
+    records["number"] = [number for number, _ in chunk.rows]
+    records["length"] = [len(encoded.tokens) for encoded in results]
+    records["full_length"] = [encoded.full_length for encoded in results]
+    records["hash"] = [encoded.hash for encoded in results]
+    records["is_bad"] = is_bad
+    records["is_lossy"] = [encoded.is_lossy for encoded in results]
+    records["is_endless"] = [encoded.is_endless for encoded in results]
+    tokens = np.concatenate([np.array([], np.int32), *[encoded.tokens for encoded in results]])
+    not_empty = records["length"] > 0
+    if not_empty.any():
+        first = (np.cumsum(records["length"]) - records["length"])[not_empty]
+        is_target = is_trained(tokens)
+        is_target[first] = False
+        records["targets"][not_empty] = np.add.reduceat(is_target, first, dtype=np.int64)
+        records["largest_id"][not_empty] = np.maximum.reduceat(token_ids(tokens), first)
+    return tokens, records, errors
+
+
+def describe_bad_row(path, number, error):
+    """Returns a line about a row that cannot be used."""
+    return f"{path}:{number}: {describe_error(error)}".replace("\n", " ") + "\n"

@@ -454,6 +454,7 @@ class Rows:
         for length, count in histogram.items():
             bars.append(f"{length:,} {'▁▂▃▄▅▆▇█'[7 * count // tallest]}")
         text = (
+            "{notes}\n"
             "{documents:,} documents: {empty:,} empty, {without_target:,} without a target, "
             "{dropped_documents:,} dropped, {shortened:,} shortened, {cut_documents:,} cut by "
             "rows\n"
@@ -463,7 +464,8 @@ class Rows:
             "pieces in each, with {attention:.1%} of the attention of undivided rows\n"
             "lengths of documents, in tokens from: {bars}"
         )
-        return text.format(**counts, bars="  ".join(bars))
+        notes = self.corpus.notes
+        return text.format(**counts, bars="  ".join(bars), notes=notes).lstrip()
 
 
 def length_histogram(lengths):

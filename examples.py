@@ -61,7 +61,7 @@ def describe_error(error):
 def parse_json(content, rule):
     """Returns the object that bytes hold. The error message ends with the rule."""
     try:
-        return JSON.decode(content.decode("utf-8-sig"))
+        return JSON.decode(content.decode())
     except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"{type(error).__name__} {error}: {rule}") from error
 

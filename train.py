@@ -68,6 +68,7 @@ ACCEPT_LOSS = False             # chat: train although the template leaves out c
 NO_STOP_TOKEN = "refuse"        # chat: where no stop token ends an answer: "append" eos; "accept"
 FORMAT = ""                     # of rows that have the keys of several formats, such as "text"
 COLUMNS = {}                    # {key that a format has: the key in the rows of DATA}
+BAD_ROWS = 0.0                  # share of rows that may be unusable, which are skipped and listed
 MAX_POSITION_EMBEDDINGS = 0     # extend the context to so many tokens; 0: as in the checkpoint
 ROPE_SCALING = None             # how: "yarn", "linear", "dynamic", "llama3" or a dict; None: yarn
 LOSS_WEIGHT = "token"           # n targets in a document count n; "sample": 1; "square": sqrt(n)
@@ -149,7 +150,7 @@ NOT_NEGATIVE = (
     "MLP_CHUNK", "LEARNING_RATE", "WEIGHT_DECAY", "MAX_GRAD_NORM", "SEED", "EVAL_EVERY",
     "SAMPLE_TOKENS", "SAVE_MINUTES")
 FROM_MINUS_ONE = ("MAX_STEPS", "SAVE_EVERY")
-RATIOS = ("WARMUP_RATIO", "MIN_LEARNING_RATE_RATIO")
+RATIOS = ("WARMUP_RATIO", "MIN_LEARNING_RATE_RATIO", "BAD_ROWS")
 
 # Constants whose value may be of another type than the default: a path or a list of paths.
 ANY_TYPE = ("DATA", "EVAL_DATA", "BETAS", "ROPE_SCALING")
@@ -513,7 +514,8 @@ def open_corpus(source, folder, config):
     cap = 0 if OVERLONG == "split" else MAX_LENGTH  # tokens per document; 0: no limit
     return data.build_corpus(
         files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG, cap,
-        FORMAT, COLUMNS, ACCEPT_LOSS, NO_STOP_TOKEN, vocab_size=config.vocab_size)
+        FORMAT, COLUMNS, ACCEPT_LOSS, NO_STOP_TOKEN, vocab_size=config.vocab_size,
+        bad_rows=BAD_ROWS)
 
 
 def make_rows(corpus):

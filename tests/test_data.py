@@ -6,15 +6,22 @@ import gzip
 import json
 import math
 import os
+import re
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -829,11 +836,8 @@ TEXTS = ["one", "two\u2028 and more", "three 三", "", "five", "six", "seven", "
 def write(path, texts=TEXTS):
     """Writes rows of {"text": ...} in the format that the file's name says. Returns the path."""
     rows = [{"text": text} for text in texts]
-    name = path.name.removesuffix(".gz")
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
     if name.endswith(".parquet"):
-        import pyarrow
-        from pyarrow import parquet
-
         table = pyarrow.table({"text": texts, "messages": pyarrow.nulls(len(texts))})
         parquet.write_table(table, path)
         return str(path)
@@ -846,6 +850,8 @@ def write(path, texts=TEXTS):
     content = byte_order_mark + content.encode()
     if path.name.endswith(".gz"):
         content = gzip.compress(content)
+    if path.name.endswith(".zst"):
+        content = pyarrow.compress(content, codec="zstd", asbytes=True)
     path.write_bytes(content)
     return str(path)
 
@@ -855,27 +861,30 @@ def build(tmp_path, tokenizer_files):
     """A function from DATA and settings to its Corpus, with the byte-level tokenizer."""
     tokenizer_files(tmp_path)
 
-    def build_corpus(source, overlong="split", cap=0):
+    def build_corpus(source, overlong="split", cap=0, bad_rows=0.0):
         append_eos = True
         train_on_prompt = False
         mask_history = False
         return data.build_corpus(source, tmp_path, tmp_path / "cache", append_eos,
-                                 train_on_prompt, mask_history, overlong, cap)
+                                 train_on_prompt, mask_history, overlong, cap, bad_rows=bad_rows)
     return build_corpus
 
 
-def texts_of(corpus):
+def texts_of(corpus, decode_specials=False):
     """The documents as texts, without eos. A token is a letter of the byte-level alphabet."""
     letters = dict(enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=3))
+    if decode_specials:
+        letters.update(enumerate(SPECIALS[:3]))
     decoder = decoders.ByteLevel()
     texts = []
     for document in range(len(corpus.targets)):
-        tokens = corpus.read(document, 0, 10**6)[:-1].tolist()
+        tokens = data.token_ids(corpus.read(document, 0, 10**6))[:-1].tolist()
         texts.append(decoder.decode([letters[token] for token in tokens]))
     return texts
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz", "a.json.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.parquet", "a.jsonl.gz",
+                                  "a.json.gz", "a.jsonl.zst"])
 def test_files_of_every_kind(build, tmp_path, name):
     assert texts_of(build(write(tmp_path / name))) == TEXTS
 
@@ -959,37 +968,296 @@ def test_the_cache_is_keyed_by_content_and_settings(build, tmp_path):
     assert texts_of(changed)[-1] == "night"
 
 
-@pytest.mark.parametrize("torn", [0, 5])
-def test_a_killed_tokenization_is_continued(build, tmp_path, monkeypatch, torn):
-    """Killed after 170 documents, in the middle of a record: the other 230 are tokenized once."""
-    many = [f"{i} " * (i % 7) for i in range(400)]
-    sources = [write(tmp_path / "a.jsonl", many[:150]), write(tmp_path / "b.jsonl", many[150:])]
-    corpus = build(sources)
-    whole = tmp_path / "whole"
-    (tmp_path / "cache" / corpus.key).rename(whole)
+@pytest.fixture
+def encoded_rows(tmp_path, monkeypatch):
+    """A function that returns how many rows were tokenized since its last call."""
+    folder = tmp_path / "encoded"  # worker processes share files alone
+    folder.mkdir()
+    encode_rows = data.Encoder.encode_rows
 
-    part = tmp_path / "cache" / f"{corpus.key}.part"
+    def leave_a_file_and_encode(self, rows):
+        (folder / f"{os.getpid()}-{time.time_ns()}").write_text(str(len(rows)))
+        return encode_rows(self, rows)
+
+    def count():
+        n_rows = 0
+        for file in folder.iterdir():
+            n_rows += int(file.read_text())
+            file.unlink()
+        return n_rows
+
+    monkeypatch.setattr(data.Encoder, "encode_rows", leave_a_file_and_encode)
+    return count
+
+
+def homes_of(tmp_path):
+    """{the first document of a file: the folder in the cache with its tokens}."""
+    homes = {}
+    for home in (tmp_path / "cache").iterdir():
+        if home.is_dir():
+            homes[np.fromfile(home / "tokens.bin", np.int32)[0]] = home
+    return homes
+
+
+@pytest.mark.parametrize("torn", [0, 5])
+def test_a_killed_tokenization_is_continued(build, tmp_path, encoded_rows, torn):
+    """Killed after 170 documents, in the middle of a record: the other 230 are tokenized once."""
+    many = [f"{i} " * (1 + i % 7) for i in range(400)]
+    sources = [write(tmp_path / "a.jsonl", many[:150]), write(tmp_path / "b.jsonl", many[150:])]
+    build(sources)
+    assert encoded_rows() == 400
+
+    done, killed = sorted((tmp_path / "cache").glob("*/tokens.bin"), key=os.path.getsize)
+    home = killed.parent
+    whole = tmp_path / "whole"
+    home.rename(whole)
+    part = home.with_suffix(".part")
     part.mkdir()
-    documents = np.fromfile(whole / "documents.bin", data.DOCUMENT)[:170]
+    documents = np.fromfile(whole / "documents.bin", data.DOCUMENT)[:20]
     n_tokens = int(documents["length"].sum())
     (part / "documents.bin").write_bytes(documents.tobytes() + b"x" * torn)
     tokens = np.fromfile(whole / "tokens.bin", np.int32)[:n_tokens + torn]
     tokens.tofile(part / "tokens.bin")
 
-    encoded = tmp_path / "encoded"
-    encoded.mkdir()
-    encode = data.Encoder.__call__
-
-    def leave_a_file_and_encode(self, row):  # in a worker process, which shares files alone
-        (encoded / f"{os.getpid()}-{time.time_ns()}-{hash(str(row))}").touch()
-        return encode(self, row)
-
-    monkeypatch.setattr(data.Encoder, "__call__", leave_a_file_and_encode)
     continued = build(sources)
-    assert len(list(encoded.iterdir())) == 230
+    assert encoded_rows() == 230
     for name in ("tokens.bin", "documents.bin"):
-        assert (tmp_path / "cache" / corpus.key / name).read_bytes() == (whole / name).read_bytes()
+        assert (home / name).read_bytes() == (whole / name).read_bytes()
     assert texts_of(continued) == many
+
+
+# What a killed process leaves, as a program of its own.
+SLOW_BUILD = """
+import sys
+import time
+sys.path.insert(0, sys.argv[1])
+import corpus
+corpus.CHUNK_BYTES = 100
+encode_rows = corpus.Encoder.encode_rows
+def encode_slowly(self, rows):
+    time.sleep(0.05)
+    return encode_rows(self, rows)
+corpus.Encoder.encode_rows = encode_slowly
+folder, data = sys.argv[2:]
+corpus.build_corpus(data, folder, folder + "/cache", True, False, False, "split", 0)
+"""
+
+
+def wait_until(condition, seconds=30):
+    """Returns the first value of a condition that is true."""
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"{condition.__name__} did not become true")
+
+
+def is_running(process):
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    state = stat.rpartition(")")[2].split()[0]
+    return state != "Z"  # it has ended, and nobody has asked for its exit code
+
+
+def test_a_killed_process_leaves_no_worker_and_no_lock(build, tmp_path, encoded_rows):
+    texts = [f"document {i}" for i in range(400)]
+    path = write(tmp_path / "a.jsonl", texts)
+    root = str(Path(corpus.__file__).parent)
+    killed = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, root, str(tmp_path), path],
+                              stderr=subprocess.DEVNULL)
+
+    def written():
+        return [file for file in tmp_path.glob("cache/*.part/documents.bin") if file.stat().st_size]
+
+    def workers_are_gone():
+        return not any(map(is_running, workers))
+
+    workers = []
+    try:
+        wait_until(written)
+        workers += Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+        assert workers
+        for worker in workers:
+            opened = [os.readlink(link) for link in Path(f"/proc/{worker}/fd").iterdir()]
+            assert not any(name.endswith(".lock") for name in opened)
+        killed.kill()
+        killed.wait()
+        wait_until(workers_are_gone, seconds=5)
+    finally:
+        killed.kill()
+        for worker in filter(is_running, workers):
+            os.kill(int(worker), signal.SIGKILL)
+
+    assert texts_of(build(path)) == texts
+    assert 0 < encoded_rows() < 400
+
+
+def test_a_wait_for_a_lock_says_who_holds_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "SILENT_SECONDS", 0)
+    path = tmp_path / "a.lock"
+    entered = []
+
+    def enter():
+        with corpus.exclusive(path):
+            entered.append(True)
+
+    with corpus.exclusive(path):
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        time.sleep(0.5)
+        assert not entered
+    waiting.join(10)
+    assert entered
+    name = f"process {os.getpid()} on {os.uname().nodename}"
+    assert capsys.readouterr().err == f"waiting for {path}, which {name} holds\n"
+
+
+def test_a_worker_that_is_killed_says_so(build, tmp_path, monkeypatch):
+    def die(self, rows):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(data.Encoder, "encode_rows", die)
+    with pytest.raises(RuntimeError, match="was killed, probably because memory ran out: give"):
+        build(write(tmp_path / "a.jsonl"))
+
+
+def test_bad_rows_are_reported_together_before_any_is_tokenized(build, tmp_path, encoded_rows):
+    rows = [json.dumps({"text": "a"})] * 30
+    for number in range(4, 30, 2):
+        rows[number - 1] = "{"
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError) as failure:
+        build([write(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")])
+    lines = str(failure.value).splitlines()
+    assert len(lines) == 11
+    for line, number in zip(lines, range(4, 24, 2)):
+        assert line.startswith(f"{tmp_path}/a.jsonl:{number}: JSONDecodeError")
+    assert "rows cannot be used: fix or remove them, or set BAD_ROWS" in lines[-1]
+    assert encoded_rows() == 0
+
+
+def test_a_mended_file_is_tokenized_alone(build, tmp_path, encoded_rows):
+    first = write(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"messages": []}')
+    with pytest.raises(ValueError, match="b.jsonl:2: .*0 of 0 assistant turns"):
+        build([first, str(tmp_path / "b.jsonl")])
+    build(first)
+    encoded_rows()
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"text": "y"}')
+    assert texts_of(build([first, str(tmp_path / "b.jsonl")])) == [*TEXTS, "x", "y"]
+    assert encoded_rows() == 2
+
+
+@pytest.mark.parametrize("allowed,works", [(0.25, True), (0.1, False), (0.0, False)])
+def test_a_share_of_bad_rows_is_skipped_and_listed(build, tmp_path, allowed, works):
+    """The first row can be seen to be bad by itself, and the other one by its template only."""
+    rows = [{"text": 5}, *[{"text": text} for text in TEXTS], LEFT_OUT_BY_CHATML]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    if not works:
+        n_bad = 1 if allowed == 0 else 2  # no row is tokenized if one is bad by itself
+        with pytest.raises(ValueError, match=f"(?s)a.jsonl:1: .*{n_bad} of 10 rows cannot be used"):
+            build(path, bad_rows=allowed)
+        return
+
+    made = build(path, bad_rows=allowed)
+    assert texts_of(made) == TEXTS
+    described = data.Rows(made, "whole", 9, 0).describe()
+    match = re.search(r"2 rows are skipped: (.*/bad_rows.txt)", described)
+    listed = Path(match[1]).read_text().splitlines()
+    assert [line.partition(": ")[0] for line in listed] == [f"{path}:1", f"{path}:10"]
+    with pytest.raises(ValueError, match="2 of 10 rows cannot be used"):
+        build(path)
+
+
+LEFT_OUT_BY_CHATML = chat(user("Hi"), assistant("Yes", **REASON))
+
+
+def test_what_killed_builds_left_is_removed_after_a_week(build, tmp_path):
+    week = 7 * 24 * 3600
+    ages = {"old": week + 60, "new": week - 60}
+    for name, age in ages.items():
+        part = tmp_path / f"cache/{name}.part"
+        part.mkdir(parents=True)
+        os.utime(part, (time.time() - age, time.time() - age))
+    build(write(tmp_path / "a.jsonl"))
+    assert [part.name for part in tmp_path.glob("cache/*.part") if part.is_dir()] == ["new.part"]
+
+
+def test_nulls_of_a_table_are_no_text(build, tmp_path):
+    """A column of objects has all keys in each of them there, and null where a key is missing."""
+    messages = [user("Hi"), assistant(None, tool_calls=[
+        {"function": {"name": "f", "arguments": {"x": "1"}}},
+        {"function": {"name": "g", "arguments": {"y": "2"}}}])]
+    parquet.write_table(pyarrow.Table.from_pylist([chat(*messages)]), tmp_path / "a.parquet")
+    [text] = texts_of(build(str(tmp_path / "a.parquet")), decode_specials=True)
+    assert '{"name": "f", "arguments": {"x": "1"}}' in text
+    assert "null" not in text
+
+
+def test_what_was_read_is_said(build, books):
+    (books / "books/.hidden").mkdir()
+    write(books / "books/.hidden/d.jsonl", ["hidden"])
+    write(books / "books/.e.jsonl", ["hidden"])
+    (books / "books/f.txt").write_text("one\ndocument")
+    (books / "linked").mkdir()
+    write(books / "linked/g.jsonl", ["linked"])
+    (books / "books/link").symlink_to(books / "linked")
+    (books / "books/loop").symlink_to(books / "books")
+    sources = [str(books / "books"), str(books / "linked/g.jsonl"), str(books / "c.jsonl.gz")]
+    made = build(sources)
+    assert sorted(texts_of(made)) == ["a", "b", "c", "d", "linked", "one\ndocument"]
+
+    assert not data.is_chat(sources)
+    described = data.Rows(made, "whole", 99, seed=0).describe()
+    assert f"{sources[0]}: 4 files, 4 documents, 24 tokens, 20 trained, 1 epochs" in described
+    assert "1 files are no data: README.md" in described
+    assert f"{sources[1]}: 0 files, 0 documents, 0 tokens" in described
+    assert f"{sources[2]}: 1 files, 2 documents, 4 tokens, 2 trained" in described
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.arrow", "d.csv.gz"])
+def test_data_that_cannot_be_read_is_refused_by_name(build, books, name):
+    (books / "books" / name).write_text("a,b")
+    with pytest.raises(ValueError, match=f"matches {name}: .*convert others"):
+        build(str(books / "books"))
+
+
+def test_what_the_template_leaves_out_is_counted(build, tmp_path, tokenizer_files):
+    tokenizer_files(tmp_path, TEMPLATES["forgetful"])
+    path = write_jsonl(tmp_path / "a.jsonl", [THREE_ROLES, TWO_TURNS])
+    settings = (True, False, False, "split", 0, "", {}, True, "refuse")
+    made = data.build_corpus(path, tmp_path, tmp_path / "cache", *settings)
+    assert "1 chats have contents that the chat template leaves out" in made.notes
+
+
+def test_named_templates_are_a_part_of_the_key(build, tmp_path):
+    path = write(tmp_path / "a.jsonl")
+    without = build(path).key
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text(TEMPLATES["tools"])
+    with_one = build(path).key
+    (folder / "tool_use.jinja").write_text(TEMPLATES["deepseek"])
+    assert len({without, with_one, build(path).key}) == 3
+
+
+def test_no_tools_choose_the_default_template(tmp_path, tokenizer_files):
+    tokenizer = tokenizer_files(tmp_path)
+    tokenizer.chat_template = {"default": TEMPLATES["chatml"], "tool_use": TEMPLATES["deepseek"]}
+    tokenizer.save_pretrained(tmp_path)
+    encode = data.Encoder(str(tmp_path), True, False, False, "split", 0)
+    for row in (ONE_TURN, {**ONE_TURN, "tools": []}, {**ONE_TURN, "tools": "[]"}):
+        assert Reader(encode)(row).endswith("<|im_start|>assistant\n«Yes<|im_end|>»\n")
+
+
+def test_a_row_without_a_target_is_counted(build, tmp_path):
+    rows = [chat(user("Hi"), assistant("Yes", weight=0)), ONE_TURN]
+    made = build(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert "2 documents: 0 empty, 1 without a target" in data.Rows(made, "whole", 99, 0).describe()
 
 
 # ------------------------------------------------------------------------------------------ packing
