@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 8 train.py [NAME=VALUE ...]
 
 Edit the constants below, or set any of them on the command line. Then read main() from top to
-bottom: plan, data, process groups, model, resume, training loop, export, samples.
+bottom: plan, data, process groups, model, resume, training loop, export, samples. An error is one
+line; with the environment variable DEBUG=1 its traceback is printed.
 """
 import ast
 import contextlib
@@ -1309,6 +1310,39 @@ def print_help():
     print(f"{__doc__}\n{source[begin:end]}", end="")
 
 
+def report(error):
+    """End this process with exit code 1 and one line about an error, or with all if DEBUG is 1."""
+    # torchrun stops all ranks when one of them fails, and it describes every rank that did not end
+    # with exit code 0. So the other ranks wait until it stops them, and end with 0.
+    signal.signal(signal.SIGTERM, exit_quietly)
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # set by torchrun
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+    elif error_file:
+        time.sleep(1)  # until the others wait
+    if os.environ.get("DEBUG") == "1":
+        raise error
+
+    text = str(error)
+    if type(error) is not ValueError:
+        text = f"{type(error).__name__}: {text} (DEBUG=1 shows where)"
+    if sys.stderr.isatty():
+        text = f"\033[31m{text}\033[0m"  # red
+    if error_file:
+        # torchrun shows the message in this file at the end of its own report.
+        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(error_file).write_text(json.dumps({"message": message}))
+    else:
+        print(text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # at once: other threads, as of NCCL, may wait for ranks that are gone
+
+
+def exit_quietly(signal_number, frame):
+    os._exit(0)
+
+
 if __name__ == "__main__":
     if "--help" in sys.argv:
         print_help()
@@ -1316,8 +1350,5 @@ if __name__ == "__main__":
     try:
         override(sys.argv[1:])
         main()
-    except Exception:
-        # torchrun ends all processes when one of them fails: let the first rank print its error.
-        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
-            time.sleep(2)
-        raise
+    except Exception as error:
+        report(error)

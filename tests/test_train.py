@@ -4,10 +4,13 @@ import ast
 import json
 import math
 import os
+import pty
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from costs import GPUS
 from model import Transformer
 from tools import plan as plan_tool
 
+ROOT = Path(train.__file__).parent
 DEFAULTS = {name: getattr(train, name) for name in train.CONSTANTS}
 
 # What the tests want otherwise: small, exact and without samples.
@@ -815,9 +819,57 @@ def test_the_learning_rate_of_short_runs():
     assert train.learning_rate(1, 10) < 2.0
 
 
-# ------------------------------------------------------------------ how the files import each other
+# ------------------------------------------------------------------------------- errors of the user
 
-ROOT = Path(train.__file__).parent
+def torchrun(*arguments, **environment):
+    """Runs train.py on two ranks. Returns the exit code and what it printed."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py",
+         *arguments],
+        cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=120)
+    return finished.returncode, finished.stdout
+
+
+def test_an_error_is_one_line_at_the_end(setup, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": 5}')
+    settings = setup("run", DATA=str(tmp_path / "bad.jsonl"), MAX_LENGTH=64)
+    arguments = [f"{name}={value}" for name, value in settings.items()]
+    code, printed = torchrun(*arguments)
+    assert code == 1
+    message = f"{tmp_path}/bad.jsonl:1: text 5 is not a string"
+    assert printed.count(message) == 1
+    assert printed.count("1 of 1 rows cannot be used") == 1
+
+    # The frame around it is torchrun's own, which has one traceback of its own.
+    after = printed[printed.index(message):].splitlines()
+    assert len(after) <= 4
+    assert "/train.py" not in printed.replace("/train.py FAILED", "")
+    assert "rank      : 1" not in printed
+
+
+def test_debug_shows_the_traceback():
+    code, printed = torchrun("MAX_LENGHT=1", DEBUG="1")
+    assert code == 1
+    assert "in override" in printed
+    assert "ValueError: 'MAX_LENGHT=1' does not set a constant of train.py" in printed
+
+
+def test_an_error_without_torchrun_is_one_line_and_red_on_a_terminal():
+    terminal, stderr = pty.openpty()
+    finished = subprocess.run([sys.executable, "train.py", "MAX_LENGHT=1"], cwd=ROOT,
+                              stdout=subprocess.PIPE, stderr=stderr)
+    os.close(stderr)
+    printed = os.read(terminal, 10**4).decode()
+    os.close(terminal)
+    assert finished.returncode == 1
+    assert finished.stdout == b""
+    red = re.escape("\033[31m")
+    plain = re.escape("\033[0m")
+    assert re.fullmatch(f"{red}'MAX_LENGHT=1' does not set a constant .*{plain}\r\n", printed)
+
+
+# ------------------------------------------------------------------ how the files import each other
 
 MAY_IMPORT = {
     "train.py": {"data", "convert", "model", "costs", "parallel", "metrics"},
