@@ -93,7 +93,10 @@ def demo(checkout, ranks, folder):
 
 def token_cache(data, file, tokenizer, settings, folder):
     corpus = data.build_corpus(str(file), str(tokenizer), str(folder), *settings)
-    return hash_arrays([corpus.tokens, corpus.offsets, corpus.targets, corpus.full])
+    documents = []
+    for document, length in enumerate(np.diff(corpus.offsets)):
+        documents.append(corpus.read(document, 0, length))
+    return hash_arrays([*documents, corpus.offsets, corpus.targets, corpus.full])
 
 
 def to_integers(piece):

@@ -1,0 +1,97 @@
+"""Measures the CPU time of tokenization beside that of the tokenizer alone, and of long chats.
+
+    python bench/tokenization.py FOLDER TEXT.jsonl
+
+FOLDER has a tokenizer and a chat template; TEXT.jsonl has rows of {"text": ...}. Both the build of
+a corpus and encode_batch, which is all that cannot be avoided, run in one process per core. So
+they have the same conditions, which matter: two processes on one core slow each other down.
+"""
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import corpus  # noqa: E402
+from examples import Encoder  # noqa: E402
+
+MEGABYTES = 24  # of text, for each length of documents
+SETTINGS = (True, False, False, "split", 0)  # of Encoder, after the folder
+
+
+def cpu_seconds(who):
+    usage = resource.getrusage(who)
+    return usage.ru_utime + usage.ru_stime
+
+
+def encode_batches(backend, texts):
+    for start in range(0, len(texts), 1000):
+        backend.encode_batch(texts[start:start + 1000], add_special_tokens=False)
+
+
+def measure_encode_batch(backend, texts):
+    """Returns the CPU seconds of encode_batch in one process per core."""
+    n_cores = len(os.sched_getaffinity(0))
+    began = cpu_seconds(resource.RUSAGE_CHILDREN)
+    processes = []
+    for core in range(n_cores):
+        part = texts[core::n_cores]
+        process = multiprocessing.Process(target=encode_batches, args=(backend, part))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join()
+    return cpu_seconds(resource.RUSAGE_CHILDREN) - began
+
+
+def measure_build(folder, texts):
+    """Returns the CPU seconds of a build: of the workers, and of the process that reads files."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "texts.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        workers = cpu_seconds(resource.RUSAGE_CHILDREN)
+        reader = cpu_seconds(resource.RUSAGE_SELF)
+        corpus.build_corpus(str(path), folder, temporary + "/cache", *SETTINGS)
+        workers = cpu_seconds(resource.RUSAGE_CHILDREN) - workers
+        reader = cpu_seconds(resource.RUSAGE_SELF) - reader
+    return workers, reader
+
+
+def main(folder, path):
+    text = "\n".join(json.loads(line)["text"] for line in open(path))
+    text *= 1 + MEGABYTES * 10**6 // len(text)
+    text = text[:MEGABYTES * 10**6]
+    encoder = Encoder(folder, *SETTINGS)
+    encoder.load()  # imports transformers
+    began = cpu_seconds(resource.RUSAGE_SELF)
+    encoder.load()
+    loading = cpu_seconds(resource.RUSAGE_SELF) - began
+
+    for length in (2000, 40):
+        texts = [text[start:start + length] for start in range(0, len(text), length)]
+        alone = measure_encode_batch(encoder.tokenizer.backend_tokenizer, texts)
+        workers, reader = measure_build(folder, texts)
+        reader -= loading  # once a build, whatever its size
+        print(f"{length} characters: encode_batch {alone:.2f} s, build {workers:.2f} + {reader:.2f}"
+              f" s, share {alone / (workers + reader):.2f}; "
+              f"{MEGABYTES / workers:.1f} MB/s per worker, {MEGABYTES / reader:.0f} MB/s read")
+
+    for n_messages in (10, 100, 1000, 4000):
+        messages = []
+        for i in range(n_messages):
+            role = "assistant" if i % 2 else "user"
+            messages.append({"role": role, "content": text[100 * i:100 * i + 100]})
+        began = time.process_time()
+        encoder({"messages": messages})
+        seconds = time.process_time() - began
+        print(f"a chat of {n_messages} messages: {seconds:.3f} s")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
