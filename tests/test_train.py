@@ -819,6 +819,22 @@ def test_the_learning_rate_of_short_runs():
     assert train.learning_rate(1, 10) < 2.0
 
 
+def test_constants_tell_how_rows_are_read(setup, tmp_path):
+    rows = [{"q": "Hi", "a": "Yes", "text": "both"}, {"q": 5, "a": "No"}, {"text": "x"}]
+    set_constants(SMALL, setup("run", DATA=write_jsonl(tmp_path / "qa.jsonl", rows)))
+    train.override(["COLUMNS={'instruction': 'q', 'output': 'a'}", "FORMAT=instruction",
+                    "BAD_ROWS=0.4"])
+    folder, config, *_ = train.plan(1)
+    described = train.open_data(train.DATA, folder, config).describe()
+    assert "1 files, 2 documents" in described
+    assert "1 rows are skipped" in described
+
+    set_constants(SMALL, {"BAD_ROWS": 1.5})
+    with pytest.raises(ValueError, match="BAD_ROWS 1.5"):
+        train.check_constants()
+
+
+
 # ------------------------------------------------------------------------------- errors of the user
 
 def torchrun(*arguments, **environment):
