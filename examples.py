@@ -10,6 +10,8 @@ import itertools
 import json
 import os
 import re
+import resource
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -440,6 +442,36 @@ class Place(NamedTuple):
     lost: str  # a content that does not stand there, or ""
 
 
+RENDER_SECONDS = 20         # that a template may take to write one conversation
+RENDER_BYTES = 4 * 2**30    # of memory that it may take
+
+
+@contextmanager
+def bounded():
+    """Ends the body with a ValueError if it takes too long or too much memory.
+
+    A chat template is a program from a folder that may come from anywhere.
+    """
+    def stop(number, frame):
+        raise ValueError(f"it takes more than {RENDER_SECONDS} seconds: correct the template")
+
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data and stack
+    limit = pages * resource.getpagesize() + RENDER_BYTES
+    old_limit, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
+    old_handler = signal.signal(signal.SIGALRM, stop)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard_limit))
+    signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)
+    try:
+        yield
+    except MemoryError:
+        raise ValueError(f"it takes more than {RENDER_BYTES / 2**30:.0f} GiB of memory: correct "
+                         "the template") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (old_limit, hard_limit))
+        signal.signal(signal.SIGALRM, old_handler)
+
+
 class Chat:
     """A conversation as the chat template writes it.
 
@@ -466,7 +498,7 @@ class Chat:
         """Returns the text of the first messages, and the spans of the generation markers."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with naming(f"the chat template, up to message {n_messages - 1}"):
+        with naming(f"the chat template, up to message {n_messages - 1}"), bounded():
             texts, marked = render_jinja_template(
                 [self.messages[:n_messages]],
                 self.functions or None,

@@ -421,6 +421,17 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("template,message", [
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+     "message 1: it takes more than 1 seconds: correct the template"),
+    ("{{ 'a' * 10**11 }}", "message 1: it takes more than 4 GiB of memory: correct the template"),
+])
+def test_a_template_that_does_not_end_is_refused(reader, monkeypatch, template, message):
+    monkeypatch.setattr(examples, "RENDER_SECONDS", 1)
+    with pytest.raises(ValueError, match=message):
+        reader(template)({"instruction": "hello", "output": "yes"})
+
+
 @pytest.mark.parametrize("template,row,expected", MASKS.values(), ids=MASKS)
 def test_what_is_trained(reader, template, row, expected):
     assert reader(template)(row) == expected
