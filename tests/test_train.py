@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import time
 import subprocess
 import sys
 from pathlib import Path
@@ -261,6 +262,7 @@ def terminate_one_rank():
     def terminate_and_return(step, steps):
         if step == 2 and torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # a thread of its own reads signals
         return learning_rate(step, steps)
     train.learning_rate = terminate_and_return
 
