@@ -203,7 +203,7 @@ def transient_of_block(config, recompute, tokens, chunk, sp):
         if recompute == "all":
             attention += q                  # the output after its exchange
         if tokens * qkv >= 2**31:
-            attention += qkv                # contiguous copies, see Attention.exchange
+            attention += qkv                # contiguous copies, see Attention.kernel_inputs
     return 2 * max(mlp, tokens * attention)
 
 
