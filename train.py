@@ -317,6 +317,9 @@ def check_constants():
             raise ValueError(
                 f"{name} {globals()[name]} is out of range: use a number between 0 and 1.")
     check_betas()
+    if not isinstance(ROPE_SCALING, (type(None), str, dict)):
+        raise ValueError(f"ROPE_SCALING {ROPE_SCALING!r} is neither a name nor a dict: use None, "
+                         "'yarn', 'linear', 'dynamic', 'llama3' or a dict like config.json's.")
     if KEEP_CHECKPOINTS == 0 or KEEP_CHECKPOINTS < -1:
         raise ValueError(f"KEEP_CHECKPOINTS {KEEP_CHECKPOINTS} is not a number of checkpoints: "
                          "use -1 to keep all, or a number greater than 0.")
@@ -373,32 +376,40 @@ def plan(world):
         config.sliding_window = None  # it covers every row; kernels are faster without a window
 
     sp, settings = choose_settings(config, world, this_gpu(), host_memory_per_process())
-    dp = parallel.check(
-        world, REPLICAS, sp, config.num_attention_heads, config.num_key_value_heads)
+    for name, field in CHOSEN.items():
+        globals()[name] = getattr(settings, field)
+    return Plan(folder, config, sp, dp=world // sp)
+
+
+def possible_sizes(config, world):
+    """Return the sequence-parallel sizes that the constants and the heads allow, smallest first.
+
+    Raises ValueError if there is none.
+    """
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    sizes = [SEQUENCE_PARALLEL_SIZE]
+    if SEQUENCE_PARALLEL_SIZE == 0:
+        sizes = parallel.sequence_parallel_sizes(max(world // REPLICAS, 1), *heads)
+
+    # All sizes divide the largest, so what the largest does not allow no other does.
+    largest = sizes[-1]
+    dp = parallel.check(world, REPLICAS, largest, *heads)
     if GLOBAL_BATCH_SIZE % dp != 0:
         next_multiple = ceil_div(GLOBAL_BATCH_SIZE, dp) * dp
         raise ValueError(
             f"GLOBAL_BATCH_SIZE {GLOBAL_BATCH_SIZE} is not a multiple of the data-parallel size "
-            f"{dp} ({world} processes / SEQUENCE_PARALLEL_SIZE {sp}): use {next_multiple}.")
-    for name, field in CHOSEN.items():
-        globals()[name] = getattr(settings, field)
-    return Plan(folder, config, sp, dp)
+            f"{dp} ({world} processes / SEQUENCE_PARALLEL_SIZE {largest}): use {next_multiple}.")
+    return [sp for sp in sizes if GLOBAL_BATCH_SIZE * sp % world == 0]
 
 
 def choose_settings(config, world, gpu, host):
     """Return the sequence-parallel size and the Settings of a run of `world` processes.
 
-    The size is the smallest that the heads and GLOBAL_BATCH_SIZE allow and with which a step fits
-    in the costs.GPU and `host` GiB of CPU memory a process. The Settings are the fastest that
-    fit. What is set by hand stays. Raises ValueError if nothing fits.
+    The size is the smallest of possible_sizes with which a step fits in the costs.GPU and `host`
+    GiB of CPU memory a process. The Settings are the fastest that fit. What is set by hand stays.
+    Raises ValueError if nothing fits.
     """
-    sizes = [SEQUENCE_PARALLEL_SIZE]
-    if SEQUENCE_PARALLEL_SIZE == 0:
-        works = parallel.sequence_parallel_sizes(
-            max(world // REPLICAS, 1), config.num_attention_heads, config.num_key_value_heads)
-        # A size that GLOBAL_BATCH_SIZE does not allow is tried only if there is no other.
-        sizes = [sp for sp in works if GLOBAL_BATCH_SIZE * sp % world == 0] or works[:1]
-
+    sizes = possible_sizes(config, world)
     given = settings_by_hand(config)
     if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
         offloads = given.get("offload_layers", 0) != 0 and "recompute" not in given

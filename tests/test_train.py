@@ -520,6 +520,7 @@ WRONG_CONSTANTS = [
     ({"BETAS": 3}, "BETAS 3 are not two numbers from 0 to below 1"),
     ({"BETAS": (0.9, 1.0)}, "BETAS .0.9, 1.0. are not two numbers"),
     ({"BETAS": ("a", "b")}, "BETAS .'a', 'b'. are not two numbers"),
+    ({"ROPE_SCALING": 5}, "ROPE_SCALING 5 is neither a name nor a dict: use None, 'yarn'"),
     ({"DATA": "demo"}, "DATA 'demo' is for MODEL 'demo' only"),
     ({"MAX_LENGTH": 1024},
      "MAX_LENGTH 1024 is beyond the model's 512 positions: .* MAX_POSITION_EMBEDDINGS=1024 and"),
@@ -549,6 +550,16 @@ def test_a_batch_that_does_not_divide_is_refused(setup, monkeypatch):
     message = "GLOBAL_BATCH_SIZE 6 is not a multiple of the data-parallel size 8 .*: use 8"
     with pytest.raises(ValueError, match=message):
         run(setup("run", GLOBAL_BATCH_SIZE=6))
+
+
+def test_a_batch_that_no_size_divides_is_refused(large_folder, monkeypatch):
+    """The largest sequence-parallel size, 3, asks for the fewest rows. Memory is not the reason."""
+    folder = large_folder(num_attention_heads=9, num_key_value_heads=3)
+    settings = {"MODEL": folder, "MAX_LENGTH": 262144, "GLOBAL_BATCH_SIZE": 1}
+    pretend_gpu(monkeypatch, 20)
+    message = "GLOBAL_BATCH_SIZE 1 is not a multiple of the data-parallel size 2 .*SIZE 3.: use 2"
+    with pytest.raises(ValueError, match=message):
+        planned(settings, 6)
 
 
 BAD_LINES = [
@@ -730,23 +741,79 @@ def test_help_shows_the_constants(capsys):
     assert "# steps between checkpoints" in out
 
 
-def test_a_plan_for_other_machines(large_folder, monkeypatch, capsys):
-    for name in train.CONSTANTS:
-        monkeypatch.setattr(train, name, DEFAULTS[name])
-    monkeypatch.setattr(train, "SET_BY_HAND", set())
-    plan_tool.main([f"MODEL={large_folder()}", "MAX_LENGTH=131072", "GPU=H100", "GPUS=8",
-                    "HOST_MEMORY=1000", "TOKENS=1e9"])
-    lines = capsys.readouterr().out.splitlines()
-    cells = {line[:28].strip(): line.split() for line in lines[2:-9]}
-    assert lines[0].startswith("3.21B parameters on 8 x H100")
-    assert cells["MAX_LENGTH"][1:] == ["131,072", "65,536", "262,144"] + 4 * ["131,072"]
-    assert cells["sequence parallel"][-4:] == ["1", "2", "4", "8"]
-    assert cells["fits"][1] == "yes"
-    assert float(cells["GPU, GiB"][2]) <= 0.94 * 79.1
-    at_8 = "131,072 at 8: SEQUENCE_PARALLEL_SIZE=8 RECOMPUTE="
-    assert any(line.startswith(at_8) for line in lines)
-    with pytest.raises(ValueError, match="GPU 'V100' is unknown: use one of A100-40, A100-80"):
-        plan_tool.main(["GPU=V100"])
+@pytest.fixture
+def plan_for(monkeypatch, capsys):
+    """A function that runs tools/plan.py. -> its lines, and {name of a row: {column: cell}}."""
+    def run_tool(*arguments):
+        for name in train.CONSTANTS:
+            monkeypatch.setattr(train, name, DEFAULTS[name])
+        monkeypatch.setattr(train, "SET_BY_HAND", set())
+        plan_tool.main(list(arguments))
+        lines = capsys.readouterr().out.splitlines()
+        header = next(i for i, line in enumerate(lines) if "the plan" in line)
+        titles = re.split(r"\s{2,}", lines[header].strip())
+        end = lines.index("", header)
+        table = {}
+        for line in lines[header + 1:end]:
+            *name, cells = re.split(r"\s{2,}", line.strip(), maxsplit=1)
+            table[name[0]] = dict(zip(titles, cells.split()))
+        return lines, table
+    return run_tool
+
+
+def test_a_plan_for_other_machines(large_folder, plan_for):
+    lines, table = plan_for(f"MODEL={large_folder()}", "MAX_LENGTH=131072", "GPU=H100", "GPUS=8",
+                            "HOST_MEMORY=1000", "TOKENS=1e9")
+    assert lines[0].startswith("3.21B parameters on 8 x H100 of 79 GiB, 125 GiB of CPU memory each")
+    titles = ["the plan", "half", "twice", "sp 2", "sp 4", "sp 8"]  # the plan is that of sp 1
+    assert list(table["MAX_LENGTH"]) == titles
+    lengths = ["131,072", "65,536", "262,144"] + 3 * ["131,072"]
+    assert list(table["MAX_LENGTH"].values()) == lengths
+    assert list(table["sequence parallel"].values())[3:] == ["2", "4", "8"]
+    assert table["sequence parallel"]["the plan"] == "1"
+    assert set(table["fits"].values()) == {"yes"}
+    assert float(table["GPU, of 74 usable GiB"]["the plan"]) <= 0.94 * 79.1
+    seconds = float(table["seconds a step"]["the plan"])
+    days = 1e9 / (8 * 131072) * seconds / 86400
+    assert float(table["days"]["the plan"]) == pytest.approx(days, abs=0.1)
+    assert any(line.startswith("sp 8: SEQUENCE_PARALLEL_SIZE=8 RECOMPUTE=") for line in lines)
+    assert not any("is beyond the model's" in line for line in lines)
+
+
+def test_a_plan_says_why_a_run_does_not_fit(large_folder, plan_for):
+    folder = large_folder(max_position_embeddings=8192)
+    lines, table = plan_for(f"MODEL={folder}", "MAX_LENGTH=1048576", "GPUS=2", "HOST_MEMORY=100")
+    assert "is beyond the model's 8,192 positions: also set MAX_POSITION_EMBEDDINGS=" in lines[2]
+    assert table["fits"]["the plan"] == "NO"
+    assert table["seconds a step"]["the plan"] == "-"
+    on_gpu = float(table["GPU, of 74 usable GiB"]["the plan"])
+    on_host = float(table["CPU, of 42 usable GiB"]["the plan"])
+    assert on_gpu > 74 or on_host > 42
+    assert any(line.startswith("the plan: does not fit; the least memory has ") for line in lines)
+
+    lines, table = plan_for(f"MODEL={folder}", "GPUS=16", "GLOBAL_BATCH_SIZE=2")
+    assert table["fits"]["sp 4"] == "no"
+    assert any("sp 4: GLOBAL_BATCH_SIZE 2 is not a multiple of the data-parallel size 4" in line
+               for line in lines)
+
+
+def test_a_plan_warns_of_rows_on_several_hosts(large_folder, plan_for):
+    folder = large_folder(num_attention_heads=32)
+    lines, table = plan_for(f"MODEL={folder}", "GPUS=32", "GLOBAL_BATCH_SIZE=2")
+    assert table["sequence parallel"]["the plan"] == "16"
+    assert any(line.startswith("the plan: ") and "exchanged between hosts" in line
+               for line in lines)
+
+
+@pytest.mark.parametrize("argument,message", [
+    ("GPU=V100", "GPU 'V100' is unknown: use one of A100-40, A100-80"),
+    ("GPUS=0", "GPUS '0' is not a number greater than 0: use one like 8"),
+    ("HOST_MEMORY=much", "HOST_MEMORY 'much' is not a number"),
+    ("DOCUMENT=-1", "DOCUMENT '-1' is not a number greater than 0: use one like 8192"),
+])
+def test_wrong_options_of_a_plan_are_refused(argument, message):
+    with pytest.raises(ValueError, match=message):
+        plan_tool.main([argument])
 
 
 # --------------------------------------------------------------------------------- single functions

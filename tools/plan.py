@@ -5,8 +5,10 @@
 Only config.json of MODEL is read. GPU is a name in costs.GPUS; GPUS is their number; HOST_MEMORY is
 the CPU memory of a host of 8 GPUs in GiB; DOCUMENT is the length of the documents in tokens, by
 default one fills a row; TOKENS is how many the run trains. The other names are constants of
-train.py. The first column is the plan. The others have half and twice the length, and other
-sequence-parallel sizes. Rates were measured on H200s and are estimates for other GPUs.
+train.py. The first column of the table is the plan. The others have half and twice the length, and
+other sequence-parallel sizes. Where a run does not fit, its column shows the settings that take the
+least memory of a GPU. The parts of the memory are those at its peak, when some of them are zero.
+Rates were measured on H200s and are estimates for other GPUs.
 """
 import ast
 import sys
@@ -16,11 +18,13 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import convert  # noqa: E402
-import parallel  # noqa: E402
 import train  # noqa: E402
 from costs import (  # noqa: E402
     GPUS,
     GPUS_PER_HOST,
+    USABLE_HOST_MEMORY,
+    USABLE_MEMORY,
+    candidates,
     count_parameters,
     fits,
     flops,
@@ -36,9 +40,10 @@ SIZES = (1, 2, 4, 8)
 
 
 class Column(NamedTuple):
-    """One column of the table: its cells by the row's name, and its settings or why it fails."""
-    cells: dict
-    note: str
+    """One column of the table."""
+    title: str
+    cells: dict     # {name of the row: text}
+    note: str       # the constants, or why the run is refused
 
 
 def read_options(arguments):
@@ -50,7 +55,7 @@ def read_options(arguments):
         if name == "GPU":
             options[name] = text
         elif name in OPTIONS:
-            options[name] = int(float(ast.literal_eval(text)))  # TOKENS=1e12
+            options[name] = read_number(name, text)
         else:
             constants.append(argument)
     if options["GPU"] not in GPUS:
@@ -61,70 +66,144 @@ def read_options(arguments):
     return options
 
 
-def make_column(config, options, length, sp):
+def read_number(name, text):
+    """"1e12" -> 10**12. DOCUMENT may be 0, the others may not."""
+    try:
+        number = int(float(ast.literal_eval(text)))
+    except (ValueError, SyntaxError, TypeError):
+        number = -1
+    if number < 0 or (number == 0 and name != "DOCUMENT"):
+        raise ValueError(f"{name} {text!r} is not a number greater than 0: use one like "
+                         f"{OPTIONS[name] or 8192}.")
+    return number
+
+
+def make_column(title, config, options, length, sp):
     """Plan a run with MAX_LENGTH `length`. sp: SEQUENCE_PARALLEL_SIZE, 0 to choose it."""
     train.MAX_LENGTH = length
     train.SEQUENCE_PARALLEL_SIZE = sp
     world = options["GPUS"]
     gpu = GPUS[options["GPU"]]
-    host_of_gpu = options["HOST_MEMORY"] / min(world, GPUS_PER_HOST)
-    cells = {"MAX_LENGTH": f"{length:,}", "sequence parallel": f"{sp}" if sp else "?"}
+    host_of_gpu = host_memory_of_gpu(options)
+    cells = {"MAX_LENGTH": f"{length:,}"}
+    try:
+        sizes = train.possible_sizes(config, world)
+    except ValueError as error:
+        return Column(title, {**cells, "fits": "no"}, str(error))
+    execution = Execution(loss_chunk=train.LOSS_CHUNK)
     try:
         sp, settings = train.choose_settings(config, world, gpu, host_of_gpu)
-        dp = parallel.check(
-            world, train.REPLICAS, sp, config.num_attention_heads, config.num_key_value_heads)
-        if train.GLOBAL_BATCH_SIZE % dp != 0:
-            raise ValueError(f"GLOBAL_BATCH_SIZE {train.GLOBAL_BATCH_SIZE} is not a multiple of "
-                             f"the data-parallel size {dp}.")
-    except ValueError as error:
-        cells["fits"] = "no"
-        return Column(cells, str(error))
+    except ValueError:
+        sp = sizes[-1]
+        settings = least_memory(config, train.work_of_gpu(config, world, sp), execution)
+    execution = settings.execution(execution)
 
-    document = min(options["DOCUMENT"] or length, length)
-    n_documents = length / document
-    pairs = n_documents * mean_attention_pairs(config, [0, document])
-    work = train.work_of_gpu(config, world, sp, pairs)
-    execution = settings.execution(Execution(loss_chunk=train.LOSS_CHUNK))
-    offload = settings.offload_optimizer
-    parts = memory(config, work.tokens, work.ranks, execution, settings.zero_stage,
-                   work.accumulate, sp, offload)
-    total = sum(parts.values())
-    host = host_memory(config, work.tokens, work.ranks, execution, offload, sp)
+    work = train.work_of_gpu(config, world, sp)
     it_fits = fits(config, gpu, work, execution, settings, host_of_gpu)
+    row = work.tokens * sp
+    document = min(options["DOCUMENT"] or row, row)
+    pairs = row / document * mean_attention_pairs(config, [0, document])
+    work = work._replace(pairs=pairs)
     cells["sequence parallel"] = f"{sp}"
-    cells["fits"] = "yes" if it_fits else "no"
-    for part, size in parts.items():
-        cells[f"  {part}, GiB"] = f"{size:.1f}"
-    cells["GPU, GiB"] = f"{total:.1f}"
-    cells["CPU memory a GPU, GiB"] = f"{host:.1f}"
+    cells["fits"] = "yes" if it_fits else "NO"
+    cells.update(memory_cells(config, options, work, execution, settings))
+    if it_fits:
+        cells.update(time_cells(config, options, work, execution, settings))
+    note = train.format_settings(settings, sp)
+    if not it_fits:
+        note = f"does not fit; the least memory has {note}"
+    if sp > GPUS_PER_HOST:
+        note += f" (rows are exchanged between hosts of {GPUS_PER_HOST} GPUs, which is slow)"
+    return Column(title, cells, note)
 
+
+def memory_of(config, work, execution, settings):
+    """-> {part: GiB} of a GPU, see costs.memory."""
+    return memory(config, work.tokens, work.ranks, settings.execution(execution),
+                  settings.zero_stage, work.accumulate, work.sp, settings.offload_optimizer)
+
+
+def least_memory(config, work, execution):
+    """-> the Settings with which a GPU needs the least memory."""
+    best = None
+    least = float("inf")
+    for settings in candidates(config, work, train.settings_by_hand(config)):
+        size = sum(memory_of(config, work, execution, settings).values())
+        if size < least:
+            best = settings
+            least = size
+    return best
+
+
+def host_memory_of_gpu(options):
+    """-> GiB of CPU memory for each GPU of a host."""
+    return options["HOST_MEMORY"] / min(options["GPUS"], GPUS_PER_HOST)
+
+
+def memory_cells(config, options, work, execution, settings):
+    """-> what a GPU and its process need in GiB, and how much of what they have can be used."""
+    usable = USABLE_MEMORY * GPUS[options["GPU"]].memory
+    usable_host = USABLE_HOST_MEMORY * host_memory_of_gpu(options)
+    parts = memory_of(config, work, execution, settings)
+    host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
+                       work.sp)
+    cells = {f"GPU, of {usable:.0f} usable GiB": f"{sum(parts.values()):.1f}"}
+    for part, size in parts.items():
+        cells[f"  {part}"] = f"{size:.1f}"
+    cells[f"CPU, of {usable_host:.0f} usable GiB"] = f"{host:.1f}"
+    return cells
+
+
+def time_cells(config, options, work, execution, settings):
+    """-> how fast a step is, and how long TOKENS take."""
+    world = options["GPUS"]
+    gpu = GPUS[options["GPU"]]
     seconds = sum(step_seconds(
-        config, gpu, work, execution, settings.zero_stage, offload).values())
+        config, gpu, work, execution, settings.zero_stage, settings.offload_optimizer).values())
     rows = train.GLOBAL_BATCH_SIZE
-    needed, done = flops(config, rows * length, rows * pairs, settings.recompute,
-                         settings.keep_layers)
-    tokens_per_second = rows * length / seconds
-    hours = options["TOKENS"] / tokens_per_second / 3600
-    cells["seconds a step"] = f"{seconds:,.1f}"
-    cells["tokens/s a GPU"] = f"{tokens_per_second / world:,.0f}"
-    cells["MFU"] = f"{needed / seconds / world / gpu.peak:.1%}"
-    cells["HFU"] = f"{done / seconds / world / gpu.peak:.1%}"
-    cells["days"] = f"{hours / 24:,.1f}"
-    cells["GPU-hours"] = f"{hours * world:,.0f}"
-    return Column(cells, train.format_settings(settings, sp))
+    tokens = rows * work.tokens * work.sp
+    needed, done = flops(
+        config, tokens, rows * work.pairs, settings.recompute, settings.keep_layers)
+    hours = options["TOKENS"] / tokens * seconds / 3600
+    return {
+        "seconds a step": f"{seconds:,.1f}",
+        "tokens/s a GPU": f"{tokens / seconds / world:,.0f}",
+        "MFU": f"{needed / seconds / world / gpu.peak:.1%}",
+        "HFU": f"{done / seconds / world / gpu.peak:.1%}",
+        "days": f"{hours / 24:,.1f}",
+        "GPU-hours": f"{hours * world:,.0f}",
+    }
 
 
 def show(columns):
-    """Print the table, and below it the settings of every column."""
+    """Print the table, and below it the constants of every column."""
     names = max((list(column.cells) for column in columns), key=len)
     width = max(len(name) for name in names)
+    print(" " * width + "".join(f"{column.title:>12}" for column in columns))
     for name in names:
-        cells = [f"{column.cells.get(name, '-'):>11}" for column in columns]
+        cells = [f"{column.cells.get(name, '-'):>12}" for column in columns]
         print(f"{name:<{width}}" + "".join(cells))
     print()
     for column in columns:
-        sp = column.cells["sequence parallel"]
-        print(f"{column.cells['MAX_LENGTH']} at {sp}: {column.note}")
+        print(f"{column.title}: {column.note}")
+
+
+def describe(config, options):
+    """-> what is planned, and a warning if train.py would refuse the length."""
+    block, embeddings = count_parameters(config)
+    parameters = config.num_hidden_layers * block + embeddings
+    name = options["GPU"]
+    host = host_memory_of_gpu(options)
+    text = (f"{parameters / 1e9:.2f}B parameters on {options['GPUS']} x {name} of "
+            f"{GPUS[name].memory:.0f} GiB, {host:.0f} GiB of CPU memory each, "
+            f"{train.GLOBAL_BATCH_SIZE} rows a step, {options['TOKENS']:,} tokens")
+    if name != "H200":
+        text += f"\nrates of {name} are estimates from those measured on H200"
+    positions = max(config.max_position_embeddings, train.MAX_POSITION_EMBEDDINGS)
+    if train.MAX_LENGTH > positions:
+        text += (f"\nMAX_LENGTH {train.MAX_LENGTH:,} is beyond the model's {positions:,} "
+                 f"positions: also set MAX_POSITION_EMBEDDINGS={train.MAX_LENGTH}")
+    return text
 
 
 def main(arguments):
@@ -132,14 +211,25 @@ def main(arguments):
     config = convert.load_config(train.MODEL)
     length = train.MAX_LENGTH
     sp = train.SEQUENCE_PARALLEL_SIZE
-    block, embeddings = count_parameters(config)
-    parameters = config.num_hidden_layers * block + embeddings
-    print(f"{parameters / 1e9:.2f}B parameters on {options['GPUS']} x {options['GPU']}, "
-          f"{train.GLOBAL_BATCH_SIZE} rows a step, {options['TOKENS']:,} tokens\n")
-    wanted = [(length, sp), (length // 2, sp), (2 * length, sp)]
-    wanted += [(length, size) for size in SIZES if size <= options["GPUS"]]
-    show([make_column(config, options, *pair) for pair in wanted])
+    print(f"{describe(config, options)}\n")
+
+    plan = make_column("the plan", config, options, length, sp)
+    columns = [
+        plan,
+        make_column("half", config, options, max(length // 2, 1), sp),
+        make_column("twice", config, options, 2 * length, sp),
+    ]
+    for size in SIZES:
+        is_plan = plan.cells.get("sequence parallel") == f"{size}"
+        if size <= options["GPUS"] and not is_plan:
+            columns.append(make_column(f"sp {size}", config, options, length, size))
+    show(columns)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if len(sys.argv) == 1 or "--help" in sys.argv:
+        sys.exit(__doc__)
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
