@@ -38,6 +38,8 @@ GPUS_PER_HOST = 8
 NETWORK = 40e9              # bytes/s of a GPU to another host (400 Gbit/s, less its overhead)
 HOST_BANDWIDTH = 20e9       # bytes/s of CPU memory for each rank, when AdamW runs on the CPU
 ALIKE = 1.01                # steps that differ by less are as good: the simplest settings win
+ADAMW_STATES = 3 * 4        # bytes a parameter: float32 weight and two moments
+ADAMW_TRAFFIC = 32          # bytes a parameter: 16 read, 12 written, and 4 read for the norm
 STEP_OVERHEAD = 0.01        # seconds of a step in which the GPU waits for the CPU
 PROCESS = 2 * 2**30         # bytes of CPU memory of a process that offloads nothing
 
@@ -136,6 +138,12 @@ def count_parameters(config):
     return block_parameters(config), embedding if config.tie_word_embeddings else 2 * embedding
 
 
+def total_parameters(config):
+    """-> parameters of the model, but norms and biases."""
+    block, embeddings = count_parameters(config)
+    return config.num_hidden_layers * block + embeddings
+
+
 def attention_widths(config, sp):
     """-> values a token of q, and of q, k and v together, as one rank has them in attention.
 
@@ -224,6 +232,124 @@ def loss_memory(config, tokens, loss_chunk):
     return norm + head_gradient + 2 * logits + product
 
 
+def divide_layers(config, execution):
+    """-> how many last layers keep everything, and how many first ones have what they keep in CPU
+    memory."""
+    L = config.num_hidden_layers
+    whole = L if execution.recompute == "none" else min(execution.keep_layers, L)
+    return whole, min(execution.offload_layers, L - whole)
+
+
+def prefetched_layers(execution):
+    """-> offloaded layers of which Offload.load has the kept tensors on the GPU at a time."""
+    return 3 if execution.recompute == "all" else 2
+
+
+def kept_by_first(blocks, config, work, execution):
+    """-> bytes that the first `blocks` blocks keep on the GPU when backward comes to the last of
+    them."""
+    L = config.num_hidden_layers
+    whole, offloaded = divide_layers(config, execution)
+    chunked = 0 < execution.mlp_chunk < work.tokens
+    everything = work.tokens * kept_by_block(config, "none", chunked, work.sp)
+    inputs = work.tokens * kept_by_block(config, execution.recompute, chunked, work.sp)
+    log_sum_exp = 4 * config.num_attention_heads * work.tokens  # float32
+    if execution.recompute == "all":
+        log_sum_exp *= whole / L  # kept by the whole blocks only
+
+    recomputed = min(blocks, L - whole)
+    if recomputed > offloaded:
+        on_gpu = recomputed - offloaded
+    else:  # backward has come to the offloaded blocks
+        on_gpu = min(recomputed, prefetched_layers(execution))
+    return on_gpu * inputs + (blocks - recomputed) * everything + blocks * log_sum_exp
+
+
+def gathered_weights(blocks, config, ranks):
+    """-> bytes of the bfloat16 weights of the embeddings and of `blocks` blocks, and of the buffer
+    of the last all-gather."""
+    block, embeddings = count_parameters(config)
+    buffer = 2 * block if ranks > 1 else 0
+    return 2 * (embeddings + blocks * block) + buffer
+
+
+def reduced_gradients(blocks, config, ranks, offload_optimizer):
+    """-> bytes of this rank's part of the float32 gradients of `blocks` blocks."""
+    block, _ = count_parameters(config)
+    return 0 if offload_optimizer else 4 * blocks * block / ranks
+
+
+def gradients_of_step(config, ranks, offload_optimizer):
+    """-> bytes of this rank's part of the float32 gradients of all parameters."""
+    parameters = total_parameters(config)
+    return 0 if offload_optimizer else 4 * parameters / ranks
+
+
+def gradients_of_earlier(config, work, zero_stage, offload_optimizer):
+    """-> bytes of the float32 gradients of the micro-batches before this one, which ZeRO 1 does not
+    reduce."""
+    if work.accumulate == 1:
+        return 0
+    if zero_stage == 1:
+        return 4 * total_parameters(config)
+    return gradients_of_step(config, work.ranks, offload_optimizer)
+
+
+class Moment(NamedTuple):
+    """Bytes on a GPU at a moment that can be the peak of a step, besides the optimizer states."""
+    weights: float = 0
+    gradients: float = 0
+    kept: float = 0
+    transient: float = 0
+    loss: float = 0
+
+
+def end_of_forward(config, work, execution, zero_stage, offload_optimizer):
+    """-> the Moment of the loss."""
+    L = config.num_hidden_layers
+    gathered = L if zero_stage < 3 else 1
+    return Moment(
+        weights=gathered_weights(gathered, config, work.ranks),
+        gradients=gradients_of_earlier(config, work, zero_stage, offload_optimizer),
+        kept=kept_by_first(L, config, work, execution),
+        loss=loss_memory(config, work.tokens, execution.loss_chunk))
+
+
+def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer):
+    """-> the Moment of the largest transient activations of block i."""
+    L = config.num_hidden_layers
+    block, _ = count_parameters(config)
+    whole, _ = divide_layers(config, execution)
+    recompute = "none" if i >= L - whole else execution.recompute
+    chunk = min(execution.mlp_chunk or work.tokens, work.tokens)
+
+    # ZeRO 3 has gathered this block and the next one. ZeRO 1 and 2 free a block after its backward,
+    # unless other micro-batches need its weights.
+    gathered = L
+    if zero_stage == 3:
+        gathered = min(i + 1, 2)
+    elif work.accumulate == 1:
+        gathered = i + 1
+
+    # Those of the head and of this block are bfloat16 and not yet reduced.
+    head = 2 * config.vocab_size * config.hidden_size
+    earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
+    reduced = reduced_gradients(L - 1 - i, config, work.ranks, offload_optimizer)
+    return Moment(
+        weights=gathered_weights(gathered, config, work.ranks),
+        gradients=max(earlier, reduced) + head + 2 * block,
+        kept=kept_by_first(i + 1, config, work, execution),
+        transient=transient_of_block(config, recompute, work.tokens, chunk, work.sp))
+
+
+def end_of_backward(config, work, zero_stage, offload_optimizer):
+    """-> the Moment in which the embeddings' gradient is reduced, in float32."""
+    _, embeddings = count_parameters(config)
+    earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
+    step = gradients_of_step(config, work.ranks, offload_optimizer)
+    return Moment(gradients=max(earlier, step) + 4 * embeddings)
+
+
 def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
            offload_optimizer=False):
     """-> {part: GiB} of one GPU at the peak of a step, compiled and with FlashAttention 4.
@@ -231,144 +357,141 @@ def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
     tokens: t of this rank; ranks: over which states are sharded; accumulate: micro-batches a step;
     sp: P. Within 5% of what was measured (bench/results.jsonl)."""
     L = config.num_hidden_layers
-    block, embeddings = count_parameters(config)
-    parameters = L * block + embeddings
-    chunk = min(execution.mlp_chunk or tokens, tokens)
-    whole = min(execution.keep_layers, L) if execution.recompute != "none" else L
-    offloaded = min(execution.offload_layers, L - whole)
-    prefetched = 3 if execution.recompute == "all" else 2   # blocks, by Offload.load
-    everything = tokens * kept_by_block(config, "none", chunk < tokens, sp)
-    inputs = tokens * kept_by_block(config, execution.recompute, chunk < tokens, sp)
-    log_sum_exp = 4 * config.num_attention_heads * tokens
-    if execution.recompute == "all":
-        log_sum_exp *= whole / L  # kept by the whole blocks only
+    whole, offloaded = divide_layers(config, execution)
+    work = Work(tokens, pairs=0, sp=sp, ranks=ranks, accumulate=accumulate)
+    given = (config, work, execution, zero_stage, offload_optimizer)
 
-    def kept(blocks):
-        """By the first `blocks` blocks, all of which backward has still to do.
-
-        Of offloaded ones a few are on the GPU, once backward has come to them."""
-        recomputed = min(blocks, L - whole)
-        on_gpu = recomputed - offloaded if recomputed > offloaded else min(recomputed, prefetched)
-        return on_gpu * inputs + (blocks - recomputed) * everything + blocks * log_sum_exp
-
-    # AdamW: float32 weight and two moments.
-    states = 0 if offload_optimizer else 3 * 4 * parameters / ranks
-    # bfloat16 weights as FSDP gathers them. While there are earlier or later micro-batches, ZeRO 1
-    # and 2 keep all of them; otherwise a block's are freed when its backward is done.
-    gathering = 2 * block if ranks > 1 else 0       # the buffer of the last all-gather
-    all_gathered = 2 * (embeddings + (L if zero_stage < 3 else 1) * block) + gathering
-    # float32 gradients of earlier micro-batches.
-    gradients_of_step = 0 if offload_optimizer else 4 * parameters / ranks
-    earlier = 0
-    if accumulate > 1:
-        earlier = 4 * parameters if zero_stage == 1 else gradients_of_step
-
-    # The moments that can be the peak, as (weights, gradients, kept, transient, loss).
-    head_gradient = 2 * config.vocab_size * config.hidden_size
-    loss = loss_memory(config, tokens, execution.loss_chunk)
-    moments = [(all_gathered, earlier, kept(L), 0, loss)]
-    # Backward of a block. Along blocks of one kind the sum is linear, so the ends are enough.
-    for i in {L - 1, L - 1 - whole, offloaded - 1, min(prefetched, L) - 1, 0}:
-        if i < 0:
-            continue
-        recompute = "none" if i >= L - whole else execution.recompute
-        transient = transient_of_block(config, recompute, tokens, chunk, sp)
-        gathered = all_gathered
-        if zero_stage == 3:
-            gathered = 2 * (embeddings + min(i + 1, 2) * block) + gathering
-        elif accumulate == 1:
-            gathered = 2 * (embeddings + (i + 1) * block) + gathering
-        # Reduced gradients of later blocks, those of the head and of this block before reduction.
-        reduced = 0 if offload_optimizer else 4 * (L - 1 - i) * block / ranks
-        gradients = max(earlier, reduced) + head_gradient + 2 * block
-        moments.append((gathered, gradients, kept(i + 1), transient, 0))
-    # The reduction of the embeddings' gradient, in float32, ends backward.
-    moments.append((0, max(earlier, gradients_of_step) + 4 * embeddings, 0, 0, 0))
-
+    # Along blocks of one kind the sum is linear, so the first and the last of them are enough.
+    prefetched = min(prefetched_layers(execution), L)
+    moments = [end_of_forward(*given)]
+    for i in {L - 1, L - 1 - whole, offloaded - 1, prefetched - 1, 0}:
+        if i >= 0:
+            moments.append(backward_of_block(i, *given))
+    moments.append(end_of_backward(config, work, zero_stage, offload_optimizer))
     peak = max(moments, key=sum)
-    names = ("gathered weights", "gradients", "kept for backward", "transient activations", "loss")
-    parts = {"optimizer states": states, **dict(zip(names, peak))}
+
+    states = 0 if offload_optimizer else ADAMW_STATES * total_parameters(config) / ranks
+    parts = {
+        "optimizer states": states,
+        "gathered weights": peak.weights,
+        "gradients": peak.gradients,
+        "kept for backward": peak.kept,
+        "transient activations": peak.transient,
+        "loss": peak.loss,
+    }
     return {part: size / 2**30 for part, size in parts.items()}
 
 
 def host_memory(config, tokens, ranks, execution, offload_optimizer=False, sp=1):
     """-> GiB of CPU memory of one rank's process."""
-    L = config.num_hidden_layers
-    whole = L if execution.recompute == "none" else min(execution.keep_layers, L)
-    offloaded = min(execution.offload_layers, L - whole)
+    _, offloaded = divide_layers(config, execution)
     size = PROCESS + offloaded * tokens * kept_by_block(config, execution.recompute, False, sp)
     if offload_optimizer:
-        block, embeddings = count_parameters(config)
-        size += 4 * 4 * (L * block + embeddings) / ranks    # weight, gradient, two moments
+        size += (ADAMW_STATES + 4) * total_parameters(config) / ranks  # and float32 gradients
     return size / 2**30
+
+
+def product_seconds(config, gpu, work, execution):
+    """-> seconds of the matrix products of a micro-batch, and of those that are computed again.
+
+    2 FLOPs a parameter and token in forward, 4 in backward, and 2 where they are recomputed."""
+    L = config.num_hidden_layers
+    t = work.tokens
+    block, _ = count_parameters(config)
+    head = config.hidden_size * config.vocab_size
+    down_proj = config.hidden_size * config.intermediate_size
+    whole, _ = divide_layers(config, execution)
+    recomputed = L - whole
+
+    again = recomputed * (block - down_proj)
+    if 0 < execution.mlp_chunk < t:
+        # A chunk of the MLP recomputes itself, once more than the block around it.
+        q, _ = attention_widths(config, work.sp)
+        _, mlp_computed = mlp_widths(config)
+        post_attention = config.hidden_size * (q + mlp_computed)
+        again += whole * (post_attention - down_proj)
+        if execution.recompute == "all":
+            again += recomputed * post_attention
+    return 6 * t * (L * block + head) / gpu.products, 2 * t * again / gpu.products
+
+
+def attention_seconds(config, gpu, work):
+    """-> seconds of forward and backward of a layer's attention kernel.
+
+    Backward does 2.5 times the work of forward: the scores are computed again."""
+    length = mean_document(work)
+    efficiency = length / (length + HALF_RATE_LENGTH)
+    work_of_layer = 4 * config.num_attention_heads * config.head_dim * work.pairs / work.sp
+    forward = work_of_layer / gpu.attention_forward / efficiency
+    return forward, 2.5 * work_of_layer / gpu.attention_backward / efficiency
+
+
+def mean_document(work):
+    """-> tokens of the mean document of a row, weighted by its tokens."""
+    return 2 * work.pairs / (work.tokens * work.sp)
+
+
+def link_of(gpu, ranks):
+    """-> bytes/s between so many GPUs: those of a host are linked faster than hosts."""
+    return gpu.link if ranks <= GPUS_PER_HOST else NETWORK
+
+
+def exchange_seconds(config, gpu, work):
+    """-> seconds of the exchange of sequence parallelism in forward of a layer: of q, k, v and the
+    output of documents that cross a border."""
+    q, qkv = attention_widths(config, work.sp)
+    crossing = min(mean_document(work) / work.tokens, 1)    # about a document at every border
+    exchanged = 2 * work.tokens * crossing * (qkv + q) * (work.sp - 1) / work.sp
+    return exchanged / link_of(gpu, work.sp)
+
+
+def offloading_seconds(config, gpu, work, execution, compute):
+    """-> seconds that copies to and from CPU memory take longer than forward and backward, which
+    are a third and two thirds of `compute` seconds and hide them."""
+    _, offloaded = divide_layers(config, execution)
+    copied = offloaded * work.tokens * kept_by_block(config, execution.recompute, False, work.sp)
+    copy = copied / gpu.host_link
+    return max(copy - compute / 3, 0) + max(copy - 2 * compute / 3, 0)
+
+
+def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
+    """-> seconds of FSDP in a step: gathers in bfloat16, and the reduction in float32.
+
+    compute: seconds of a micro-batch that hide a part of it."""
+    parameters = total_parameters(config)
+    n_gathers = 2 * work.accumulate if zero_stage == 3 else 1
+    n_reductions = 1 if zero_stage == 1 else work.accumulate
+    moved = (2 * n_gathers + 4 * n_reductions) * parameters
+    transfer = moved * (work.ranks - 1) / work.ranks / link_of(gpu, work.ranks)
+    # About half of it is hidden; all of it is not where it takes longer than the computing.
+    seconds = max(transfer / 2, transfer - work.accumulate * compute)
+    # Copies: the cast (reads 4 bytes, writes 2), into the parameters (2, 2), gradients to float32
+    # (2, 4) and their reduction (4, 4).
+    seconds += (10 * n_gathers + 14 * n_reductions) * parameters / gpu.bandwidth
+    if offload_optimizer:
+        copied = 4 * (n_gathers + n_reductions) * parameters / work.ranks
+        seconds += copied / gpu.host_link
+    return seconds
 
 
 def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=False):
     """-> {part: seconds} of one optimizer step. Within 10% of what was measured on H200s."""
     L = config.num_hidden_layers
-    t = work.tokens
-    block, embeddings = count_parameters(config)
-    parameters = L * block + embeddings
-    down_proj = config.hidden_size * config.intermediate_size
-    q, qkv = attention_widths(config, work.sp)
-    recompute = execution.recompute
-    whole = L if recompute == "none" else min(execution.keep_layers, L)
+    whole, _ = divide_layers(config, execution)
     recomputed = L - whole
 
-    # Matrix products: 2 FLOPs a parameter and token in forward, 4 in backward, and 2 where they
-    # are recomputed. A chunk of the MLP recomputes itself, once more than the block around it.
-    head = config.hidden_size * config.vocab_size
-    products = 6 * t * (L * block + head) / gpu.products
-    again = recomputed * (block - down_proj)
-    if 0 < execution.mlp_chunk < t:
-        _, mlp_computed = mlp_widths(config)
-        post_attention = config.hidden_size * (q + mlp_computed)
-        again += whole * (post_attention - down_proj)
-        if recompute == "all":
-            again += recomputed * post_attention
-    recomputation = 2 * t * again / gpu.products
-
-    # Attention. Its backward does 2.5 times the work of forward: the scores are computed again.
-    length = 2 * work.pairs / (t * work.sp)     # mean document, weighted by its tokens
-    efficiency = length / (length + HALF_RATE_LENGTH)
-    flops_of_layer = 4 * config.num_attention_heads * config.head_dim * work.pairs / work.sp
-    forward = flops_of_layer / gpu.attention_forward / efficiency
-    attention = L * (forward + 2.5 * flops_of_layer / gpu.attention_backward / efficiency)
-    if recompute == "all":
+    products, recomputation = product_seconds(config, gpu, work, execution)
+    forward, backward = attention_seconds(config, gpu, work)
+    attention = L * (forward + backward)
+    if execution.recompute == "all":
         recomputation += recomputed * forward
-
-    # The exchange of sequence parallelism: of q, k, v and of the output of documents that cross a
-    # border, in forward, in backward and where they are recomputed.
-    link = gpu.link if work.sp <= GPUS_PER_HOST else NETWORK
-    crossing = min(length / t, 1)       # share of the tokens, about a document at every border
-    exchanged = 2 * t * crossing * (qkv + q) * (work.sp - 1) / work.sp
-    exchange = (2 * L + recomputed) * exchanged / link
+    # In forward, in backward, and where q, k and v are recomputed.
+    exchange = (2 * L + recomputed) * exchange_seconds(config, gpu, work)
     compute = products + recomputation + attention + exchange
-
-    # Offloading is hidden unless it takes longer than the computing beside it, forward or backward.
-    offloaded = min(execution.offload_layers, recomputed)
-    copied = offloaded * t * kept_by_block(config, recompute, False, work.sp)
-    copy = copied / gpu.host_link
-    offloading = max(copy - compute / 3, 0) + max(copy - 2 * compute / 3, 0)
-
-    # FSDP, a micro-batch: gathers in bfloat16, and the reduction in float32.
-    link = gpu.link if work.ranks <= GPUS_PER_HOST else NETWORK
-    n_gathers = 2 * work.accumulate if zero_stage == 3 else 1
-    n_reductions = 1 if zero_stage == 1 else work.accumulate
-    moved = (2 * n_gathers + 4 * n_reductions) * parameters
-    transfer = moved * (work.ranks - 1) / work.ranks / link
-    # About half of it is hidden; all of it is not where it takes longer than the computing.
-    communication = max(transfer / 2, transfer - work.accumulate * compute)
-    # Copies: the cast (reads 4 bytes, writes 2), into the parameters (2, 2), gradients to float32
-    # (2, 4) and their reduction (4, 4).
-    communication += (10 * n_gathers + 14 * n_reductions) * parameters / gpu.bandwidth
-
-    # AdamW reads weight, gradient and moments, writes all but the gradient; the norm reads that.
-    optimizer = 32 * parameters / work.ranks / gpu.bandwidth
-    if offload_optimizer:
-        optimizer = 32 * parameters / work.ranks / HOST_BANDWIDTH
-        copied = 4 * (n_gathers + n_reductions) * parameters / work.ranks
-        communication += copied / gpu.host_link
+    offloading = offloading_seconds(config, gpu, work, execution, compute)
+    sharding = sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute)
+    bandwidth = HOST_BANDWIDTH if offload_optimizer else gpu.bandwidth
+    optimizer = ADAMW_TRAFFIC * total_parameters(config) / work.ranks / bandwidth
 
     return {
         "matrix products": work.accumulate * products,
@@ -376,7 +499,7 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
         "recomputation": work.accumulate * recomputation,
         "exchange": work.accumulate * exchange,
         "offloading": work.accumulate * offloading,
-        "gathers and reductions": communication,
+        "gathers and reductions": sharding,
         "optimizer": optimizer + STEP_OVERHEAD,
     }
 
