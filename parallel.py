@@ -108,7 +108,8 @@ def adopt_slurm():
         return
     # "8(x2),4": 8 tasks on each of two hosts, 4 on the third. Ranks of a host follow each other.
     tasks_of_hosts = []
-    for part in environment.get("SLURM_TASKS_PER_NODE", str(n_tasks)).split(","):
+    of_job = environment.get("SLURM_TASKS_PER_NODE", str(n_tasks))
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", of_job).split(","):
         n, _, times = part.rstrip(")").partition("(x")
         tasks_of_hosts += [n] * int(times or 1)
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
@@ -153,7 +154,8 @@ def init(replicas, sp, agreed=None):
         gpus = torch.cuda.device_count()
         if local_world > gpus:
             raise ValueError(f"{local_world} processes on a host of {gpus} GPUs: "
-                             f"start it with torchrun --nproc_per_node {gpus}")
+                             f"start it with torchrun --nproc_per_node {gpus}, or with srun "
+                             "--gpus-per-node, as --gpus-per-task hides the other GPUs")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"

@@ -394,6 +394,14 @@ def test_tasks_of_srun_join_each_other():
     assert reports == [(0, 2, 2, 0, 3.0), (1, 2, 2, 1, 3.0)]
 
 
+def test_more_processes_than_visible_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="8 processes on a host of 1 GPUs: .* --gpus-per-node, as"):
+        parallel.init(1, 1)
+
+
 def join_attempt(attempt, rank, port):
     """The body of a rank of torchrun. In the second attempt rank 1 comes later."""
     os.environ.update(
@@ -430,6 +438,12 @@ def test_restarted_ranks_do_not_find_the_addresses_of_earlier_ones():
       "SLURM_JOB_ID": "123456"},
      {"RANK": "17", "WORLD_SIZE": "20", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
       "MASTER_ADDR": "gpu003", "MASTER_PORT": "23456"}),
+    # A step on one host of a job of several, whose other hosts have other numbers of tasks.
+    ({"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "SLURM_NODEID": "0",
+      "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_TASKS_PER_NODE": "2",
+      "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_STEP_NODELIST": "gpu2", "SLURM_JOB_ID": "7"},
+     {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+      "MASTER_ADDR": "gpu2", "MASTER_PORT": "20007"}),
     # A process of torchrun under srun.
     ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "RANK": "9", "WORLD_SIZE": "16"},
      {"RANK": "9", "WORLD_SIZE": "16"}),
