@@ -882,7 +882,7 @@ def main(checkpoint, out, model_folder=None):
 # The demo
 
 
-def write_demo(folder, vocab_size=1024):
+def write_demo(folder, vocab_size=2048):
     """Write demo.jsonl, a tokenizer trained on it, and a small Llama with random weights.
 
     The texts are the source of Python's standard library, which every machine has.

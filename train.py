@@ -126,7 +126,9 @@ DEMO = {
     "LEARNING_RATE": 4e-3,
     "MIN_LEARNING_RATE_RATIO": 0.05,
     "MAX_STEPS": 400,
-    "SAMPLE_PROMPTS": ["def __init__(self", "import os\nimport sys\n", "class Error(Exception):\n"],
+    # They do not end with a newline, which is one token with the indentation that follows it.
+    "SAMPLE_PROMPTS": [
+        "def __init__(self, name):", "import os\nimport sys", "class Error(Exception):"],
 }
 
 # Constants that take one of a few values.

@@ -696,6 +696,15 @@ def test_the_demo_has_constants_of_its_own(tmp_path):
     assert train.DTYPE == "float32"
 
 
+def test_prompts_of_the_demo_end_where_a_token_ends(tmp_path):
+    """Otherwise what the model has learnt to follow them cannot follow."""
+    train.make_demo(tmp_path / "demo")
+    tokenizer = data.open_tokenizer(tmp_path / "demo")
+    for prompt in train.DEMO["SAMPLE_PROMPTS"]:
+        ids = tokenizer(prompt).input_ids
+        assert tokenizer(prompt + "\n    pass\n").input_ids[:len(ids)] == ids, prompt
+
+
 def test_other_models_have_the_defaults(setup):
     planned(setup("run", MAX_LENGTH=64), 1)
     for name in ("LEARNING_RATE", "MAX_STEPS", "SAMPLE_PROMPTS", "GLOBAL_BATCH_SIZE"):
