@@ -42,6 +42,7 @@ ADAMW_STATES = 3 * 4        # bytes a parameter: float32 weight and two moments
 ADAMW_TRAFFIC = 32          # bytes a parameter: 16 read, 12 written, and 4 read for the norm
 STEP_OVERHEAD = 0.01        # seconds of a step in which the GPU waits for the CPU
 PROCESS = 2 * 2**30         # bytes of CPU memory of a process that offloads nothing
+KEEP_INPUTS = ("all", "pairs")  # values of RECOMPUTE with which the attention kernels run again
 
 
 def gpu_of(device_name):
@@ -113,7 +114,7 @@ def flops(config, tokens, pairs, recompute="none", keep_layers=0):
     Model FLOPs are 3 x forward. In forward a parameter of a matrix product takes 2 per token, and
     each of the `pairs` of attention, those of a layer on average, 4 x H x D. Hardware FLOPs add what
     backward recomputes, which is all of a block but its last product, and the attention kernel only
-    with "all"."""
+    with "all" and "pairs". With "pairs" every second block is computed once more."""
     L = config.num_hidden_layers
     block = block_parameters(config)
     lm_head = config.hidden_size * config.vocab_size
@@ -124,8 +125,10 @@ def flops(config, tokens, pairs, recompute="none", keep_layers=0):
     recomputed_block = 0
     if recompute != "none":
         recomputed_block = 2 * tokens * (block - down_proj)
-    if recompute == "all":
+    if recompute in KEEP_INPUTS:
         recomputed_block += attention
+    if recompute == "pairs":
+        recomputed_block += (2 * tokens * block + attention) / 2
     recomputing_layers = max(L - keep_layers, 0)
     return 3 * forward, 3 * forward + recomputing_layers * recomputed_block
 
@@ -165,6 +168,8 @@ def kept_by_block(config, recompute, chunked, sp):
     chunked: the MLP runs in chunks, so that it keeps its inputs only."""
     C = config.hidden_size
     q, qkv = attention_widths(config, sp)
+    if recompute == "pairs":
+        return C                            # x of every second block
     if recompute == "all":
         return 2 * C                        # x
     if recompute == "all_but_attention":
@@ -195,7 +200,7 @@ def transient_of_block(config, recompute, tokens, chunk, sp):
         mlp += chunk * (C + mlp_computed - mlp_kept)    # a norm and the product
     if chunked:
         mlp += tokens * (C + q)
-    if recompute == "all":
+    if recompute in KEEP_INPUTS:
         mlp += tokens * (qkv + q)           # q, k, v, attention's output
 
     # In the kernel: gradients of x and of the output, then of q, k, v, which it sums in float32.
@@ -204,15 +209,16 @@ def transient_of_block(config, recompute, tokens, chunk, sp):
         attention += 2 * (kv + kv)
     if recompute != "none":
         attention += qkv
-    if recompute != "none" and sp > 1 or recompute == "all":
+    if recompute != "none" and sp > 1 or recompute in KEEP_INPUTS:
         attention += q                      # the output, which is not the kept tensor
     if sp > 1:
         attention += q                      # the output's gradient before its exchange
-        if recompute == "all":
+        if recompute in KEEP_INPUTS:
             attention += q                  # the output after its exchange
         if tokens * qkv >= 2**31:
             attention += qkv                # contiguous copies, see Attention.kernel_inputs
-    return 2 * max(mlp, tokens * attention)
+    second_input = tokens * C if recompute == "pairs" else 0
+    return 2 * (max(mlp, tokens * attention) + second_input)
 
 
 def loss_memory(config, tokens, loss_chunk):
@@ -242,7 +248,7 @@ def divide_layers(config, execution):
 
 def prefetched_layers(execution):
     """-> offloaded layers of which Offload.load has the kept tensors on the GPU at a time."""
-    return 3 if execution.recompute == "all" else 2
+    return {"all": 3, "pairs": 6}.get(execution.recompute, 2)
 
 
 def kept_by_first(blocks, config, work, execution):
@@ -254,7 +260,7 @@ def kept_by_first(blocks, config, work, execution):
     everything = work.tokens * kept_by_block(config, "none", chunked, work.sp)
     inputs = work.tokens * kept_by_block(config, execution.recompute, chunked, work.sp)
     log_sum_exp = 4 * config.num_attention_heads * work.tokens  # float32
-    if execution.recompute == "all":
+    if execution.recompute in KEEP_INPUTS:
         log_sum_exp *= whole / L  # kept by the whole blocks only
 
     recomputed = min(blocks, L - whole)
@@ -263,6 +269,11 @@ def kept_by_first(blocks, config, work, execution):
     else:  # backward has come to the offloaded blocks
         on_gpu = min(recomputed, prefetched_layers(execution))
     return on_gpu * inputs + (blocks - recomputed) * everything + blocks * log_sum_exp
+
+
+def gathered_together(execution):
+    """-> blocks that ZeRO 3 gathers at a time."""
+    return 2 if execution.recompute == "pairs" else 1
 
 
 def gathered_weights(blocks, config, ranks):
@@ -307,7 +318,7 @@ class Moment(NamedTuple):
 def end_of_forward(config, work, execution, zero_stage, offload_optimizer):
     """-> the Moment of the loss."""
     L = config.num_hidden_layers
-    gathered = L if zero_stage < 3 else 1
+    gathered = L if zero_stage < 3 else gathered_together(execution)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
         gradients=gradients_of_earlier(config, work, zero_stage, offload_optimizer),
@@ -323,11 +334,11 @@ def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer)
     recompute = "none" if i >= L - whole else execution.recompute
     chunk = min(execution.mlp_chunk or work.tokens, work.tokens)
 
-    # ZeRO 3 has gathered this block and the next one. ZeRO 1 and 2 free a block after its backward,
+    # ZeRO 3 has gathered this block, or pair, and the next one. ZeRO 1 and 2 free a block after its backward,
     # unless other micro-batches need its weights.
     gathered = L
     if zero_stage == 3:
-        gathered = min(i + 1, 2)
+        gathered = min(i + 1, 2 * gathered_together(execution))
     elif work.accumulate == 1:
         gathered = i + 1
 
@@ -404,13 +415,15 @@ def product_seconds(config, gpu, work, execution):
     recomputed = L - whole
 
     again = recomputed * (block - down_proj)
+    if execution.recompute == "pairs":
+        again += recomputed / 2 * block
     if 0 < execution.mlp_chunk < t:
         # A chunk of the MLP recomputes itself, once more than the block around it.
         q, _ = attention_widths(config, work.sp)
         _, mlp_computed = mlp_widths(config)
         post_attention = config.hidden_size * (q + mlp_computed)
         again += whole * (post_attention - down_proj)
-        if execution.recompute == "all":
+        if execution.recompute in KEEP_INPUTS:
             again += recomputed * post_attention
     return 6 * t * (L * block + head) / gpu.products, 2 * t * again / gpu.products
 
@@ -466,8 +479,9 @@ def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
     # About half of it is hidden; all of it is not where it takes longer than the computing.
     seconds = max(transfer / 2, transfer - work.accumulate * compute)
     # Copies: the cast (reads 4 bytes, writes 2), into the parameters (2, 2), gradients to float32
-    # (2, 4) and their reduction (4, 4).
-    seconds += (10 * n_gathers + 14 * n_reductions) * parameters / gpu.bandwidth
+    # (2, 4) and their reduction (4, 4), which one rank does not need.
+    reduction = 14 if work.ranks > 1 else 6
+    seconds += (10 * n_gathers + reduction * n_reductions) * parameters / gpu.bandwidth
     if offload_optimizer:
         copied = 4 * (n_gathers + n_reductions) * parameters / work.ranks
         seconds += copied / gpu.host_link
@@ -483,10 +497,14 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
     products, recomputation = product_seconds(config, gpu, work, execution)
     forward, backward = attention_seconds(config, gpu, work)
     attention = L * (forward + backward)
-    if execution.recompute == "all":
-        recomputation += recomputed * forward
     # In forward, in backward, and where q, k and v are recomputed.
-    exchange = (2 * L + recomputed) * exchange_seconds(config, gpu, work)
+    exchanges = 2 * L + recomputed
+    if execution.recompute in KEEP_INPUTS:
+        recomputation += recomputed * forward
+    if execution.recompute == "pairs":
+        recomputation += recomputed / 2 * forward
+        exchanges += recomputed / 2
+    exchange = exchanges * exchange_seconds(config, gpu, work)
     compute = products + recomputation + attention + exchange
     offloading = offloading_seconds(config, gpu, work, execution, compute)
     sharding = sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute)
@@ -523,7 +541,7 @@ def candidates(config, work, given):
     L = config.num_hidden_layers
     tries = {
         "offload_optimizer": [False, True],
-        "recompute": ["none", "all_but_attention", "all"],
+        "recompute": ["none", "all_but_attention", "all", "pairs"],
         "offload_layers": sorted({round(L * eighth / 8) for eighth in range(9)}),
         "mlp_chunk": [0] + [chunk for chunk in (65536, 32768, 16384) if chunk < work.tokens],
         "zero_stage": [2, 3, 1] if work.accumulate > 1 and work.ranks > 1 else [2, 3],

@@ -92,7 +92,7 @@ class Config:
 class Execution:
     """How the work is carried out. These settings change results only by rounding."""
     attention: str = "auto"             # or a name in KERNELS
-    recompute: str = "none"             # or "all_but_attention" or "all": recomputed in backward
+    recompute: str = "none"             # in backward, or "all_but_attention", "all", "pairs"
     keep_layers: int = 0                # last blocks, which are exempt from `recompute`
     offload_layers: int = 0             # first blocks that offload what they keep to CPU memory
     mlp_chunk: int = 0                  # tokens that pass the MLP at a time; 0: all t
@@ -542,6 +542,9 @@ class Block(nn.Module):
 
     Compiled, each product of the block runs at most once more. Not compiled, as on a CPU, the last
     step computes q, k and v once again.
+
+    With "all" only x is kept, and the kernels run again, too. With "pairs" x is kept for every
+    second block only, see Transformer.run_blocks.
     """
 
     def __init__(self, config, layer, sp_group, execution, recompute):
@@ -632,10 +635,16 @@ class Transformer(nn.Module):
         self.rope_kinds = {config.rope_kind(i) for i in range(config.num_hidden_layers)}
 
         layers = nn.ModuleList()
+        recomputed = max(config.num_hidden_layers - execution.keep_layers, 0)
+        recompute = "all" if execution.recompute == "pairs" else execution.recompute
         for i in range(config.num_hidden_layers):
-            keeps_everything = i >= config.num_hidden_layers - execution.keep_layers
-            recompute = "none" if keeps_everything else execution.recompute
-            layers.append(Block(config, i, sp_group, execution, recompute))
+            recompute_this = recompute if i < recomputed else "none"
+            layers.append(Block(config, i, sp_group, execution, recompute_this))
+        # Blocks of a group are recomputed from the input of the first.
+        self.groups = [[i] for i in range(config.num_hidden_layers)]
+        if execution.recompute == "pairs":
+            pairs = [[i, i + 1] for i in range(0, recomputed - 1, 2)]
+            self.groups = pairs + self.groups[2 * len(pairs):]
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": layers,
@@ -658,10 +667,9 @@ class Transformer(nn.Module):
             cu_seqlens, self.sp_group, input_ids.device)
         ropes = {kind: rope_cos_sin(self.config, position_ids, kind) for kind in self.rope_kinds}
         x = self.embed(input_ids)                                               # (t, C)
-        for i, block in enumerate(self.model["layers"]):
-            offload = self.offload if i < self.execution.offload_layers else None
-            cos, sin = ropes[self.config.rope_kind(i)]
-            x = block(x, cos, sin, segments, offload)
+        for group in self.groups:
+            offload = self.offload if group[0] < self.execution.offload_layers else None
+            x = self.run_blocks(group, x, ropes, segments, offload)
         # Not compiled, the norm would keep and compute float32 copies of x: 12 GiB each at t = 1M.
         call_norm = compiled_call if self.execution.compile else call
         x = call_norm(self.model["norm"], False, x)                             # (t, C)
@@ -680,6 +688,27 @@ class Transformer(nn.Module):
             weights = weights * is_target
         return ChunkedCrossEntropy.apply(
             x, head, labels.clamp(min=0), weights, self.execution, torch.is_grad_enabled())
+
+    def run_blocks(self, group, x, ropes, segments, offload):
+        """x (t, C) -> (t, C), through the blocks of one of self.groups.
+
+        Of two blocks only x is kept. Backward first computes the input of the second one again."""
+        def run(x, offload):
+            for i in group:
+                cos, sin = ropes[self.config.rope_kind(i)]
+                x = self.model["layers"][i](x, cos, sin, segments, offload)
+            return x
+
+        if len(group) == 1 or not torch.is_grad_enabled():
+            return run(x, offload)
+        kept = Kept(offload)
+        with kept.saved_by_reference():
+            kept.add("x", x)
+            return call(run, True, x, None)
+
+    def block_groups(self):
+        """-> the blocks of each group, whose weights are gathered together."""
+        return [[self.model["layers"][i] for i in group] for group in self.groups]
 
     def embed(self, input_ids):
         """input_ids (t,) -> (t, C)."""

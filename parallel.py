@@ -470,6 +470,7 @@ def segments_of_rank(cu_seqlens, group, device):
 def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
     """Shard the float32 parameters over grid.mesh. Forward and backward see them whole, in `dtype`.
 
+    blocks: modules, or lists of them, whose weights are gathered together.
     Gradients are reduced in float32, and summed instead of averaged: the loss is already divided
     by the weights of all targets of the step."""
     # cast_forward_inputs is off because cos, sin and the weights of the targets stay in float32.
@@ -486,15 +487,19 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
         fully_shard(block, **settings, reshard_after_forward=zero_stage == 3 and not is_last)
     fully_shard(model, **settings, reshard_after_forward=False)
 
-    if grid.world > 1:
-        for module in [*blocks, model]:
+    for module in sharded_modules(model):
+        if grid.world > 1:
             module.set_gradient_divide_factor(1.0)  # the default is the number of ranks
             # NCCL multiplies by the factor while it reduces, at no cost; gloo cannot.
             module.set_force_sum_reduction_for_comms(grid.device.type == "cpu")
-    if grid.mesh.size(-1) == 1:
-        for module in [*blocks, model]:
+        if grid.mesh.size(-1) == 1:
             module.set_custom_reduce_scatter(ReduceInPlace())
     model.to_empty(device="cpu" if offload_optimizer else grid.device)
+
+
+def sharded_modules(model):
+    """-> the modules whose weights FSDP2 gathers."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 class ReduceInPlace:
@@ -530,9 +535,8 @@ def free_gathered(model):
     """Free the gathered weights that a forward without a backward has left.
 
     model.parameters() are the shards again, which are saved and exported."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in sharded_modules(model):
+        module.reshard()
 
 
 def grad_norm(parameters):

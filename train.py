@@ -80,7 +80,7 @@ GLOBAL_BATCH_SIZE = 8           # rows per optimizer step, independent of the nu
 REPLICAS = 1                    # copies of the sharded states; raise where hosts are slowly linked
 
 # Memory for time. "auto" chooses this and the five below, except those that are set, by what fits.
-RECOMPUTE = "auto"              # in backward: "none", "all_but_attention", "all" (least memory)
+RECOMPUTE = "auto"              # "none", "all_but_attention", "all", "pairs": from most memory to least
 KEEP_LAYERS = 0                 # last layers exempt from RECOMPUTE; raise while memory is free
 ZERO_STAGE = 2                  # 2 shards gradients; 3 also frees weights after forward; 1 neither
 OFFLOAD_ACTIVATIONS = 0         # first layers whose kept activations go to CPU memory; -1: all
@@ -140,7 +140,7 @@ CHOICES = {
     "FORMAT": ("", *data.FORMATS),
     "LOSS_WEIGHT": ("token", "sample", "square"),
     "ZERO_STAGE": (1, 2, 3),
-    "RECOMPUTE": ("auto", "none", "all_but_attention", "all"),
+    "RECOMPUTE": ("auto", "none", "all_but_attention", "all", "pairs"),
     "DTYPE": ("auto", "bfloat16", "float32"),
     "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd"),
 }
@@ -639,7 +639,7 @@ def build_model(folder, config, grid, execution, dtype):
     """Return the model, sharded over the ranks, with its first weights."""
     with torch.device("meta"):  # a rank allocates memory for its own shard only
         model = Transformer(config, grid.sp_group, execution)
-    parallel.shard(model, model.model["layers"], grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
+    parallel.shard(model, model.block_groups(), grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
     if INIT == "weights":
         convert.load_weights(model, folder)
     else:
@@ -800,7 +800,7 @@ def explain_out_of_memory(config, grid, execution):
             f"{less_memory(config, grid, execution)}"
             "Or change these constants one after the other, in this order, until the run fits: "
             "RECOMPUTE=all_but_attention, KEEP_LAYERS=0, ZERO_STAGE=3, MLP_CHUNK=32768, "
-            "OFFLOAD_ACTIVATIONS=-1, RECOMPUTE=all, OFFLOAD_OPTIMIZER=True. If it still does not "
+            "OFFLOAD_ACTIVATIONS=-1, RECOMPUTE=all, RECOMPUTE=pairs, OFFLOAD_OPTIMIZER=True. If it still does not "
             "fit, raise SEQUENCE_PARALLEL_SIZE or lower MAX_LENGTH. "
             "The last checkpoint is complete.") from error
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.run import HEAD_DIM, HERE, PEAK, SHAPES, block_parameters, parse_settings
+from costs import KEEP_INPUTS
 
 # (shape, GPUs): {codebase: {sequence length: causal MFU}}, each with its fastest setting. That of
 # transformers + Liger recomputes nothing at 8k and 32k, and whole blocks at 128k.
@@ -121,8 +122,11 @@ def roof(result):
     recomputed_layers = 0 if recompute == "none" else L - keep_layers
     recomputed_products = 2 * t * (block - shape.width * shape.inner) * recomputed_layers
     attention_forwards = L
-    if recompute == "all":
+    if recompute in KEEP_INPUTS:
         attention_forwards += recomputed_layers
+    if recompute == "pairs":  # every second block is computed once more
+        recomputed_products += t * block * recomputed_layers
+        attention_forwards += recomputed_layers / 2
 
     # The backward of a product does twice the work of its forward. That of attention does 2.5 times
     # the work, because its kernel recomputes the scores. Model FLOPs count both as twice.

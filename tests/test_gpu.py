@@ -82,6 +82,7 @@ EXECUTIONS = [
     Execution(compile=True),
     Execution(recompute="all_but_attention", compile=True),
     Execution(recompute="all", compile=True),
+    Execution(recompute="pairs", compile=True, offload_layers=1),
     Execution(recompute="all_but_attention", compile=True, offload_layers=9, mlp_chunk=256,
               loss_chunk=300),
     Execution(recompute="all_but_attention", compile=True, keep_layers=1, attention="torch_varlen"),
@@ -117,6 +118,7 @@ def losses_and_norms(folder, name, *settings):
 SETTINGS = [
     ["OFFLOAD_OPTIMIZER=True"],
     ["RECOMPUTE=all", "ZERO_STAGE=3", "OFFLOAD_ACTIVATIONS=-1"],
+    ["RECOMPUTE=pairs", "ZERO_STAGE=3", "OFFLOAD_ACTIVATIONS=1"],
     ["RECOMPUTE=none", "ZERO_STAGE=1"],
     ["COMPILE=False", "ATTENTION=torch_varlen"],
     ["OFFLOAD_ACTIVATIONS=1", "MLP_CHUNK=100", "LOSS_CHUNK=100", "KEEP_LAYERS=1"],

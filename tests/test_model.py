@@ -78,6 +78,8 @@ EXECUTIONS = [
     Execution(loss_chunk=7),
     Execution(recompute="all_but_attention", offload_layers=9),
     Execution(recompute="all", offload_layers=9),
+    Execution(recompute="pairs"),
+    Execution(recompute="pairs", offload_layers=1),
     Execution(recompute="all_but_attention", mlp_chunk=5, loss_chunk=9),
     Execution(mlp_chunk=6),
     Execution(recompute="all_but_attention", keep_layers=1, offload_layers=9, mlp_chunk=31),
@@ -118,9 +120,10 @@ def test_weighted_loss_is_the_plain_formula():
 
 @pytest.mark.parametrize("recompute,offload,calls", [
     ("none", False, 2), ("all_but_attention", False, 2), ("all_but_attention", True, 2),
-    ("all", False, 4), ("all", True, 4)])
+    ("all", False, 4), ("all", True, 4), ("pairs", False, 5), ("pairs", True, 5)])
 def test_how_often_the_attention_kernel_runs(monkeypatch, recompute, offload, calls):
-    """In forward and backward of two layers: once a layer, unless everything is recomputed."""
+    """In forward and backward of two layers: once a layer, unless everything is recomputed, and
+    once more in the first of a pair."""
     kernel = torch.nn.functional.scaled_dot_product_attention
     seen = []
 
@@ -155,6 +158,24 @@ def forward_of_a_block(execution, method):
     x = torch.randn(16, 48, requires_grad=True) * 1.0       # not a leaf, which would stay alive
     segments = parallel.segments_of_rank(cu_seqlens, None, x.device)
     return block(x, cos, sin, segments), storages
+
+
+@pytest.mark.parametrize("recompute,kept", [("all", [0, 1, 2, 3, 4]), ("pairs", [0, 2, 4])])
+def test_which_inputs_of_blocks_are_kept(recompute, kept):
+    model = tiny_model(execution=Execution(recompute=recompute), num_hidden_layers=5)
+    inputs = []
+
+    def record(block, args):
+        inputs.append(weakref.ref(args[0].untyped_storage()))
+
+    for block in model.model["layers"]:
+        block.register_forward_pre_hook(record)
+    ids, positions, cu_seqlens, max_seqlen, labels = row([16])
+    loss = model(ids, positions, cu_seqlens, max_seqlen, labels)
+    gc.collect()
+    assert [i for i, storage in enumerate(inputs) if storage() is not None] == kept
+    loss.backward()
+    assert not any(storage() is not None for storage in inputs)
 
 
 @pytest.mark.parametrize("recompute", ["none", "all_but_attention", "all"])
@@ -341,7 +362,13 @@ def test_the_fastest_settings_that_fit_are_chosen():
     assert choose_for(131072, gpu_memory=120).recompute == "all_but_attention"
     long = choose_for(524288, document=8192)
     assert long.offload_layers > 0
-    assert choose_for(524288, document=8192, host=3) is None
+    without_host = choose_for(524288, document=8192, host=3)
+    assert without_host.recompute == "pairs"
+    assert without_host.offload_layers == 0
+    longest = choose_for(2**20, document=8192)
+    assert longest.recompute == "pairs"
+    assert longest.offload_layers > 0
+    assert choose_for(2**20, document=8192, host=3) is None
     assert choose_for(2**24) is None
 
 

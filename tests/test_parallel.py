@@ -60,7 +60,7 @@ def sharded_model(grid, execution, zero_stage):
     """-> a model on the meta device until FSDP2 has sharded it. Its weights are not set."""
     with torch.device("meta"):
         model = Transformer(tiny_config(), grid.sp_group, execution)
-    blocks = model.model["layers"]
+    blocks = model.block_groups()
     parallel.shard(model, blocks, grid, torch.float32, zero_stage, offload_optimizer=False)
     return model
 
@@ -99,6 +99,7 @@ GRIDS = [
     (1, 1, 3, 1, False, "token", Execution()),
     (2, 1, 3, 1, True, "sample", Execution()),
     (2, 2, 2, 1, True, "token", Execution(recompute="all_but_attention")),
+    (2, 2, 3, 1, True, "token", Execution(recompute="pairs", offload_layers=1)),
     (4, 2, 1, 1, False, "token", Execution()),
     (4, 4, 3, 1, True, "square", Execution(recompute="all", loss_chunk=5)),
     (4, 2, 2, 2, True, "sample", OFFLOADED),
