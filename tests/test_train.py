@@ -885,6 +885,33 @@ def test_norms_and_biases_have_no_weight_decay():
     assert len(decayed["params"]) + len(not_decayed) == len(names)
 
 
+def test_optimizer_states_are_those_of_adamw():
+    """They exist before the first step, and are what AdamW would have begun with."""
+    def after_two_steps(build):
+        linear = torch.nn.Linear(3, 2)
+        torch.nn.init.constant_(linear.weight, 0.5)
+        torch.nn.init.constant_(linear.bias, 0.5)
+        optimizer = build(linear)
+        before = len(optimizer.state)
+        for step in (1, 2):
+            for p in linear.parameters():
+                p.grad = torch.full_like(p, 0.1 * step)
+            optimizer.step()
+        values = [v for p in linear.parameters() for v in optimizer.state[p].values()]
+        return before, [*linear.parameters(), *values]
+
+    def build_plain(linear):
+        groups = train.build_optimizer(linear).param_groups
+        return torch.optim.AdamW(groups, fused=True)
+
+    n_states, ours = after_two_steps(train.build_optimizer)
+    no_states, theirs = after_two_steps(build_plain)
+    assert (n_states, no_states) == (2, 0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
 def test_the_learning_rate_of_short_runs():
     """It never exceeds the peak, ends at the ratio, and warms up for a step at least."""
     set_constants({"LEARNING_RATE": 2.0, "MIN_LEARNING_RATE_RATIO": 0.25, "WARMUP_RATIO": 0.01})
