@@ -32,6 +32,7 @@ GPUS = {
     "B200": GPU(178.0, 2250e12, 1350e12, 1300e12, 1110e12, 5.6e12, 550e9, 55e9),
 }
 USABLE_MEMORY = 0.94        # of a GPU: the rest is for CUDA, NCCL and fragmentation
+USABLE_UNFRAGMENTED = 0.97  # the same with expandable segments
 USABLE_HOST_MEMORY = 0.85   # of a host: the rest is for the system and the page cache
 HALF_RATE_LENGTH = 1200     # tokens of a document with which attention reaches half of its rate
 GPUS_PER_HOST = 8
@@ -162,12 +163,12 @@ def mlp_widths(config):
     return (2 * I, 3 * I) if config.mlp_gate else (I, 2 * I)
 
 
-def kept_by_block(config, recompute, chunked, sp):
+def kept_by_block(config, recompute, chunked, work):
     """-> bytes a token that a block keeps for backward, except the log-sum-exp. They are bfloat16.
 
     chunked: the MLP runs in chunks, so that it keeps its inputs only."""
     C = config.hidden_size
-    q, qkv = attention_widths(config, sp)
+    q, qkv = attention_widths(config, work.sp)
     if recompute == "pairs":
         return C                            # x of every second block
     if recompute == "all":
@@ -175,18 +176,18 @@ def kept_by_block(config, recompute, chunked, sp):
     if recompute == "all_but_attention":
         return 2 * (C + q)                  # x and attention's output
     kept = C + qkv + q                      # x, q, k, v, attention's output
-    if sp > 1:
-        kept += q                           # the output after its exchange, besides the one before
+    kept += crossing(work) * q              # the output after its exchange, besides the one before
     if not chunked:
         mlp_kept, _ = mlp_widths(config)
         kept += C + mlp_kept                # x + attention, gate and up
     return 2 * kept
 
 
-def transient_of_block(config, recompute, tokens, chunk, sp):
+def transient_of_block(config, recompute, chunk, work):
     """-> bytes at the peak of one block's backward, besides what it has kept since forward."""
     C = config.hidden_size
-    q, qkv = attention_widths(config, sp)
+    tokens = work.tokens
+    q, qkv = attention_widths(config, work.sp)
     kv = (qkv - q) // 2
     chunked = chunk < tokens
 
@@ -209,14 +210,19 @@ def transient_of_block(config, recompute, tokens, chunk, sp):
         attention += 2 * (kv + kv)
     if recompute != "none":
         attention += qkv
-    if recompute != "none" and sp > 1 or recompute in KEEP_INPUTS:
-        attention += q                      # the output, which is not the kept tensor
-    if sp > 1:
-        attention += q                      # the output's gradient before its exchange
-        if recompute in KEEP_INPUTS:
-            attention += q                  # the output after its exchange
-        if tokens * qkv >= 2**31:
-            attention += qkv                # contiguous copies, see Attention.kernel_inputs
+    if recompute in KEEP_INPUTS:
+        attention += q                      # the output
+    if chunked:
+        attention += C                      # measured: the chunks still hold a gradient
+
+    # Tensors before and after their exchange: the output, if it is not kept, and its gradient; and
+    # contiguous copies, see Attention.kernel_inputs.
+    exchanged = q
+    if recompute != "none":
+        exchanged += q
+    if crossing(work) * tokens * qkv >= 2**31:
+        exchanged += qkv
+    attention += crossing(work) * exchanged
     second_input = tokens * C if recompute == "pairs" else 0
     return 2 * (max(mlp, tokens * attention) + second_input)
 
@@ -257,8 +263,8 @@ def kept_by_first(blocks, config, work, execution):
     L = config.num_hidden_layers
     whole, offloaded = divide_layers(config, execution)
     chunked = 0 < execution.mlp_chunk < work.tokens
-    everything = work.tokens * kept_by_block(config, "none", chunked, work.sp)
-    inputs = work.tokens * kept_by_block(config, execution.recompute, chunked, work.sp)
+    everything = work.tokens * kept_by_block(config, "none", chunked, work)
+    inputs = work.tokens * kept_by_block(config, execution.recompute, chunked, work)
     log_sum_exp = 4 * config.num_attention_heads * work.tokens  # float32
     if execution.recompute in KEEP_INPUTS:
         log_sum_exp *= whole / L  # kept by the whole blocks only
@@ -350,7 +356,7 @@ def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer)
         weights=gathered_weights(gathered, config, work.ranks),
         gradients=max(earlier, reduced) + head + 2 * block,
         kept=kept_by_first(i + 1, config, work, execution),
-        transient=transient_of_block(config, recompute, work.tokens, chunk, work.sp))
+        transient=transient_of_block(config, recompute, chunk, work))
 
 
 def end_of_backward(config, work, zero_stage, offload_optimizer):
@@ -362,14 +368,17 @@ def end_of_backward(config, work, zero_stage, offload_optimizer):
 
 
 def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
-           offload_optimizer=False):
+           offload_optimizer=False, pairs=None):
     """-> {part: GiB} of one GPU at the peak of a step, compiled and with FlashAttention 4.
 
     tokens: t of this rank; ranks: over which states are sharded; accumulate: micro-batches a step;
-    sp: P. Within 5% of what was measured (bench/results.jsonl)."""
+    sp: P; pairs: of attention in the row, None: it is one document, which takes the most memory.
+    Within 5% of what was measured (bench/results.jsonl)."""
     L = config.num_hidden_layers
     whole, offloaded = divide_layers(config, execution)
-    work = Work(tokens, pairs=0, sp=sp, ranks=ranks, accumulate=accumulate)
+    if pairs is None:
+        pairs = (tokens * sp) ** 2 / 2
+    work = Work(tokens, pairs, sp=sp, ranks=ranks, accumulate=accumulate)
     given = (config, work, execution, zero_stage, offload_optimizer)
 
     # Along blocks of one kind the sum is linear, so the first and the last of them are enough.
@@ -396,7 +405,9 @@ def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
 def host_memory(config, tokens, ranks, execution, offload_optimizer=False, sp=1):
     """-> GiB of CPU memory of one rank's process."""
     _, offloaded = divide_layers(config, execution)
-    size = PROCESS + offloaded * tokens * kept_by_block(config, execution.recompute, False, sp)
+    # Blocks that keep everything offload nothing.
+    work = Work(tokens, pairs=0, sp=sp)
+    size = PROCESS + offloaded * tokens * kept_by_block(config, execution.recompute, False, work)
     if offload_optimizer:
         size += (ADAMW_STATES + 4) * total_parameters(config) / ranks  # and float32 gradients
     return size / 2**30
@@ -444,6 +455,11 @@ def mean_document(work):
     return 2 * work.pairs / (work.tokens * work.sp)
 
 
+def crossing(work):
+    """-> about which share of the tokens is exchanged: a document at every border of shards."""
+    return 0 if work.sp == 1 else min(mean_document(work) / work.tokens, 1)
+
+
 def link_of(gpu, ranks):
     """-> bytes/s between so many GPUs: those of a host are linked faster than hosts."""
     return gpu.link if ranks <= GPUS_PER_HOST else NETWORK
@@ -453,8 +469,7 @@ def exchange_seconds(config, gpu, work):
     """-> seconds of the exchange of sequence parallelism in forward of a layer: of q, k, v and the
     output of documents that cross a border."""
     q, qkv = attention_widths(config, work.sp)
-    crossing = min(mean_document(work) / work.tokens, 1)    # about a document at every border
-    exchanged = 2 * work.tokens * crossing * (qkv + q) * (work.sp - 1) / work.sp
+    exchanged = 2 * work.tokens * crossing(work) * (qkv + q) * (work.sp - 1) / work.sp
     return exchanged / link_of(gpu, work.sp)
 
 
@@ -462,7 +477,7 @@ def offloading_seconds(config, gpu, work, execution, compute):
     """-> seconds that copies to and from CPU memory take longer than forward and backward, which
     are a third and two thirds of `compute` seconds and hide them."""
     _, offloaded = divide_layers(config, execution)
-    copied = offloaded * work.tokens * kept_by_block(config, execution.recompute, False, work.sp)
+    copied = offloaded * work.tokens * kept_by_block(config, execution.recompute, False, work)
     copy = copied / gpu.host_link
     return max(copy - compute / 3, 0) + max(copy - 2 * compute / 3, 0)
 
@@ -530,8 +545,15 @@ def fits(config, gpu, work, execution, settings, host):
     if on_host > USABLE_HOST_MEMORY * host:
         return False
     parts = memory(config, work.tokens, work.ranks, execution, settings.zero_stage,
-                   work.accumulate, work.sp, settings.offload_optimizer)
-    return sum(parts.values()) <= USABLE_MEMORY * gpu.memory
+                   work.accumulate, work.sp, settings.offload_optimizer, work.pairs)
+    usable = USABLE_UNFRAGMENTED if expands_segments(settings) else USABLE_MEMORY
+    return sum(parts.values()) <= usable * gpu.memory
+
+
+def expands_segments(settings):
+    """-> whether the allocator is to have expandable segments, which avoid fragments: with what only
+    long rows need. Steps of a minute take as long with them, those of 32k tokens 8% longer."""
+    return settings.recompute in KEEP_INPUTS or settings.offload_layers != 0
 
 
 def candidates(config, work, given):

@@ -37,6 +37,7 @@ from costs import (
     Settings,
     Work,
     choose,
+    expands_segments,
     flops,
     gpu_of,
     host_memory,
@@ -218,6 +219,8 @@ def main():
     agreed = {**notes["constants"], "the sequence-parallel size": sp,
               "the attention kernel": kernel_name, **facts_of_files(notes, rows, eval_rows)}
     grid = parallel.init(REPLICAS, sp, agreed)
+    if grid.device.type == "cuda" and expands_segments(current_settings()):
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     execution = execution_settings(config, device_type)
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")
     print_once(grid, describe_context(folder, config, rows))
@@ -418,15 +421,17 @@ def choose_settings(config, world, gpu, host):
         recompute = "all_but_attention" if offloads else "none"
         return sizes[0], Settings(**{"recompute": recompute, **given})
 
-    # AdamW on the CPU is slow: a larger size without it is better than a smaller one with it.
+    # "pairs" is slow, and AdamW on the CPU slower: a larger size without them is better than a
+    # smaller one with them.
     execution = execution_settings(config, "cuda")
-    for offload_optimizer in (False, True):
+    for pairs, offload_optimizer in ((False, False), (True, False), (True, True)):
         limited = {"offload_optimizer": offload_optimizer, **given}
         for sp in sizes:
             work = work_of_gpu(config, world, sp)
             settings = choose(config, gpu, work, execution, limited, host)
-            if settings is not None:
-                return sp, settings
+            if settings is None or (settings.recompute == "pairs" and not pairs):
+                continue
+            return sp, settings
     if RECOMPUTE != "auto":  # everything was set by hand, and is tried
         return sizes[-1], Settings(**given)
     raise ValueError(
@@ -439,6 +444,11 @@ def format_settings(settings, sp):
     """Return Settings as constants to paste into a command line."""
     constants = [f"{name}={getattr(settings, field)}" for name, field in CHOSEN.items()]
     return " ".join([f"SEQUENCE_PARALLEL_SIZE={sp}", *constants])
+
+
+def current_settings():
+    """Return the Settings that the constants say."""
+    return Settings(**{field: globals()[name] for name, field in CHOSEN.items()})
 
 
 def settings_by_hand(config):
@@ -744,8 +754,7 @@ def describe_context(folder, config, rows):
 
 def describe_plan(config, grid, execution, rows, steps):
     """Return what the run is expected to take, and the constants that were chosen, to paste."""
-    settings = Settings(**{field: globals()[name] for name, field in CHOSEN.items()})
-    lines = [f"settings: {format_settings(settings, grid.sp)}"]
+    lines = [f"settings: {format_settings(current_settings(), grid.sp)}"]
     works = parallel.sequence_parallel_sizes(
         grid.world, config.num_attention_heads, config.num_key_value_heads)
     if grid.world not in works:

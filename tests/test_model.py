@@ -17,6 +17,7 @@ from costs import (
     Work,
     attention_pairs,
     choose,
+    expands_segments,
     flops,
     host_memory,
     mean_attention_pairs,
@@ -317,10 +318,10 @@ def measured_rows():
 def test_memory_is_what_was_measured():
     errors = []
     for result, config, work, execution, zero_stage in measured_rows():
-        if "note" in result:  # measured when blocks kept more
+        if "note" in result:  # measured when more was kept or exchanged
             continue
         parts = memory(config, work.tokens, work.ranks, execution, zero_stage, work.accumulate,
-                       work.sp)
+                       work.sp, pairs=work.pairs)
         total = sum(parts.values())
         if "MAX_STEPS=1" in result["row"].split():
             total -= parts["optimizer states"] * 2 / 3  # the first step has no moments yet
@@ -379,7 +380,8 @@ def test_what_is_chosen_fits(length, size):
     if settings is not None:
         parts = memory(LLAMA_3B, length, 1, settings.execution(Execution()), settings.zero_stage,
                        offload_optimizer=settings.offload_optimizer)
-        assert sum(parts.values()) < 0.95 * size
+        usable = 0.97 if expands_segments(settings) else 0.94
+        assert sum(parts.values()) <= usable * size
 
 
 def test_settings_that_are_given_stay():

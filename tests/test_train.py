@@ -671,7 +671,7 @@ def test_memory_settings_choose_themselves(large_folder, monkeypatch):
 
 @pytest.mark.parametrize("length,batch,changes,sp", [
     (8192, 8, {}, 1),
-    (262144, 8, {}, 2),         # two are needed, as tested below
+    (262144, 8, {}, 2),         # with one it fits by the slowest means only, as tested below
     (8192, 2, {}, 4),           # two rows for eight GPUs
     (8192, 8, {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 1152}, 1),
 ])
@@ -683,8 +683,8 @@ def test_the_smallest_sequence_parallel_size_that_fits(
     plan, _ = planned(settings, 8)
     assert plan.sp == sp
     if sp == 2:
-        with pytest.raises(ValueError, match="do not fit"):
-            planned({**settings, "SEQUENCE_PARALLEL_SIZE": 1}, 8)
+        _, chosen = planned({**settings, "SEQUENCE_PARALLEL_SIZE": 1}, 8)
+        assert chosen["RECOMPUTE"] == "pairs"
 
 
 def test_the_demo_has_constants_of_its_own(tmp_path):
@@ -781,7 +781,7 @@ def test_a_plan_for_other_machines(large_folder, plan_for):
     assert list(table["sequence parallel"].values())[3:] == ["2", "4", "8"]
     assert table["sequence parallel"]["the plan"] == "1"
     assert set(table["fits"].values()) == {"yes"}
-    assert float(table["GPU, of 74 usable GiB"]["the plan"]) <= 0.94 * 79.1
+    assert float(table["GPU, of 79 GiB"]["the plan"]) <= 0.94 * 79.1
     seconds = float(table["seconds a step"]["the plan"])
     days = 1e9 / (8 * 131072) * seconds / 86400
     assert float(table["days"]["the plan"]) == pytest.approx(days, abs=0.1)
@@ -791,13 +791,13 @@ def test_a_plan_for_other_machines(large_folder, plan_for):
 
 def test_a_plan_says_why_a_run_does_not_fit(large_folder, plan_for):
     folder = large_folder(max_position_embeddings=8192)
-    lines, table = plan_for(f"MODEL={folder}", "MAX_LENGTH=1048576", "GPUS=2", "HOST_MEMORY=100")
+    lines, table = plan_for(f"MODEL={folder}", "MAX_LENGTH=2097152", "GPUS=2", "HOST_MEMORY=100")
     assert "is beyond the model's 8,192 positions: also set MAX_POSITION_EMBEDDINGS=" in lines[2]
     assert table["fits"]["the plan"] == "NO"
     assert table["seconds a step"]["the plan"] == "-"
-    on_gpu = float(table["GPU, of 74 usable GiB"]["the plan"])
+    on_gpu = float(table["GPU, of 79 GiB"]["the plan"])
     on_host = float(table["CPU, of 42 usable GiB"]["the plan"])
-    assert on_gpu > 74 or on_host > 42
+    assert on_gpu > 0.97 * 79 or on_host > 42
     assert any(line.startswith("the plan: does not fit; the least memory has ") for line in lines)
 
     lines, table = plan_for(f"MODEL={folder}", "GPUS=16", "GLOBAL_BATCH_SIZE=2")

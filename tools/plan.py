@@ -23,7 +23,6 @@ from costs import (  # noqa: E402
     GPUS,
     GPUS_PER_HOST,
     USABLE_HOST_MEMORY,
-    USABLE_MEMORY,
     candidates,
     count_parameters,
     fits,
@@ -141,13 +140,12 @@ def host_memory_of_gpu(options):
 
 
 def memory_cells(config, options, work, execution, settings):
-    """-> what a GPU and its process need in GiB, and how much of what they have can be used."""
-    usable = USABLE_MEMORY * GPUS[options["GPU"]].memory
+    """-> what a GPU and its process need in GiB. Of a GPU 3 or 6% stay free."""
     usable_host = USABLE_HOST_MEMORY * host_memory_of_gpu(options)
     parts = memory_of(config, work, execution, settings)
     host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
                        work.sp)
-    cells = {f"GPU, of {usable:.0f} usable GiB": f"{sum(parts.values()):.1f}"}
+    cells = {f"GPU, of {GPUS[options['GPU']].memory:.0f} GiB": f"{sum(parts.values()):.1f}"}
     for part, size in parts.items():
         cells[f"  {part}"] = f"{size:.1f}"
     cells[f"CPU, of {usable_host:.0f} usable GiB"] = f"{host:.1f}"
