@@ -551,9 +551,11 @@ def fits(config, gpu, work, execution, settings, host):
 
 
 def expands_segments(settings):
-    """-> whether the allocator is to have expandable segments, which avoid fragments: with what only
-    long rows need. Steps of a minute take as long with them, those of 32k tokens 8% longer."""
-    return settings.recompute in KEEP_INPUTS or settings.offload_layers != 0
+    """-> whether the allocator is to have expandable segments, which avoid fragments. Steps of a
+    minute take as long with them, those of 32k tokens 8% longer. So it has them with what only long
+    rows need, where chunks, gathers or copies leave gaps between what is kept."""
+    return (settings.recompute in KEEP_INPUTS or settings.offload_layers != 0
+            or settings.mlp_chunk != 0 or settings.zero_stage == 3)
 
 
 def candidates(config, work, given):
