@@ -133,7 +133,8 @@ def _text_model(source):
         return source
     text = dict(source["text_config"])
     text["architectures"] = [MODEL_TYPES.get(text["model_type"])]
-    for key in ("dtype", "torch_dtype", "quantization_config", "eos_token_id", "bos_token_id"):
+    for key in ("dtype", "torch_dtype", "quantization_config", "eos_token_id", "bos_token_id",
+                "tie_word_embeddings"):
         if key in source:
             text.setdefault(key, source[key])
     return text
@@ -427,6 +428,8 @@ def export_config(source, config, dtype):
     elif source.get("rope_parameters"):  # Hunyuan's, for transformers 4
         exported["rope_scaling"] = source["rope_parameters"]
         exported["rope_theta"] = source["rope_parameters"]["rope_theta"]
+    if "hidden_act" in source:  # transformers 4 does not correct the "gelu" of Gemma 1
+        exported["hidden_act"] = config.activation
     tied_by_default = family.defaults.get("tie_word_embeddings", False)
     if source.get("tie_word_embeddings", tied_by_default) != config.tie_word_embeddings:
         exported["tie_word_embeddings"] = config.tie_word_embeddings

@@ -203,6 +203,25 @@ def test_the_text_model_of_one_with_images(hf_folder, tmp_path, model_type, text
     assert_close(reopened(ids).logits, text_model(ids).logits, "logits", atol=1e-5)
 
 
+def test_a_text_model_is_tied_where_only_the_whole_model_says_so(tmp_path):
+    text_config = {**TINY, "model_type": "mistral"}
+    source = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text_config,
+              "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    assert convert.load_config(tmp_path).tie_word_embeddings
+    text_config["tie_word_embeddings"] = False
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    assert not convert.load_config(tmp_path).tie_word_embeddings
+
+
+def test_gelu_of_gemma_is_exported_as_the_approximation_that_was_trained(hf_folder, tmp_path):
+    """Which transformers 5 takes it for, and transformers 4 does not."""
+    folder, _ = hf_folder("gemma", tie_word_embeddings=True)
+    edit_config(folder, hidden_act="gelu")
+    convert.save_weights(load(folder), folder, tmp_path / "out")
+    assert json_of(tmp_path / "out")["hidden_act"] == "gelu_pytorch_tanh"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_round_trip_in_small_shards_is_bit_equal(
         hf_folder, tokenizer_files, tmp_path, monkeypatch, dtype):
