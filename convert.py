@@ -238,7 +238,7 @@ def _rope_fields(source, family):
         return {}
     newer = source.get("rope_parameters") or {}
     sliding = {}
-    if family.sliding_rope and "full_attention" in newer:  # one for each kind of layer
+    if family.sliding_rope and newer:  # one for each kind of layer
         sliding = newer.get("sliding_attention") or {}
         newer = newer["full_attention"]
         if sliding.get("rope_type", "default") != "default":
@@ -342,6 +342,9 @@ def extend_context(config, positions, scaling, length):
     if family.rope == "theta" and rope_type not in ("default", "dynamic"):
         raise ValueError(f"{config.architecture} does not read rope_scaling of type {rope_type!r}, "
                          'or reads it otherwise: use ROPE_SCALING dynamic or {"rope_theta": base}')
+    if family.rope == "scaling" and (theta or rope_type == "dynamic"):
+        raise ValueError(f"{config.architecture} cannot have another base of RoPE: "
+                         "use ROPE_SCALING yarn, linear or llama3")
     if family.rope_keys and rope_type != old_type:
         raise ValueError(f"{config.architecture} was trained with keys of rope_scaling that "
                          f"{rope_type!r} lacks: keep its type with ROPE_SCALING None")
@@ -453,6 +456,8 @@ def _exported_rope(source, config, family):
     elif scaling is not None and "type" in (source.get("rope_scaling") or {}):
         older = {**scaling, "type": scaling["rope_type"]}  # code before rope_type reads "type"
     exported = {"rope_theta": config.rope_theta, "rope_scaling": older, "rope_parameters": newer}
+    if scaling is not None:  # transformers 4 cannot scale Mistral's RoPE without this key
+        exported["head_dim"] = config.head_dim
 
     if "partial_rotary_factor" in family.defaults:
         newer["partial_rotary_factor"] = config.partial_rotary_factor

@@ -35,7 +35,8 @@ class Family(NamedTuple):
     # The modeling code is in the folder (trust_remote_code), so an export keeps auto_map.
     remote_code: bool = False
     # What that code, or transformers, reads of RoPE, and so how the context can be extended: "all"
-    # rope_types, "theta": another base only, which "dynamic" becomes in training, or "fixed": none.
+    # rope_types, "theta": another base only, which "dynamic" becomes in training, "scaling": all
+    # but another base, or "fixed": none.
     rope: str = "all"
     # Its configuration takes a rope_scaling of "type" and "factor" and of no other key.
     two_key_scaling: bool = False
@@ -102,13 +103,22 @@ QWEN_1 = Family(
     remote_code=True, rope="fixed")
 
 
+def _per_layer(get, key, default):
+    """A key of config.json that has an entry for each layer. ValueError if their numbers differ."""
+    entries = get(key, default)
+    n = get("num_hidden_layers")
+    if len(entries) != n:
+        raise ValueError(f"{key} has {len(entries)} entries for {n} layers: correct it")
+    return entries
+
+
 def _layer_windows(get, slides):
     """The sliding window and the layers that have it: those of layer_types, or of `slides`.
 
     slides: whether each layer has the window.
     """
     default = ["sliding_attention" if slide else "full_attention" for slide in slides]
-    layer_types = get("layer_types", default)
+    layer_types = _per_layer(get, "layer_types", default)
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ValueError(f"layer_types {sorted(unknown)} are not supported: "
@@ -305,7 +315,7 @@ GLM_4 = GLM._replace(fixed={**GLM.fixed, "norm_after": True})
 def _smollm3(get):
     n = get("num_hidden_layers")
     period = get("no_rope_layer_interval", 4)
-    has_rope = get("no_rope_layers", [(i + 1) % period != 0 for i in range(n)])
+    has_rope = _per_layer(get, "no_rope_layers", [(i + 1) % period != 0 for i in range(n)])
     windows = _layer_windows(get, [not has_rope[i] for i in range(n)])
     if not get("use_sliding_window", False):
         windows = {}
@@ -314,6 +324,7 @@ def _smollm3(get):
 
 SMOLLM_3 = Family(defaults={"rope_theta": 2e6, "tie_word_embeddings": True}, switches=_smollm3)
 
+# Extended by yarn or llama3, only transformers 5 opens it
 OLMO_2 = Family(
     fixed={"norm": "rms_float32", "norm_before": False, "norm_after": True, "qk_norm": True,
            "qk_norm_across_heads": True},
@@ -326,10 +337,11 @@ def _olmo3(get):
     return _layer_windows(get, [(i + 1) % 4 != 0 for i in range(get("num_hidden_layers"))])
 
 
-# Its sliding layers have the base of the others, but not their rope_scaling
+# Its sliding layers have the base of the others, but not their rope_scaling. So another base, which
+# is for the others only, could not be exported for transformers 4.
 OLMO_3 = OLMO_2._replace(
     defaults={**OLMO_2.defaults, "rope_theta": 5e5}, switches=_olmo3, sliding_rope=True,
-    two_key_scaling=False)
+    two_key_scaling=False, rope="scaling")
 
 
 def _granite(get):

@@ -781,6 +781,24 @@ def test_alpha_of_hunyuan_is_exported_for_both_versions_of_transformers(hf_folde
         convert.load_config(folder)
 
 
+def test_olmo_3_keeps_its_base(hf_folder):
+    folder, _ = hf_folder("olmo3", head_dim=6)
+    config = convert.load_config(folder)
+    for scaling in ("dynamic", {"rope_theta": 1e6}, {"rope_type": "linear", "rope_theta": 1e6}):
+        with pytest.raises(ValueError, match="cannot have another base .* use ROPE_SCALING yarn"):
+            convert.extend_context(config, 2048, scaling, 2048)
+
+
+def test_a_scaled_mistral_is_exported_with_its_head_dim(hf_folder, tmp_path):
+    """Transformers 4 computes yarn from this key, which the first Mistral leaves out."""
+    folder, _ = hf_folder("mistral", head_dim=6)
+    edit_config(folder, drop=["head_dim"])
+    ours = load(folder)
+    convert.extend_context(ours.config, 2048, None, 2048)
+    convert.save_weights(ours, folder, tmp_path / "out")
+    assert json_of(tmp_path / "out")["head_dim"] == 6
+
+
 def test_ministral_keeps_its_type_of_scaling(hf_folder):
     folder, _ = hf_folder("ministral3", pad_token_id=0, rope_parameters=MINISTRAL_YARN)
     config = convert.load_config(folder)
@@ -1334,6 +1352,21 @@ CONFIG_FAULTS = [  # changes of config.json, and the message
     ({"rope_interleaved": True}, "rope_interleaved"),
     ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
 ]
+
+
+@pytest.mark.parametrize("model_type,changes,message", [
+    ("olmo3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 3}, "has 3 entries for 2 layers"),
+    ("smollm3", {"no_rope_layers": []}, "no_rope_layers has 0 entries for 2 layers"),
+    ("olmo3", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+     "'full_attention' is missing"),
+])
+def test_what_differs_between_layers_is_said_of_every_layer(
+        hf_folder, model_type, changes, message):
+    folder, _ = hf_folder(model_type, head_dim=6, pad_token_id=0)
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        convert.load_config(folder)
 
 
 @pytest.mark.parametrize("changes,message", CONFIG_FAULTS, ids=str)
