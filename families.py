@@ -382,8 +382,8 @@ def _hunyuan(get):
 
 # Keys of its config.json about other models of the same authors
 UNUSED_BY_HUNYUAN = (
-    "attention_head_dim", "kv_lora_rank", "q_lora_rank", "norm_type", "norm_topk_prob",
-    "routed_scaling_factor", "num_experts", "num_shared_expert", "moe_topk",
+    "attention_head_dim", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "norm_type",
+    "norm_topk_prob", "routed_scaling_factor", "num_experts", "num_shared_expert", "moe_topk",
     "moe_intermediate_size", "use_qk_norm", "qk_norm", "use_rotary_pos_emb")
 
 # Its RoPE has a larger base, which "alpha" says

@@ -1180,7 +1180,8 @@ PUBLISHED = {  # name: (config.json, what is expected of Config)
     "Hunyuan 7B": (
         {**PLAIN, **sizes(4096, 14336, 32, 32, 8, head_dim=128), "model_type": "hunyuan_v1_dense",
          "architectures": ["HunYuanDenseV1ForCausalLM"], "attention_head_dim": 128,
-         "kv_lora_rank": 512, "q_lora_rank": 1536, "max_position_embeddings": 32768,
+         "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64,
+         "max_position_embeddings": 32768,
          "mlp_bias": False, "moe_intermediate_size": None, "moe_topk": 1, "norm_topk_prob": True,
          "norm_type": "rms", "num_experts": 1, "num_shared_expert": 1, "use_qk_norm": True,
          "use_rotary_pos_emb": True, "rope_theta": 10000.0, "routed_scaling_factor": 1.0,
