@@ -341,9 +341,10 @@ def open_tokenizer(folder):
         if model_file.exists() and not (folder / "tokenizer.json").exists():
             read_as_sentencepiece(tokenizer.backend_tokenizer, model_file)
     except Exception as error:
+        reason = " ".join(str(error).split())  # in one line
         raise ValueError(
             f"The tokenizer of {folder} cannot be read, and code that is in the folder is not run: "
-            f"put a tokenizer.json beside it, or use rows of input_ids. ({error})") from error
+            f"put a tokenizer.json beside it, or use rows of input_ids. ({reason})") from error
     return tokenizer
 
 

@@ -1627,8 +1627,9 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(tmp_path):
     remote_tokenizer(tmp_path, "QWenTokenizer")
     (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
     message = "put a tokenizer.json beside it, or use rows of input_ids"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         data.open_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("dummy_prefix", [True, False])
