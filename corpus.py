@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from examples import (
-    HASHES, Encoded, Encoder, describe_error, is_trained, naming, parse_json, parse_row,
+    HASHES, Encoded, Encoder, Example, describe_error, is_trained, naming, parse_json, parse_row,
     read_example, token_ids)
 
 # ---------------------------------------------------------------------------------------- files
@@ -118,25 +118,29 @@ def list_folder(folder):
 class Chunk(NamedTuple):
     """Consecutive rows of a file, which one worker process takes at a time."""
     path: str
-    rows: list    # (number, row): see read_rows
+    numbers: list  # see read_rows
+    rows: list
     n_bytes: int
     is_last: bool
 
 
 def read_chunks(path, after=0):
     """Yields the rows of a file whose number is greater than `after`, as Chunks."""
+    numbers = []
     rows = []
     n_bytes = 0
     for number, row in read_rows(path):
         if number <= after:
             continue
-        rows.append((number, row))
+        numbers.append(number)
+        rows.append(row)
         n_bytes += len(row) if isinstance(row, bytes) else len(str(row))
         if n_bytes >= CHUNK_BYTES:
-            yield Chunk(path, rows, n_bytes, is_last=False)
+            yield Chunk(path, numbers, rows, n_bytes, is_last=False)
+            numbers = []
             rows = []
             n_bytes = 0
-    yield Chunk(path, rows, n_bytes, is_last=True)
+    yield Chunk(path, numbers, rows, n_bytes, is_last=True)
 
 
 def read_rows(path):
@@ -195,13 +199,22 @@ def without_nulls(value):
 
 
 def is_chat(data, wanted_format="", columns=None):
-    """Returns whether the first row of a source of DATA is a conversation."""
+    """Returns whether a source of DATA begins with a conversation."""
     for source in find_files(data):
         for path in source.files[:1]:
-            for _, row in itertools.islice(read_rows(path), 1):
-                if read_example(parse_row(row), wanted_format, columns).chat is not None:
-                    return True
+            if first_example(path, wanted_format, columns).chat is not None:
+                return True
     return False
+
+
+def first_example(path, wanted_format, columns):
+    """Returns the Example of the first row of a file that can be used; an empty one if not soon."""
+    for _, row in itertools.islice(read_rows(path), MAX_REPORTED):
+        try:
+            return read_example(parse_row(row), wanted_format, columns)
+        except Exception:
+            continue  # the error is reported together with those of other rows
+    return Example()
 
 
 # ---------------------------------------------------------------------------------- token cache
@@ -444,33 +457,38 @@ def remove_old_parts(cache):
 def tokenize(paths, encoder, lock, bad_rows):
     """Writes the documents of files, {folder to write: path}, using all cores.
 
-    A call that was killed is continued by the next one. Rows are checked before any is tokenized,
-    as far as this is possible without the chat template.
+    A call that was killed is continued by the next one. Before any row is tokenized, all are read
+    and written by the chat template, so that a bad one does not cost a whole tokenization.
     """
-    # Reading is many times faster than tokenizing, so that a bad row is known within minutes.
-    all_chunks = itertools.chain.from_iterable(map(read_chunks, paths.values()))
+    # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
+    format_settings = (encoder.wanted_format, encoder.columns)
+    firsts = (first_example(path, *format_settings) for path in paths.values())
+    has_text = any(first.text is not None or first.chat is not None for first in firsts)
+    if has_text and encoder.tokenizer is None:
+        encoder.load()
+
+    # Where a part of a killed build is, all files had been checked.
+    unchecked = [path for home, path in paths.items() if not home.with_suffix(".part").exists()]
+    chunks = itertools.chain.from_iterable(map(read_chunks, unchecked))
     errors = []
     n_rows = 0
     n_bad = 0
-    needs_tokenizer = False
-    with process_chunks("checking", check_chunk, all_chunks, paths, encoder, lock) as done:
-        for chunk, (is_needed, errors_of_chunk) in done:
+    with process_chunks("checking", check_chunk, chunks, unchecked, encoder, lock) as done:
+        for chunk, errors_of_chunk in done:
             n_rows += len(chunk.rows)
             n_bad += len(errors_of_chunk)
             errors += errors_of_chunk[:MAX_REPORTED]
-            needs_tokenizer |= is_needed
             if bad_rows == 0 and n_bad >= MAX_REPORTED:
                 break  # a share can be checked after the last row only
     check_bad_rows(errors, n_bad, n_rows, bad_rows)
 
-    # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
-    if needs_tokenizer and encoder.tokenizer is None:
-        encoder.load()
     homes = {path: home for home, path in paths.items()}
-    missing_chunks = itertools.chain.from_iterable(map(continue_part, homes, homes.values()))
+    chunks = itertools.chain.from_iterable(map(continue_part, homes, homes.values()))
     errors = []
-    with process_chunks("tokenizing", encode_chunk, missing_chunks, paths, encoder, lock) as done:
+    n_rows = 0
+    with process_chunks("tokenizing", encode_chunk, chunks, list(homes), encoder, lock) as done:
         for chunk, (tokens, records, errors_of_chunk) in done:
+            n_rows += len(chunk.rows)
             home = homes[chunk.path]
             part = home.with_suffix(".part")
             # A row counts as done when its record is written, so its tokens come first.
@@ -524,13 +542,13 @@ def read_lines(path):
 
 
 @contextmanager
-def process_chunks(what, function, chunks, paths, encoder, lock):
+def process_chunks(what, function, chunks, files, encoder, lock):
     """Yields an iterator over (chunk, function(chunk)), computed by one process per core.
 
-    The files of `paths` are the total of the progress bar.
+    The sizes of `files` are the total of the progress bar.
     """
     n_cores = len(os.sched_getaffinity(0))
-    total_bytes = sum(os.path.getsize(path) for path in paths.values())
+    total_bytes = sum(map(os.path.getsize, files))
     fork = multiprocessing.get_context("fork")
     arguments = (encoder, lock, os.getpid())
     pool = ProcessPoolExecutor(n_cores, fork, initializer=start_worker, initargs=arguments)
@@ -580,25 +598,22 @@ def start_worker(encoder, lock, parent):
 
 
 def check_chunk(chunk):
-    """Returns whether any row needs a tokenizer, and the errors of rows."""
-    needs_tokenizer = False  # rows of input_ids do not
+    """Returns the errors of rows, except those that only the tokenizer would find."""
     errors = []
-    for number, row in chunk.rows:
+    for number, row in zip(chunk.numbers, chunk.rows):
         try:
-            fields = parse_row(row)
-            example = read_example(fields, worker_encoder.wanted_format, worker_encoder.columns)
-            needs_tokenizer |= example.tokens is None
+            worker_encoder.write(parse_row(row))
         except Exception as error:
             errors.append(describe_bad_row(chunk.path, number, error))
-    return needs_tokenizer, errors
+    return errors
 
 
 def encode_chunk(chunk):
     """Returns the tokens of all rows of a chunk, their records (DOCUMENT), and their errors."""
-    results = worker_encoder.encode_rows([row for _, row in chunk.rows])
+    results = worker_encoder.encode_rows(chunk.rows)
     errors = []
     is_bad = []
-    for i, (number, _) in enumerate(chunk.rows):
+    for i, number in enumerate(chunk.numbers):
         is_bad.append(isinstance(results[i], Exception))
         if is_bad[i]:
             errors.append(describe_bad_row(chunk.path, number, results[i]))
@@ -606,7 +621,7 @@ def encode_chunk(chunk):
 
     # Arithmetic on all rows at once is much faster than one by one if they are short.
     records = np.zeros(len(results), DOCUMENT)
-    records["number"] = [number for number, _ in chunk.rows]
+    records["number"] = chunk.numbers
     records["length"] = [len(encoded.tokens) for encoded in results]
     records["full_length"] = [encoded.full_length for encoded in results]
     records["hash"] = [encoded.hash for encoded in results]

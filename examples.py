@@ -105,7 +105,9 @@ def parse_row(row):
         row = parse_json(row, "each line must be one JSON object in UTF-8; fix or remove the line")
     if not isinstance(row, dict):
         return {}
-    return {key: value for key, value in row.items() if value is not None}
+    if None in row.values():
+        row = {key: value for key, value in row.items() if value is not None}
+    return row
 
 
 def hash_row(fields):
@@ -129,10 +131,10 @@ def read_example(fields, wanted_format="", columns=None):
     if kind == "input_ids":
         return Example(tokens=read_input_ids(fields))
     if kind == "text":
-        return Example(text=("", check_text(fields, "text")))
+        return Example(("", check_text(fields, "text")))
     if kind == "prompt" and not isinstance(fields["prompt"], list):
         prompt = check_text(fields, "prompt")
-        return Example(text=(prompt, check_text(fields, "completion")))
+        return Example((prompt, check_text(fields, "completion")))
     return Example(chat=(to_messages(fields, kind), read_tools(fields)))
 
 
@@ -456,7 +458,8 @@ def bounded():
     def stop(number, frame):
         raise ValueError(f"it takes more than {RENDER_SECONDS} seconds: correct the template")
 
-    pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data and stack
+    with open("/proc/self/statm", "rb", buffering=0) as file:
+        pages = int(file.read().split()[5])  # of data and stack
     limit = pages * resource.getpagesize() + RENDER_BYTES
     old_limit, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
     old_handler = signal.signal(signal.SIGALRM, stop)
@@ -562,7 +565,8 @@ class Chat:
 
     def render_span(self, i):
         """Returns the same as find_span, from the renderings of the messages before and up to i."""
-        through_turn, _ = self.render(i + 1)
+        is_last = i + 1 == len(self.messages)
+        through_turn = self.text if is_last else self.render(i + 1)[0]
         through_turn = through_turn.rstrip()
         end_token = self.control.ends_with(through_turn)
         if self.has_markers:
@@ -762,23 +766,23 @@ def as_json_lines(objects):
 # ------------------------------------------------------------------------------------- encoding
 
 class Written(NamedTuple):
-    """An example as text. A span is (start, end) in the text."""
-    text: str
-    answers: list              # spans of what is trained by default; None: all
+    """An example as text, or as its tokens if it has them. A span is (start, end) in the text."""
+    text: str = ""
+    answers: list = None       # spans of what is trained by default; None: all
     untrained: list = ()       # spans that are never trained
     is_document: bool = False  # no chat: bos and eos are added
     is_lossy: bool = False     # the template leaves out contents
     is_endless: bool = False   # an answer ends without a stop token
-    hash: int = 0              # of the row: see hash_row
+    tokens: np.ndarray = None
 
 
 class Encoded(NamedTuple):
     """A row as tokens."""
     tokens: np.ndarray        # (n,) int32: see `mask`
     full_length: int          # before OVERLONG
-    is_lossy: bool = False    # see Written, as the next two
+    hash: int = 0             # of the row: see hash_row
+    is_lossy: bool = False    # see Written, as the next one
     is_endless: bool = False
-    hash: int = 0
 
 
 class Encoder:
@@ -828,50 +832,62 @@ class Encoder:
         return encoded.tokens, encoded.full_length
 
     def encode_rows(self, rows):
-        """Returns the Encoded of each row, or the error that it causes."""
+        """Returns the Encoded of each row, or the error that it causes.
+
+        Texts that are trained as a whole are tokenized in one call, which is faster for short ones.
+        """
         results = []
+        texts = []
+        places = []  # of the texts in results, where their hashes wait for their tokens
         for row in rows:
             try:
-                results.append(self.encode_or_write(row))
+                fields = parse_row(row)
+                written = self.write(fields)
+                row_hash = hash_row(fields)
+                if isinstance(written, str):
+                    places.append(len(results))
+                    texts.append(written)
+                    results.append(row_hash)
+                else:
+                    results.append(self.encode(written)._replace(hash=row_hash))
             except Exception as error:
                 results.append(error)
 
-        # Texts that are trained as a whole are tokenized together, which is faster for short ones.
-        plain = [i for i, result in enumerate(results) if isinstance(result, Written)]
-        if plain:
-            texts = [results[i].text for i in plain]
+        if texts:
             backend = self.tokenizer.backend_tokenizer
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-            for i, encoding in zip(plain, encodings):
+            for i, encoding in zip(places, encodings):
                 tokens = np.array(self.bos + encoding.ids + self.eos, np.int32)
-                row_hash = results[i].hash
-                results[i] = Encoded(self.shorten(tokens, tokens), len(tokens), hash=row_hash)
+                results[i] = Encoded(self.shorten(tokens, tokens), len(tokens), results[i])
         return results
 
-    def encode_or_write(self, row):
-        """Returns the Encoded of a row, or its Written if the whole of it is trained."""
-        fields = parse_row(row)
-        row_hash = hash_row(fields)
+    def write(self, fields):
+        """Returns the Written of a row, or only its text if the whole of it is trained.
+
+        This is all of the encoding that comes before the tokenizer. fields: see parse_row.
+        """
         example = read_example(fields, self.wanted_format, self.columns)
         if example.tokens is not None:
-            tokens = self.shorten(example.tokens, example.tokens)
-            return Encoded(tokens, len(example.tokens), hash=row_hash)
-
+            return Written(tokens=example.tokens)
         if self.tokenizer is None:
             self.load()
         if example.chat is not None:
-            written = self.write_chat(*example.chat, row_hash)
-        else:
-            written = self.write_document(*example.text, row_hash)
-        if written.is_document and written.answers is None and BOUNDARY not in written.text:
-            return written
+            return self.write_chat(*example.chat)
+        return self.write_document(*example.text)
+
+    def encode(self, written):
+        """Returns the Encoded of a Written."""
+        if written.tokens is not None:
+            tokens = self.shorten(written.tokens, written.tokens)
+            return Encoded(tokens, len(written.tokens))
         return self.encode_with_spans(written)
 
-    def write_document(self, prompt, answer, row_hash):
-        """Returns the Written of a text, whose prompt is not trained."""
+    def write_document(self, prompt, answer):
+        """Returns the Written of a text whose prompt is not trained; only the text without one."""
         if not prompt:
             text = split_tokens(answer, self.control.all)
-            return Written(text, None, is_document=text != "", hash=row_hash)
+            needs_spans = text == "" or BOUNDARY in text
+            return Written(text, is_document=text != "") if needs_spans else text
 
         prompt = split_tokens(prompt, self.control.all)
         answer = split_tokens(answer, self.control.turns)
@@ -879,9 +895,9 @@ class Encoder:
             prompt += BOUNDARY  # both together contain a control token
         text = prompt + answer
         answers = [(len(prompt), len(text) + 1)]  # with eos
-        return Written(text, answers, is_document=True, hash=row_hash)
+        return Written(text, answers, is_document=True)
 
-    def write_chat(self, messages, functions, row_hash):
+    def write_chat(self, messages, functions):
         """Returns the Written of a conversation."""
         chat = self.render_chat(messages, functions)
         # Where every token is trained, only the last answer is located: it tells whether answers
@@ -910,7 +926,7 @@ class Encoder:
             token = self.tokenizer.eos_token
             text, spans, untrained = insert_token(text, token, endless, spans, untrained)
         return Written(text, spans, untrained, is_lossy=len(chat.lost()) > 0,
-                       is_endless=len(endless) > 0, hash=row_hash)
+                       is_endless=len(endless) > 0)
 
     def render_chat(self, messages, functions):
         """Returns the Chat of the first form of its tool calls that the template writes fully."""
@@ -985,7 +1001,8 @@ class Encoder:
             trained = ~overlaps(starts, ends, written.untrained)
         tokens = np.where(trained, ids, ~ids)
         shortened = self.shorten(tokens, np.where(in_answer, ids, ~ids))
-        return Encoded(shortened, len(tokens), written.is_lossy, written.is_endless, written.hash)
+        return Encoded(shortened, len(tokens), is_lossy=written.is_lossy,
+                       is_endless=written.is_endless)
 
     def shorten(self, tokens, answers):
         """Returns tokens after OVERLONG. answers: the same tokens, trained in answers only."""

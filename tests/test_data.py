@@ -1011,7 +1011,7 @@ def homes_of(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [0, 5])
-def test_a_killed_tokenization_is_continued(build, tmp_path, encoded_rows, torn):
+def test_a_killed_tokenization_is_continued(build, tmp_path, monkeypatch, encoded_rows, torn):
     """Killed after 170 documents, in the middle of a record: the other 230 are tokenized once."""
     many = [f"{i} " * (1 + i % 7) for i in range(400)]
     sources = [write(tmp_path / "a.jsonl", many[:150]), write(tmp_path / "b.jsonl", many[150:])]
@@ -1030,8 +1030,18 @@ def test_a_killed_tokenization_is_continued(build, tmp_path, encoded_rows, torn)
     tokens = np.fromfile(whole / "tokens.bin", np.int32)[:n_tokens + torn]
     tokens.tofile(part / "tokens.bin")
 
+    read = []
+    read_chunks = corpus.read_chunks
+
+    def note_and_read(*arguments, **more):
+        read.append((*arguments, *more.values()))
+        return read_chunks(*arguments, **more)
+
+    monkeypatch.setattr(corpus, "read_chunks", note_and_read)
     continued = build(sources)
     assert encoded_rows() == 230
+    line = 2 * 20 - 1  # every second one is empty
+    assert read == [(sources[1], line)]  # and not all rows once more, to check them
     for name in ("tokens.bin", "documents.bin"):
         assert (home / name).read_bytes() == (whole / name).read_bytes()
     assert texts_of(continued) == many
@@ -1151,6 +1161,43 @@ def test_bad_rows_are_reported_together_before_any_is_tokenized(build, tmp_path,
     assert encoded_rows() == 0
 
 
+@pytest.mark.parametrize("template,row,message", [
+    ("refuses", ONE_TURN, "TemplateError only one"),
+    ("forgetful", LEFT_OUT[0][0], "the chat template leaves out '22' of the tool"),
+    ("endless", ONE_TURN, "the chat template writes no stop token after it"),
+])
+def test_what_templates_refuse_is_reported_before_any_row_is_tokenized(
+        build, tmp_path, tokenizer_files, encoded_rows, template, row, message):
+    tokenizer_files(tmp_path, TEMPLATES[template], SPECIALS)
+    rows = [{"text": "a"}] * 30
+    for number in range(4, 30, 2):
+        rows[number - 1] = row
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError) as failure:
+        build([write(tmp_path / "b.jsonl"), path])
+    lines = str(failure.value).splitlines()
+    assert len(lines) == 11
+    for line, number in zip(lines, range(4, 24, 2)):
+        assert line.startswith(f"{path}:{number}: ") and message in line
+    assert encoded_rows() == 0
+
+
+def test_rows_of_input_ids_need_no_tokenizer(tmp_path):
+    """Not even where the first of them cannot be used."""
+    rows = [{"input_ids": [1, -1]}, {"input_ids": [1, 2]}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    settings = (True, False, False, "split", 0)
+    with pytest.raises(ValueError, match="a.jsonl:1: input_ids has -1"):
+        data.build_corpus(path, tmp_path, tmp_path / "cache", *settings)
+    made = data.build_corpus(path, tmp_path, tmp_path / "cache", *settings, bad_rows=0.5)
+    assert made.read(0, 0, 9).tolist() == [1, 2]
+
+
+def test_chats_are_recognized_by_the_first_row_that_can_be_used(tmp_path):
+    assert data.is_chat(write_jsonl(tmp_path / "a.jsonl", [{"text": 5}, ONE_TURN, {"text": "a"}]))
+    assert not data.is_chat(write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, ONE_TURN]))
+
+
 def test_a_mended_file_is_tokenized_alone(build, tmp_path, encoded_rows):
     first = write(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"messages": []}')
@@ -1169,8 +1216,8 @@ def test_a_share_of_bad_rows_is_skipped_and_listed(build, tmp_path, allowed, wor
     rows = [{"text": 5}, *[{"text": text} for text in TEXTS], LEFT_OUT_BY_CHATML]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     if not works:
-        n_bad = 1 if allowed == 0 else 2  # no row is tokenized if one is bad by itself
-        with pytest.raises(ValueError, match=f"(?s)a.jsonl:1: .*{n_bad} of 10 rows cannot be used"):
+        expected = "(?s)a.jsonl:1: .*a.jsonl:10: .*2 of 10 rows cannot be used"
+        with pytest.raises(ValueError, match=expected):
             build(path, bad_rows=allowed)
         return
 
