@@ -302,16 +302,16 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
         with exclusive(Path(cache) / "tokenizing.lock") as lock:
             remove_old_parts(cache)
             paths = {home: path for path, home in homes.items() if not home.exists()}
+            done = [home for home in homes.values() if home.exists()]
             if paths:
-                tokenize(paths, Encoder(str(folder), *settings), lock, bad_rows)
+                tokenize(paths, done, Encoder(str(folder), *settings), lock, bad_rows)
 
     rows_of_file = {}
     for path, home in homes.items():
         rows_of_file[path] = np.fromfile(home / "documents.bin", DOCUMENT)
+    errors = list_bad_rows(homes.values())
     rows = np.concatenate(list(rows_of_file.values()))
-    bad_files = [home / "bad_rows.txt" for home in homes.values()]
-    errors = itertools.chain.from_iterable(map(read_lines, bad_files))
-    check_bad_rows(errors, rows["is_bad"].sum(), len(rows), bad_rows)
+    check_bad_rows(errors, len(errors), len(rows), bad_rows)
     documents = rows[~rows["is_bad"]]
     if not documents["targets"].any():
         raise ValueError(f"DATA {data} holds no token to train: name other files")
@@ -454,8 +454,10 @@ def remove_old_parts(cache):
             shutil.rmtree(part)
 
 
-def tokenize(paths, encoder, lock, bad_rows):
+def tokenize(paths, done, encoder, lock, bad_rows):
     """Writes the documents of files, {folder to write: path}, using all cores.
+
+    done: the folders of the other files of DATA.
 
     A call that was killed is continued by the next one. Before any row is tokenized, all are read
     and written by the chat template, so that a bad one does not cost a whole tokenization.
@@ -467,12 +469,15 @@ def tokenize(paths, encoder, lock, bad_rows):
     if has_text and encoder.tokenizer is None:
         encoder.load()
 
-    # Where a part of a killed build is, all files had been checked.
-    unchecked = [path for home, path in paths.items() if not home.with_suffix(".part").exists()]
+    unchecked = []
+    for home, path in paths.items():
+        # Where a killed build left a part, no row is bad, unless a share of them may be.
+        if bad_rows > 0 or not home.with_suffix(".part").exists():
+            unchecked.append(path)
     chunks = itertools.chain.from_iterable(map(read_chunks, unchecked))
-    errors = []
-    n_rows = 0
-    n_bad = 0
+    errors = list_bad_rows(done)
+    n_bad = len(errors)
+    n_rows = sum(os.path.getsize(home / "documents.bin") for home in done) // DOCUMENT.itemsize
     with process_chunks("checking", check_chunk, chunks, unchecked, encoder, lock) as done:
         for chunk, errors_of_chunk in done:
             n_rows += len(chunk.rows)
@@ -527,6 +532,10 @@ def drop_incomplete(part):
     rows = np.fromfile(part / "documents.bin", DOCUMENT)
     with open(part / "tokens.bin", "ab") as file:
         file.truncate(int(rows["length"].sum()) * np.dtype(np.int32).itemsize)
+    with open(part / "bad_rows.txt", "ab+") as file:
+        file.seek(0)
+        complete = itertools.islice(file, int(rows["is_bad"].sum()))
+        file.truncate(sum(map(len, complete)))
     return rows["number"].max(initial=0)
 
 
@@ -535,10 +544,13 @@ def append(path, content):
         file.write(content)
 
 
-def read_lines(path):
-    """Yields the lines of a text file."""
-    with open(path) as file:
-        yield from file
+def list_bad_rows(homes):
+    """Returns a line about each row that cannot be used of files that are tokenized."""
+    lines = []
+    for home in homes:
+        with open(home / "bad_rows.txt", newline="\n") as file:
+            lines += file
+    return lines
 
 
 @contextmanager

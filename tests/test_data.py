@@ -1231,6 +1231,28 @@ def test_a_share_of_bad_rows_is_skipped_and_listed(build, tmp_path, allowed, wor
         build(path)
 
 
+def test_a_share_of_bad_rows_is_one_of_all_files(build, tmp_path):
+    """Also of those that are tokenized already, and of a part that a killed build left."""
+    first = write(tmp_path / "a.jsonl")
+    second = write_jsonl(tmp_path / "b.jsonl", [{"text": 5}, {"text": "x"}])
+    build(first, bad_rows=0.2)
+    made = build([first, second], bad_rows=0.2)
+    assert texts_of(made) == [*TEXTS, "x"]
+
+    # Killed after the line about the bad row, and before its record.
+    [listed] = [file for file in tmp_path.glob("cache/*/bad_rows.txt") if file.stat().st_size > 0]
+    line = listed.read_text()
+    home = listed.parent
+    part = home.with_suffix(".part")
+    home.rename(part)
+    (part / "documents.bin").write_bytes(b"")
+    made = build([first, second], bad_rows=0.2)
+    assert texts_of(made) == [*TEXTS, "x"]
+    assert listed.read_text() == line
+    with pytest.raises(ValueError, match="b.jsonl:1: .*\n1 of 10 rows cannot be used"):
+        build([first, second])
+
+
 LEFT_OUT_BY_CHATML = chat(user("Hi"), assistant("Yes", **REASON))
 
 
