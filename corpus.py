@@ -346,7 +346,9 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
 
 def describe_source(source, rows_of_files, homes):
     """Returns lines that tell what was read from a source. rows_of_files: arrays of DOCUMENT."""
-    rows = np.concatenate([np.empty(0, DOCUMENT), *rows_of_files])
+    if not source.files:
+        return [f"{source.name}: earlier sources have all of its files"]
+    rows = np.concatenate(rows_of_files)
     lines = [f"{source.name}: {len(source.files):,} files, {(~rows['is_bad']).sum():,} documents, "
              f"{rows['full_length'].sum():,} tokens, {rows['targets'].sum():,} trained, "
              f"{source.epochs:g} epochs"]
