@@ -209,7 +209,7 @@ def is_chat(data, wanted_format="", columns=None):
 
 
 def first_example(path, wanted_format, columns):
-    """Returns the Example of the first row of a file that can be used; an empty one if not soon."""
+    """Returns the Example of the first usable row of a file; an empty one after some bad rows."""
     for _, row in itertools.islice(read_rows(path), MAX_REPORTED):
         try:
             return read_example(parse_row(row), wanted_format, columns)
@@ -304,9 +304,9 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
         with exclusive(Path(cache) / "tokenizing.lock") as lock:
             remove_old_parts(cache)
             paths = {home: path for path, home in homes.items() if not home.exists()}
-            done = [home for home in homes.values() if home.exists()]
+            tokenized = [home for home in homes.values() if home.exists()]
             if paths:
-                tokenize(paths, done, Encoder(str(folder), *settings), lock, bad_rows)
+                tokenize(paths, tokenized, Encoder(str(folder), *settings), lock, bad_rows)
 
     rows_of_file = {}
     for path, home in homes.items():
@@ -458,13 +458,11 @@ def remove_old_parts(cache):
             shutil.rmtree(part)
 
 
-def tokenize(paths, done, encoder, lock, bad_rows):
+def tokenize(paths, tokenized, encoder, lock, bad_rows):
     """Writes the documents of files, {folder to write: path}, using all cores.
 
-    done: the folders of the other files of DATA.
-
-    A call that was killed is continued by the next one. Before any row is tokenized, all are read
-    and written by the chat template, so that a bad one does not cost a whole tokenization.
+    tokenized: the folders of the other files of DATA. A call that was killed is continued by the
+    next one.
     """
     # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
     format_settings = (encoder.wanted_format, encoder.columns)
@@ -472,24 +470,7 @@ def tokenize(paths, done, encoder, lock, bad_rows):
     has_text = any(first.text is not None or first.chat is not None for first in firsts)
     if has_text and encoder.tokenizer is None:
         encoder.load()
-
-    unchecked = []
-    for home, path in paths.items():
-        # Where a killed build left a part, no row is bad, unless a share of them may be.
-        if bad_rows > 0 or not home.with_suffix(".part").exists():
-            unchecked.append(path)
-    chunks = itertools.chain.from_iterable(map(read_chunks, unchecked))
-    errors = list_bad_rows(done)
-    n_bad = len(errors)
-    n_rows = sum(os.path.getsize(home / "documents.bin") for home in done) // DOCUMENT.itemsize
-    with process_chunks("checking", check_chunk, chunks, unchecked, encoder, lock) as done:
-        for chunk, errors_of_chunk in done:
-            n_rows += len(chunk.rows)
-            n_bad += len(errors_of_chunk)
-            errors += errors_of_chunk[:MAX_REPORTED]
-            if bad_rows == 0 and n_bad >= MAX_REPORTED:
-                break  # a share can be checked after the last row only
-    check_bad_rows(errors, n_bad, n_rows, bad_rows)
+    check_rows(paths, tokenized, encoder, lock, bad_rows)
 
     homes = {path: home for home, path in paths.items()}
     chunks = itertools.chain.from_iterable(map(continue_part, homes, homes.values()))
@@ -511,6 +492,32 @@ def tokenize(paths, done, encoder, lock, bad_rows):
                 break
     if bad_rows == 0:
         check_bad_rows(errors, len(errors), n_rows, bad_rows)
+
+
+def check_rows(paths, tokenized, encoder, lock, bad_rows):
+    """Raises a ValueError if more rows than bad_rows allows cannot be used.
+
+    All rows are read, and written by the chat template, before any is tokenized. So a bad row does
+    not cost a whole tokenization. The arguments are those of tokenize.
+    """
+    unchecked = []
+    for home, path in paths.items():
+        # Rows were checked before a killed build left a part of them. But a share is one of all.
+        if bad_rows > 0 or not home.with_suffix(".part").exists():
+            unchecked.append(path)
+    chunks = itertools.chain.from_iterable(map(read_chunks, unchecked))
+    errors = list_bad_rows(tokenized)
+    n_bad = len(errors)
+    sizes = [os.path.getsize(home / "documents.bin") for home in tokenized]
+    n_rows = sum(sizes) // DOCUMENT.itemsize
+    with process_chunks("checking", check_chunk, chunks, unchecked, encoder, lock) as done:
+        for chunk, errors_of_chunk in done:
+            n_rows += len(chunk.rows)
+            n_bad += len(errors_of_chunk)
+            errors += errors_of_chunk[:MAX_REPORTED]
+            if bad_rows == 0 and n_bad >= MAX_REPORTED:
+                break  # a share can be checked after the last row only
+    check_bad_rows(errors, n_bad, n_rows, bad_rows)
 
 
 def check_bad_rows(errors, n_bad, n_rows, bad_rows):
