@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1239,16 +1240,20 @@ def test_a_share_of_bad_rows_is_one_of_all_files(build, tmp_path):
     made = build([first, second], bad_rows=0.2)
     assert texts_of(made) == [*TEXTS, "x"]
 
-    # Killed after the line about the bad row, and before its record.
     [listed] = [file for file in tmp_path.glob("cache/*/bad_rows.txt") if file.stat().st_size > 0]
     line = listed.read_text()
-    home = listed.parent
-    part = home.with_suffix(".part")
-    home.rename(part)
-    (part / "documents.bin").write_bytes(b"")
-    made = build([first, second], bad_rows=0.2)
-    assert texts_of(made) == [*TEXTS, "x"]
-    assert listed.read_text() == line
+    of_second = listed.parent
+    [of_first] = [file.parent for file in tmp_path.glob("cache/*/bad_rows.txt") if file != listed]
+    # Killed after the line about the bad row, and before its record; then with the first file.
+    for killed, missing in ((of_second, None), (of_first, of_second)):
+        part = killed.with_suffix(".part")
+        killed.rename(part)
+        (part / "documents.bin").write_bytes(b"")
+        if missing:
+            shutil.rmtree(missing)
+        made = build([first, second], bad_rows=0.2)
+        assert texts_of(made) == [*TEXTS, "x"]
+        assert listed.read_text() == line
     with pytest.raises(ValueError, match="b.jsonl:1: .*\n1 of 10 rows cannot be used"):
         build([first, second])
 
