@@ -353,6 +353,37 @@ class Norm(nn.Module):
 
 # ------------------------------------------------------------------------------------ transformer
 
+class KeyValueCache:
+    """k and v (N, G, D) of the tokens of a text so far, in one layer, to generate the next ones.
+
+    With a sliding window only those are kept that the next token attends to."""
+
+    def __init__(self, window):
+        self.window = window
+        self.k = None
+        self.v = None
+
+    def append(self, k, v):
+        """k and v (n, G, D) of the next n tokens."""
+        if self.k is not None:
+            k = torch.cat((self.k, k))
+            v = torch.cat((self.v, v))
+        if self.window is not None:
+            k = k[-self.window:]
+            v = v[-self.window:]
+        self.k = k
+        self.v = v
+
+    def attend(self, q):
+        """q (1, H, D) of the last token -> attention's output (1, H, D)."""
+        assert len(q) == 1, f"{len(q)} tokens, which would attend to tokens after them"
+        q = q.transpose(0, 1)[None]                                             # (1, H, 1, D)
+        k = self.k.transpose(0, 1)[None]                                        # (1, G, N, D)
+        v = self.v.transpose(0, 1)[None]                                        # (1, G, N, D)
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return out[0].transpose(0, 1)                                           # (1, H, D)
+
+
 class Attention(nn.Module):
     """Self-attention of a row whose tokens are spread over P ranks (Ulysses, arXiv 2309.14509)."""
 
@@ -443,10 +474,19 @@ class Attention(nn.Module):
             outputs.append(seq_to_heads(crossing, self.sp_group, segments.crossing_tokens))
         return outputs
 
-    def forward(self, qkv, segments, recompute_tensors=None):
+    def forward(self, qkv, segments, recompute_tensors=None, cache=None):
         """What `project` returned -> attention's output for this rank's tokens (t, H*D).
 
-        recompute_tensors: see AttendWithRecompute; None: autograd keeps inputs and outputs."""
+        recompute_tensors: see AttendWithRecompute; None: autograd keeps inputs and outputs.
+        cache: this layer's KeyValueCache, to which the tokens are appended. The first call may have
+        any number of tokens, and each later one has one."""
+        if cache is not None:
+            q, k, v = qkv
+            is_first = cache.k is None
+            cache.append(k, v)
+            if not is_first:
+                return cache.attend(q).flatten(1)                               # (1, H*D)
+
         inputs = self.kernel_inputs(qkv, segments)
         kernels = self.kernels(segments, inputs[0][0])
         if recompute_tensors is None:
@@ -587,10 +627,12 @@ class Block(nn.Module):
                    for xi, ai in zip(x.split(chunk), a.split(chunk))]
         return torch.cat(outputs)                                               # (t, C)
 
-    def forward(self, x, cos, sin, segments, offload=None):
-        """x (t, C) -> (t, C). offload: where what is kept for backward goes, None: it stays."""
+    def forward(self, x, cos, sin, segments, offload=None, cache=None):
+        """x (t, C) -> (t, C). offload: where what is kept for backward goes, None: it stays.
+        cache: see Attention.forward."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.compute(x, cos, sin, segments)
+            return self.compute(x, cos, sin, segments, cache)
+        assert cache is None, "a cache is for generation, which needs no gradients"
 
         kept = Kept(offload)
         with kept.saved_by_reference():
@@ -600,10 +642,10 @@ class Block(nn.Module):
                 return call(self.compute, True, x, cos, sin, segments)
             return self.compute_and_keep_attention(x, cos, sin, segments, kept)
 
-    def compute(self, x, cos, sin, segments):
+    def compute(self, x, cos, sin, segments, cache=None):
         """Forward in which autograd keeps what it needs."""
         qkv = self.call_half(self.pre_attention, False, x, cos, sin, segments.all_crossing)
-        a = self.self_attn(qkv, segments)                                       # (t, H*D)
+        a = self.self_attn(qkv, segments, cache=cache)                          # (t, H*D)
         return self.post_attention_in_chunks(x, a, recompute=False)
 
     def compute_and_keep_attention(self, x, cos, sin, segments, kept):
@@ -655,21 +697,27 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, labels=None, weights=None,
-                per_token=False):
+                per_token=False, caches=None):
         """input_ids, position_ids, labels, weights (t,): this rank's shard of the row.
         cu_seqlens (n+1,): the borders of all documents of the row, best as a list of ints, since a
         tensor on the GPU has to be waited for. max_seqlen, the longest, follows from them.
 
         With labels (-100: no target) -> sum of weight x cross entropy, float32; without weights
         every target counts 1. With per_token -> what token_scores returns, for evaluation.
-        Without labels -> logits (t, V)."""
-        segments = parallel.segments_of_rank(
-            cu_seqlens, self.sp_group, input_ids.device)
+        Without labels -> logits (t, V).
+
+        With caches, those of new_caches, a text is generated: the row is its next tokens, as
+        Attention.forward takes them, and every rank has all of them -> logits of the last (1, V).
+        """
+        sp_group = self.sp_group if caches is None else None
+        segments = parallel.segments_of_rank(cu_seqlens, sp_group, input_ids.device)
         ropes = {kind: rope_cos_sin(self.config, position_ids, kind) for kind in self.rope_kinds}
         x = self.embed(input_ids)                                               # (t, C)
         for group in self.groups:
             offload = self.offload if group[0] < self.execution.offload_layers else None
-            x = self.run_blocks(group, x, ropes, segments, offload)
+            x = self.run_blocks(group, x, ropes, segments, offload, caches)
+        if caches is not None:
+            x = x[-1:]                                                          # (1, C)
         # Not compiled, the norm would keep and compute float32 copies of x: 12 GiB each at t = 1M.
         call_norm = compiled_call if self.execution.compile else call
         x = call_norm(self.model["norm"], False, x)                             # (t, C)
@@ -689,14 +737,15 @@ class Transformer(nn.Module):
         return ChunkedCrossEntropy.apply(
             x, head, labels.clamp(min=0), weights, self.execution, torch.is_grad_enabled())
 
-    def run_blocks(self, group, x, ropes, segments, offload):
+    def run_blocks(self, group, x, ropes, segments, offload, caches=None):
         """x (t, C) -> (t, C), through the blocks of one of self.groups.
 
         Of two blocks only x is kept. Backward first computes the input of the second one again."""
         def run(x, offload):
             for i in group:
                 cos, sin = ropes[self.config.rope_kind(i)]
-                x = self.model["layers"][i](x, cos, sin, segments, offload)
+                cache = caches[i] if caches is not None else None
+                x = self.model["layers"][i](x, cos, sin, segments, offload, cache)
             return x
 
         if len(group) == 1 or not torch.is_grad_enabled():
@@ -709,6 +758,11 @@ class Transformer(nn.Module):
     def block_groups(self):
         """-> the blocks of each group, whose weights are gathered together."""
         return [[self.model["layers"][i] for i in group] for group in self.groups]
+
+    def new_caches(self):
+        """-> an empty KeyValueCache for each layer."""
+        layers = range(self.config.num_hidden_layers)
+        return [KeyValueCache(self.config.window(i)) for i in layers]
 
     def embed(self, input_ids):
         """input_ids (t,) -> (t, C)."""

@@ -178,6 +178,9 @@ MAX_SKIPPED_STEPS = 5
 # Samples end after so many seconds, also those of a model too large to write SAMPLE_TOKENS in time.
 SAMPLE_SECONDS = 120
 
+# The logits of samples are divided by this; the smaller it is, the likelier is the likeliest token.
+SAMPLE_TEMPERATURE = 0.5
+
 # Signals that stop a run after a checkpoint.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -334,6 +337,10 @@ def check_constants():
     if isinstance(EVAL_DATA, float) and DATA == "synthetic":
         raise ValueError(f"EVAL_DATA {EVAL_DATA} is a share of the documents in files, which DATA "
                          "'synthetic' does not read: use EVAL_DATA=''.")
+    for prompt in SAMPLE_PROMPTS:
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f"SAMPLE_PROMPTS has {prompt!r}, which cannot be continued: use texts "
+                             "of at least a character.")
     if WANDB and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"WANDB {WANDB!r} needs the package wandb, which is not installed: "
                          "pip install wandb, or set WANDB=''.")
@@ -1280,11 +1287,9 @@ def finish(model, folder, grid):
 
 
 @torch.no_grad()
-def sample(model, folder, grid, temperature=0.5):
-    """Print continuations of SAMPLE_PROMPTS; for chat data they are the user's messages.
-
-    Each token takes a forward over the whole text, for at most SAMPLE_SECONDS.
-    """
+@torch.compiler.set_stance("force_eager")  # compiling for single tokens takes longer than samples
+def sample(model, folder, grid):
+    """Print continuations of SAMPLE_PROMPTS; for chat data they are the user's messages."""
     tokenizer = data.open_tokenizer(folder)
     generator = torch.Generator().manual_seed(SEED)
     chat = DATA != "demo" and data.is_chat(DATA, FORMAT, COLUMNS)
@@ -1292,18 +1297,12 @@ def sample(model, folder, grid, temperature=0.5):
     for prompt in SAMPLE_PROMPTS:
         text, end = chat_prompt(tokenizer, prompt) if chat else (prompt, tokenizer.eos_token)
         ids = tokenizer(text, add_special_tokens=not chat).input_ids
-        # All ranks draw the same tokens: they have the same logits and the same seed.
-        for _ in range(SAMPLE_TOKENS):
-            # The clocks of the ranks differ, but they must stop together.
-            late = parallel.all_sum(torch.tensor(time.time() > deadline, dtype=torch.int32))
-            if late > 0:
+        written = []
+        for token in generate(model, ids, grid, generator, deadline):
+            written.append(token)
+            if end and tokenizer.decode(written[-1:]) == end:
                 break
-            logits = next_token_logits(model, ids, grid)                            # (V,)
-            probabilities = torch.softmax(logits.cpu() / temperature, dim=-1)
-            ids += torch.multinomial(probabilities, 1, generator=generator).tolist()
-            if end and tokenizer.decode(ids[-1:]) == end:
-                break
-        print_once(grid, "-" * 80 + "\n" + tokenizer.decode(ids))
+        print_once(grid, "-" * 80 + "\n" + tokenizer.decode(ids + written))
 
 
 def chat_prompt(tokenizer, message):
@@ -1317,20 +1316,30 @@ def chat_prompt(tokenizer, message):
     return text, end[0] if end else tokenizer.eos_token
 
 
-def next_token_logits(model, ids, grid):
-    """Return the logits (V,) of the token after `ids`, on all ranks of a row."""
-    # Padding after the text does not change its logits, as attention is causal.
-    padding = -len(ids) % (128 * grid.sp)
-    row = torch.tensor(ids + [0] * padding, device=grid.device)                     # (T,)
-    positions = torch.arange(len(row), device=grid.device)
-    positions = positions.chunk(grid.sp)[grid.sp_rank]                              # (t,)
-    logits = model(row[positions], positions, [0, len(row)], len(row)).float()         # (t, V)
+def generate(model, prompt, grid, generator, deadline):
+    """Yield SAMPLE_TOKENS tokens that continue a prompt of token ids, fewer after the deadline.
 
-    # One rank has the last token. The others add zeros.
-    logits = logits[positions == len(ids) - 1].sum(0)                               # (V,)
-    if grid.sp > 1:
-        parallel.all_sum(logits, grid.sp_group)
-    return logits
+    Each rank computes the whole text, also where ranks share the rows of training.
+    """
+    caches = model.new_caches()
+    new_ids = prompt    # those that are not in the caches
+    position = 0        # of the first of them
+    for _ in range(SAMPLE_TOKENS):
+        if parallel.any_rank(time.time() > deadline):
+            break
+        row = torch.tensor(new_ids, device=grid.device)                             # (n,)
+        positions = position + torch.arange(len(row), device=grid.device)
+        [logits] = model(row, positions, [0, len(row)], len(row), caches=caches)    # (V,)
+
+        # The first rank draws for all, so that a difference of rounding cannot part their texts.
+        token = torch.zeros(1, dtype=torch.long)
+        if grid.rank == 0:
+            probabilities = torch.softmax(logits.float().cpu() / SAMPLE_TEMPERATURE, dim=-1)
+            token = torch.multinomial(probabilities, 1, generator=generator)
+        parallel.all_sum(token)
+        position += len(new_ids)
+        new_ids = token.tolist()
+        yield token.item()
 
 
 def print_help():

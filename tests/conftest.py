@@ -80,6 +80,22 @@ def row(lengths, vocab_size=97, seed=0, masked=0.0):
     return Row(input_ids, position_ids, edges.int(), max(lengths), labels)
 
 
+@torch.no_grad()
+def generated_logits(model, input_ids, n_prompt):
+    """Feed the first n_prompt tokens of a text to the model, and then one at a time, with a cache.
+
+    Returns the logits after the prompt and after each later token, (T - n_prompt + 1, V).
+    """
+    caches = model.new_caches()
+    logits = []
+    edges = [0, *range(n_prompt, len(input_ids) + 1)]
+    for start, end in zip(edges, edges[1:]):
+        n = end - start
+        positions = torch.arange(start, end)
+        logits.append(model(input_ids[start:end], positions, [0, n], n, caches=caches))
+    return torch.cat(logits)
+
+
 def assert_close(actual, expected, what, atol=0.0, rtol=1e-5):
     """Assert |actual - expected| <= atol + rtol * |expected|. A failure names the worst element."""
     actual = torch.as_tensor(actual).double()

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, assert_close, on_ranks, row, tiny_model
+from conftest import TINY, assert_close, generated_logits, on_ranks, row, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -143,7 +143,12 @@ def test_family_equals_transformers(hf_folder, tmp_path, model_type, changes):
     ids, positions, cu_seqlens, max_seqlen, labels = row([23])
     expected = theirs(ids[None]).logits[0]  # (T, V)
     logits = ours(ids, positions, cu_seqlens, max_seqlen)
-    assert_close(logits, expected, "logits", atol=1e-5 * expected.abs().max().item())
+    largest = expected.abs().max().item()
+    assert_close(logits, expected, "logits", atol=1e-5 * largest)
+    for n_prompt in (1, 9):
+        logits = generated_logits(ours, ids, n_prompt)
+        what = f"logits with a cache, after {n_prompt} tokens"
+        assert_close(logits, expected[n_prompt - 1:], what, atol=1e-5 * largest)
     torch.nn.functional.cross_entropy(expected, labels, reduction="sum").backward()
     ours(ids, positions, cu_seqlens, max_seqlen, labels).backward()
     expected_gradients = {}

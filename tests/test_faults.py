@@ -548,6 +548,8 @@ def test_keep_checkpoints(setup, tmp_path, keep, steps):
     ("MLP_CHUNK", -5, "MLP_CHUNK -5 is out of range"),
     ("SEQUENCE_PARALLEL_SIZE", -1, "SEQUENCE_PARALLEL_SIZE -1 is out of range"),
     ("EPOCHS", 1e6, "EPOCHS 1000000.0 is more than 10000"),
+    ("SAMPLE_PROMPTS", ["a", ""], "SAMPLE_PROMPTS has '', which cannot be continued"),
+    ("SAMPLE_PROMPTS", [1], "SAMPLE_PROMPTS has 1, which cannot be continued"),
 ])
 def test_constants_that_no_run_can_use(name, value, message):
     set_constants({name: value})

@@ -197,6 +197,35 @@ def test_samples_do_not_depend_on_ranks(setup, tmp_path, capfd):
     assert printed[0] == printed[1]
 
 
+def be_greedy():
+    train.SAMPLE_TEMPERATURE = 1e-6
+
+
+NO_ROPE_AND_WINDOWS = {  # the first layer has no RoPE, the last one a window of 5 tokens
+    "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 5,
+    "layer_types": ["full_attention", "sliding_attention"]}
+
+
+@pytest.mark.parametrize("model_type,changes,world", [
+    ("llama", {}, 1), ("llama", {}, 2), ("qwen3", {}, 2), ("smollm3", NO_ROPE_AND_WINDOWS, 2)])
+def test_greedy_samples_are_those_of_transformers(
+        setup, hf_folder, tokenizer_files, tmp_path, capfd, model_type, changes, world):
+    """The ranks share each row in training. The second prompt has fewer tokens than two."""
+    folder, reference = hf_folder(model_type, model_type, vocab_size=260, eos_token_id=None,
+                                  bos_token_id=None, pad_token_id=None, **changes)
+    tokenizer = tokenizer_files(folder)
+    prompts = ["def main(): return 1", "c"]
+    settings = setup("run", MODEL=str(folder), MAX_STEPS=0, SEQUENCE_PARALLEL_SIZE=world,
+                     ZERO_STAGE=3, SAMPLE_PROMPTS=prompts, SAMPLE_TOKENS=12)
+    on_ranks(world, run, settings, be_greedy, tmp_path=tmp_path)
+
+    samples = capfd.readouterr().out.split("-" * 80 + "\n")[1:]
+    for prompt, written in zip(prompts, samples, strict=True):
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        [expected] = reference.generate(ids, max_new_tokens=12, do_sample=False)
+        assert written == tokenizer.decode(expected) + "\n"
+
+
 # ---------------------------------------------------------------------------- resuming and stopping
 
 
