@@ -993,8 +993,9 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
             save(saver, step, model, optimizer, not_finite, grid)
             saved = time.time()
             began = time.time()
-    if saver is not None:
-        saver.wait()
+    if saver is not None and steps_done < steps:
+        with timed(grid, "saving the last checkpoint"):
+            saver.wait()
     stopped = parallel.any_rank(bool(stop_requests))
     if stopped:  # in the last step, which is saved: what remains is the export
         stop(saver, steps, steps, model, optimizer, not_finite, grid)
@@ -1062,8 +1063,10 @@ def stop(saver, step, saved_step, model, optimizer, not_finite, grid):
                          "is -1")
         return
     if step > saved_step:
-        save(saver, step, model, optimizer, not_finite, grid)
-    saver.wait()
+        with timed(grid, "saving the last checkpoint"):
+            save(saver, step, model, optimizer, not_finite, grid)
+            saver.wait()
+    saver.wait()  # for an earlier save
     again = command_line()
     if RESUME != "auto":
         again += " RESUME=auto"

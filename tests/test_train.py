@@ -301,7 +301,9 @@ def test_sigterm_on_one_rank_stops_all_after_a_checkpoint(setup, tmp_path, capfd
     on_ranks(2, run, setup("run", MAX_STEPS=6), terminate_one_rank, tmp_path=tmp_path)
     # The ranks ask each other before every micro-batch: step 3 does not begin.
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
-    assert "stopped by a signal after step 2" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert printed.count("saving the last checkpoint: ") == 2
+    assert re.search("saving the last checkpoint: .* s\nstopped by a signal after step 2", printed)
     assert not (tmp_path / "run/hf").exists()
 
     on_ranks(2, run, setup("run", MAX_STEPS=6), tmp_path=tmp_path)
