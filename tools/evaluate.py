@@ -482,7 +482,10 @@ def draw_curves(positions, evidence, longppl, summaries):
     evidence.set_ylabel("nats per answer", fontsize=8)
     longppl.set_ylabel("perplexity of key tokens", fontsize=8)
     longppl.tick_params(labelsize=8)
-    longppl.margins(y=0.1)  # room for the numbers above the bars
+    if longppl.patches:
+        longppl.set_yscale("log")  # a model beyond its positions has thousands
+        longppl.margins(y=0.1)  # room for the numbers above the bars
+        longppl.set_ylim(bottom=1)
     longppl.set_xticks(range(len(names)), names, fontsize=8)
     if not longppl.patches:
         longppl.set(xticks=[], yticks=[])
