@@ -216,7 +216,7 @@ def test_greedy_samples_are_those_of_transformers(
     tokenizer = tokenizer_files(folder)
     prompts = ["def main(): return 1", "c"]
     settings = setup("run", MODEL=str(folder), MAX_STEPS=0, SEQUENCE_PARALLEL_SIZE=world,
-                     ZERO_STAGE=3, SAMPLE_PROMPTS=prompts, SAMPLE_TOKENS=12)
+                     ZERO_STAGE=3, RECOMPUTE="pairs", SAMPLE_PROMPTS=prompts, SAMPLE_TOKENS=12)
     on_ranks(world, run, settings, be_greedy, tmp_path=tmp_path)
 
     samples = capfd.readouterr().out.split("-" * 80 + "\n")[1:]
