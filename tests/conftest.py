@@ -91,7 +91,7 @@ def generated_logits(model, input_ids, n_prompt):
     edges = [0, *range(n_prompt, len(input_ids) + 1)]
     for start, end in zip(edges, edges[1:]):
         n = end - start
-        positions = torch.arange(start, end)
+        positions = torch.arange(start, end, device=input_ids.device)
         logits.append(model(input_ids[start:end], positions, [0, n], n, caches=caches))
     return torch.cat(logits)
 

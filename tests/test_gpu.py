@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import row, tiny_model
+from conftest import generated_logits, row, tiny_model
 
 import train
 from model import KERNELS, Execution, attention_kernel
@@ -61,13 +61,18 @@ def test_attention_packages_agree(name, window):
         assert error < 1.5 * plain_error + 1e-4, f"{what}: error {error}, plain {plain_error}"
 
 
-def loss_and_gradients(execution, dtype=torch.bfloat16):
-    """Of the second of two forwards, since the first one compiles and fills buffers."""
-    model = tiny_model(execution=execution, **WIDE).to("cuda", dtype)
+def wide_model(execution, dtype, **changes):
+    model = tiny_model(execution=execution, **WIDE, **changes).to("cuda", dtype)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
                 p.div_(4)
+    return model
+
+
+def loss_and_gradients(execution, dtype=torch.bfloat16):
+    """Of the second of two forwards, since the first one compiles and fills buffers."""
+    model = wide_model(execution, dtype)
     ids, positions, cu_seqlens, max_seqlen, labels = row([700, 1, 323], vocab_size=1000, masked=0.2)
     inputs = (ids.cuda(), positions.cuda(), cu_seqlens.cuda(), max_seqlen, labels.cuda())
     model(*inputs)
@@ -100,6 +105,22 @@ def test_executions_agree(execution):
         plain_error = relative_error(plain[name], expected)
         assert error < 1.5 * plain_error + 1e-3, (
             f"gradient of {name}: error {error}, plain {plain_error}")
+
+
+@pytest.mark.parametrize("n_prompt", [1, 30])
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_cache_gives_the_logits_of_the_whole_text(n_prompt, window):
+    ids, positions, cu_seqlens, max_seqlen, _ = row([40], vocab_size=1000)
+    inputs = (ids.cuda(), positions.cuda(), cu_seqlens, max_seqlen)
+    plain = Execution(attention="sdpa")
+    with torch.no_grad():
+        truth = wide_model(plain, torch.float32, sliding_window=window)(*inputs)
+        expected = wide_model(plain, torch.bfloat16, sliding_window=window)(*inputs)
+    model = wide_model(Execution(), torch.bfloat16, sliding_window=window)
+    found = generated_logits(model, ids.cuda(), n_prompt)
+    error = relative_error(found, truth[n_prompt - 1:])
+    plain_error = relative_error(expected[n_prompt - 1:], truth[n_prompt - 1:])
+    assert error < 1.5 * plain_error + 1e-3, f"error {error}, plain {plain_error}"
 
 
 def losses_and_norms(folder, name, *settings):
