@@ -1067,19 +1067,24 @@ def stop(saver, step, saved_step, model, optimizer, not_finite, grid):
             save(saver, step, model, optimizer, not_finite, grid)
             saver.wait()
     saver.wait()  # for an earlier save
-    again = command_line()
-    if RESUME != "auto":
-        again += " RESUME=auto"
-    print_once(grid, f"stopped by a signal after step {step}. This continues the run:\n{again}")
+    print_once(grid, f"stopped by a signal after step {step}. This continues the run:\n"
+                     f"{command_line()}")
 
 
 def command_line():
-    """Return the command that started this run: that of torchrun, if torchrun started it."""
-    arguments = sys.orig_argv
+    """Return the command that continues this run: that of torchrun, if torchrun started it."""
+    words = sys.orig_argv
     launcher = Path(f"/proc/{os.getppid()}/cmdline")
     if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():
-        arguments = launcher.read_text().split("\0")[:-1]
-    return shlex.join(arguments)
+        words = launcher.read_text().split("\0")[:-1]
+
+    # It ends with the arguments of train.py, of which a later one replaces an earlier one.
+    arguments = sys.argv[1:]
+    program = words[:len(words) - len(arguments)]
+    constants = {argument.partition("=")[0]: argument for argument in arguments}
+    if RESUME != "auto":
+        constants["RESUME"] = "RESUME=auto"
+    return shlex.join([*program, *constants.values()])
 
 
 def warn_of_long_steps(seconds, grid):

@@ -446,6 +446,23 @@ def test_torchrun_stops_and_the_printed_command_continues(setup, tmp_path):
     assert steps_of(tmp_path / "run") == list(range(1, step + 201))
 
 
+def test_the_printed_command_has_each_constant_once(setup, tmp_path):
+    """Without torchrun. It is stopped twice, and its command does not grow."""
+    settings = setup("run", MAX_STEPS=4000, MAX_LENGTH=64, SAVE_EVERY=0, SAMPLE_PROMPTS=[])
+    arguments = [f"{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, str(ROOT / "train.py"), "RESUME=never", "SEED=1", *arguments,
+               "RESUME=never", "SEED=2"]
+    for n_steps in (2, 4):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        wait_for(has_steps(tmp_path / "run", n_steps))
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        command = shlex.split(out.splitlines()[-1])
+        assert command == [sys.executable, str(ROOT / "train.py"), "RESUME=auto", "SEED=2",
+                           *arguments]
+
+
 def test_long_micro_batches_are_warned_of(monkeypatch, capsys):
     grid = parallel.Grid(0, 1, 1, 0, 1, 0, None, None, torch.device("cpu"))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
