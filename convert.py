@@ -374,6 +374,11 @@ def _extended_scaling(old, wanted, old_positions, positions):
 
     scaling = _scaling_defaults(rope_type, old_positions)
     if not old:  # the first extension of this checkpoint
+        if positions <= old_positions and rope_type != "dynamic" and "factor" not in wanted:
+            raise ValueError(f"ROPE_SCALING {rope_type} has nothing to extend, as "
+                             f"MAX_POSITION_EMBEDDINGS {positions} is not more than the "
+                             f"checkpoint's {old_positions}: raise it, give the factor in a dict, "
+                             "or use None")
         scaling["factor"] = float(max(math.ceil(positions / old_positions), 1))
     elif rope_type == old_type:  # another extension of the same type
         scaling.update(old)

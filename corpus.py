@@ -48,8 +48,8 @@ class Source(NamedTuple):
     skipped: list   # names of files in the folder that are not data
 
 
-def find_files(data):
-    """Returns a list of the Source of each source of DATA.
+def find_files(data, constant="DATA"):
+    """Returns a list of the Source of each source of DATA, or of another constant of train.py.
 
     DATA is a source, a list of sources, or {source: epochs}. A source is a path, glob or folder.
     A file that is named several times belongs to the first source that names it.
@@ -65,8 +65,8 @@ def find_files(data):
     known = set()  # files of earlier sources, without symbolic links
     for name, epochs in epochs_of_source.items():
         if not epochs > 0:
-            raise ValueError(f"DATA {name!r} is set to {epochs} epochs: use more than 0")
-        found, skipped = find_source(name)
+            raise ValueError(f"{constant} {name!r} is set to {epochs} epochs: use more than 0")
+        found, skipped = find_source(name, constant)
         files = []
         for path in sorted(found):
             real_path = os.path.realpath(path)
@@ -77,7 +77,7 @@ def find_files(data):
     return sources
 
 
-def find_source(name):
+def find_source(name, constant):
     """Returns the data files of a source, and the names of other files in its folders."""
     # Sets, because a glob such as books/** finds both a folder and the files in it.
     files = set()
@@ -95,9 +95,9 @@ def find_source(name):
     unknown += sorted(path for path in skipped if OTHER_FILE.search(path))
     if unknown or not files:
         found = os.path.basename(unknown[0]) if unknown else "no file"
-        raise ValueError(f"DATA {name!r} matches {found}: name files whose names end with .json, "
-                         ".jsonl, .ndjson, .parquet or .txt, or with one of these and .gz or .zst; "
-                         "convert others")
+        raise ValueError(f"{constant} {name!r} matches {found}: name files whose names end with "
+                         ".json, .jsonl, .ndjson, .parquet or .txt, or with one of these and .gz "
+                         "or .zst; convert others")
     return files, [os.path.basename(path) for path in skipped]
 
 

@@ -146,15 +146,38 @@ CHOICES = {
     "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd"),
 }
 
-# Constants that must be greater than zero, that may also be zero, that may also be -1, and those
-# that must be between 0 and 1.
-POSITIVE = ("MAX_LENGTH", "BATCH_SIZE", "GLOBAL_BATCH_SIZE", "REPLICAS", "LOSS_CHUNK", "EPOCHS")
-NOT_NEGATIVE = (
-    "SYNTHETIC_DOCUMENT", "MAX_POSITION_EMBEDDINGS", "SEQUENCE_PARALLEL_SIZE", "KEEP_LAYERS",
-    "MLP_CHUNK", "LEARNING_RATE", "WEIGHT_DECAY", "MAX_GRAD_NORM", "SEED", "EVAL_EVERY",
-    "SAMPLE_TOKENS", "SAVE_MINUTES")
-FROM_MINUS_ONE = ("MAX_STEPS", "SAVE_EVERY")
-RATIOS = ("WARMUP_RATIO", "MIN_LEARNING_RATE_RATIO", "BAD_ROWS")
+# The least and the largest number that a constant may be.
+MANY = 10**12
+MANY_TOKENS = 2**31 - 1  # the ends of documents in a row are int32
+MANY_ROWS = 10**6
+RANGES = {
+    "SYNTHETIC_DOCUMENT": (0, MANY_TOKENS),
+    "MAX_LENGTH": (1, MANY_TOKENS),
+    "BATCH_SIZE": (1, MANY_ROWS),
+    "BAD_ROWS": (0, 1),
+    "MAX_POSITION_EMBEDDINGS": (0, MANY_TOKENS),
+    "SEQUENCE_PARALLEL_SIZE": (0, MANY),
+    "GLOBAL_BATCH_SIZE": (1, MANY_ROWS),
+    "REPLICAS": (1, MANY),
+    "KEEP_LAYERS": (0, MANY),
+    "MLP_CHUNK": (0, MANY),
+    "LOSS_CHUNK": (1, MANY),
+    "LEARNING_RATE": (0, 10),
+    "MIN_LEARNING_RATE_RATIO": (0, 1),
+    "WARMUP_RATIO": (0, 1),
+    "WEIGHT_DECAY": (0, 10),
+    "MAX_GRAD_NORM": (0, MANY),
+    "EPOCHS": (1e-6, 10_000),       # the rows of each are packed before the first step
+    "MAX_STEPS": (-1, 10**9),
+    "SEED": (0, 2**32 - 1),
+    "EVAL_EVERY": (0, MANY),
+    "SAMPLE_TOKENS": (0, MANY),
+    "SAVE_EVERY": (-1, MANY),
+    "SAVE_MINUTES": (0, MANY),
+}
+
+# Constants that must not be empty.
+PATHS = ("MODEL", "RUN_DIR", "CACHE_DIR", "RESUME")
 
 # Constants whose value may be of another type than the default: a path or a list of paths.
 ANY_TYPE = ("DATA", "EVAL_DATA", "BETAS", "ROPE_SCALING")
@@ -168,9 +191,6 @@ CHOSEN = {
     "OFFLOAD_ACTIVATIONS": "offload_layers",
     "OFFLOAD_OPTIMIZER": "offload_optimizer",
 }
-
-# More epochs take minutes to count: the rows of each are packed for it.
-MAX_EPOCHS = 10_000
 
 # A run ends with an error after this many consecutive steps whose loss or gradient is not finite.
 MAX_SKIPPED_STEPS = 5
@@ -258,7 +278,7 @@ def main():
 # --------------------------------------------------------------------------------------------- plan
 
 def override(arguments):
-    """Set constants from NAME=VALUE arguments, where VALUE is a Python literal or a bare string.
+    """Set constants from NAME=VALUE arguments, see read_value.
 
     Raises ValueError for an unknown name and for a value of another type than the default.
     """
@@ -268,18 +288,28 @@ def override(arguments):
             nearest = difflib.get_close_matches(name, CONSTANTS, n=1, cutoff=0)[0]
             raise ValueError(f"{argument!r} does not set a constant of train.py: write NAME=VALUE. "
                              f"The nearest name is {nearest}.")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text  # a bare string
-        default = globals()[name]
-        if type(default) is float and type(value) is int:
-            value = float(value)  # LEARNING_RATE=1
+        default = DEFAULTS[name]
+        value = read_value(text, default)
         if type(value) is not type(default) and name not in ANY_TYPE:
             raise ValueError(f"{name}={text} is not of type {type(default).__name__}: "
                              f"use a value like {default!r}.")
         globals()[name] = value
         SET_BY_HAND.add(name)
+
+
+def read_value(text, default):
+    """Return the value that `text` means: a Python literal, or else a string as it stands.
+
+    Where `default` is a float, numbers such as 1 and nan are floats, too.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if type(default) is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)
+    return value
 
 
 def is_set(name):
@@ -305,42 +335,19 @@ def check_constants():
         if value not in choices:
             known = ", ".join(str(choice) for choice in choices)
             raise ValueError(f"{name} {value!r} is unknown: use one of {known}.")
-    for name in POSITIVE:
-        if not 0 < globals()[name] < math.inf:  # false for nan, too
-            raise ValueError(
-                f"{name} {globals()[name]} is not positive: use a number greater than 0.")
-    if EPOCHS > MAX_EPOCHS:
-        raise ValueError(f"EPOCHS {EPOCHS} is more than {MAX_EPOCHS}, all of which would be packed "
-                         "before the first step: set MAX_STEPS.")
-    for name in NOT_NEGATIVE:
-        if not 0 <= globals()[name] < math.inf:
-            raise ValueError(
-                f"{name} {globals()[name]} is out of range: use 0 or a number greater than 0.")
-    for name in FROM_MINUS_ONE:
-        if not -1 <= globals()[name] < math.inf:
-            raise ValueError(
-                f"{name} {globals()[name]} is out of range: use -1, 0 or a greater number.")
-    for name in RATIOS:
-        if not 0 <= globals()[name] <= 1:
-            raise ValueError(
-                f"{name} {globals()[name]} is out of range: use a number between 0 and 1.")
-    check_betas()
-    if not isinstance(ROPE_SCALING, (type(None), str, dict)):
-        raise ValueError(f"ROPE_SCALING {ROPE_SCALING!r} is neither a name nor a dict: use None, "
-                         "'yarn', 'linear', 'dynamic', 'llama3' or a dict like config.json's.")
+    for name, (least, most) in RANGES.items():
+        value = globals()[name]
+        if not least <= value <= most:  # true for nan, too
+            raise ValueError(f"{name} {value} is out of range: use a number from {least:,} to "
+                             f"{most:,}.")
+    for name in PATHS:
+        if not globals()[name]:
+            raise ValueError(f"{name} '' is empty: set it to a value like {DEFAULTS[name]!r}.")
+    check_data_constants()
+    check_collections()
     if KEEP_CHECKPOINTS == 0 or KEEP_CHECKPOINTS < -1:
         raise ValueError(f"KEEP_CHECKPOINTS {KEEP_CHECKPOINTS} is not a number of checkpoints: "
                          "use -1 to keep all, or a number greater than 0.")
-    if isinstance(EVAL_DATA, (int, float)) and not 0 < EVAL_DATA < 1:
-        raise ValueError(f"EVAL_DATA {EVAL_DATA} is not a share of the documents of DATA: use a "
-                         "number between 0 and 1, or name a file.")
-    if isinstance(EVAL_DATA, float) and DATA == "synthetic":
-        raise ValueError(f"EVAL_DATA {EVAL_DATA} is a share of the documents in files, which DATA "
-                         "'synthetic' does not read: use EVAL_DATA=''.")
-    for prompt in SAMPLE_PROMPTS:
-        if not isinstance(prompt, str) or not prompt:
-            raise ValueError(f"SAMPLE_PROMPTS has {prompt!r}, which cannot be continued: use texts "
-                             "of at least a character.")
     if WANDB and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"WANDB {WANDB!r} needs the package wandb, which is not installed: "
                          "pip install wandb, or set WANDB=''.")
@@ -352,13 +359,53 @@ def check_constants():
                          "'none': use RECOMPUTE 'all_but_attention' or 'all'.")
 
 
-def check_betas():
-    """Raise ValueError if BETAS are not two numbers of which each is at least 0 and less than 1."""
+def check_data_constants():
+    """Raise ValueError if DATA or EVAL_DATA is no name of files and nothing else that it may be."""
+    if not names_files(DATA):
+        raise ValueError(f"DATA {DATA!r} does not name files: use a path, a list of paths, "
+                         f"{{path: epochs}} with {RANGES['EPOCHS'][1]:,} epochs at most, 'demo' or "
+                         "'synthetic'.")
+    if isinstance(EVAL_DATA, (int, float)):
+        if not 0 < EVAL_DATA < 1:
+            raise ValueError(f"EVAL_DATA {EVAL_DATA} is not a share of the documents of DATA: use "
+                             "a number between 0 and 1, or name a file.")
+        if DATA == "synthetic":
+            raise ValueError(f"EVAL_DATA {EVAL_DATA} is a share of the documents in files, which "
+                             "DATA 'synthetic' does not read: use EVAL_DATA=''.")
+    elif EVAL_DATA and not names_files(EVAL_DATA):
+        raise ValueError(f"EVAL_DATA {EVAL_DATA!r} does not name files: use a path, a list of "
+                         "paths, {path: epochs}, a number between 0 and 1, or '' for none.")
+
+
+def names_files(value):
+    """Return whether a value is a path, a list of paths, or a dict {path: epochs}."""
+    if isinstance(value, str):
+        return value != ""
+    if not isinstance(value, (list, tuple, dict)):
+        return False
+    paths_are_strings = all(isinstance(path, str) and path for path in value)
+    epochs = value.values() if isinstance(value, dict) else ()
+    least, most = RANGES["EPOCHS"]
+    in_range = [isinstance(n, (int, float)) and least <= n <= most for n in epochs]
+    return len(value) > 0 and paths_are_strings and all(in_range)
+
+
+def check_collections():
+    """Raise ValueError for a list, tuple or dict that does not hold what it should."""
     betas = BETAS if isinstance(BETAS, (tuple, list)) else ()
     in_range = [beta for beta in betas if isinstance(beta, (int, float)) and 0 <= beta < 1]
     if len(betas) != 2 or len(in_range) != 2:
         raise ValueError(f"BETAS {BETAS!r} are not two numbers from 0 to below 1: "
                          f"use values like {DEFAULTS['BETAS']}.")
+    if not isinstance(ROPE_SCALING, (type(None), str, dict)) or ROPE_SCALING == "":
+        raise ValueError(f"ROPE_SCALING {ROPE_SCALING!r} is neither a name nor a dict: use None, "
+                         "'yarn', 'linear', 'dynamic', 'llama3' or a dict like config.json's.")
+    if not all(isinstance(prompt, str) and prompt for prompt in SAMPLE_PROMPTS):
+        raise ValueError(f"SAMPLE_PROMPTS {SAMPLE_PROMPTS!r} are not texts to continue: use a list "
+                         "of strings such as ['Once'].")
+    if not all(isinstance(key, str) for key in [*COLUMNS, *COLUMNS.values()]):
+        raise ValueError(f"COLUMNS {COLUMNS!r} are not names of keys: use strings, such as "
+                         "{'text': 'content'}.")
 
 
 def plan(world):
@@ -372,6 +419,9 @@ def plan(world):
     Path(CACHE_DIR).mkdir(parents=True, exist_ok=True)
     if not os.access(CACHE_DIR, os.W_OK):
         raise ValueError(f"CACHE_DIR {CACHE_DIR} is not writable for this user: set another one.")
+    if RESUME not in ("auto", "never") and not Path(RESUME).is_dir():
+        raise ValueError(f"RESUME {RESUME!r} is no folder: use 'auto', 'never' or a checkpoint, "
+                         "such as runs/demo/checkpoints/step-00000400.")
     demo = Path(CACHE_DIR) / "demo"
     if "demo" in (MODEL, DATA, EVAL_DATA):
         make_demo(demo)
@@ -424,6 +474,9 @@ def choose_settings(config, world, gpu, host):
     sizes = possible_sizes(config, world)
     given = settings_by_hand(config)
     if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
+        if OFFLOAD_OPTIMIZER:
+            raise ValueError("OFFLOAD_OPTIMIZER True needs a GPU, whose memory it saves: use "
+                             "OFFLOAD_OPTIMIZER=False.")
         offloads = given.get("offload_layers", 0) != 0 and "recompute" not in given
         recompute = "all_but_attention" if offloads else "none"
         return sizes[0], Settings(**{"recompute": recompute, **given})
@@ -520,6 +573,8 @@ def open_all_data(folder, config):
     if not EVAL_DATA:
         return open_data(DATA, folder, config), None
     if not isinstance(EVAL_DATA, float):
+        if EVAL_DATA not in ("demo", "synthetic"):  # before DATA is tokenized, which takes longer
+            data.find_files(EVAL_DATA, "EVAL_DATA")
         return open_data(DATA, folder, config), open_data(EVAL_DATA, folder, config)
     training, held_out = data.hold_out(open_corpus(DATA, folder, config), EVAL_DATA)
     return make_rows(training), make_rows(held_out)

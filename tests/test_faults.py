@@ -564,9 +564,9 @@ def test_keep_checkpoints(setup, tmp_path, keep, steps):
     ("KEEP_CHECKPOINTS", -2, "use -1 to keep all"),
     ("MLP_CHUNK", -5, "MLP_CHUNK -5 is out of range"),
     ("SEQUENCE_PARALLEL_SIZE", -1, "SEQUENCE_PARALLEL_SIZE -1 is out of range"),
-    ("EPOCHS", 1e6, "EPOCHS 1000000.0 is more than 10000"),
-    ("SAMPLE_PROMPTS", ["a", ""], "SAMPLE_PROMPTS has '', which cannot be continued"),
-    ("SAMPLE_PROMPTS", [1], "SAMPLE_PROMPTS has 1, which cannot be continued"),
+    ("EPOCHS", 1e6, "EPOCHS 1000000.0 is out of range: use a number from .* to 10,000"),
+    ("SAMPLE_PROMPTS", ["a", ""], "SAMPLE_PROMPTS .* are not texts to continue"),
+    ("SAMPLE_PROMPTS", [1], "SAMPLE_PROMPTS .* are not texts to continue"),
 ])
 def test_constants_that_no_run_can_use(name, value, message):
     set_constants({name: value})

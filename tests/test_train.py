@@ -538,15 +538,15 @@ WRONG_CONSTANTS = [
     ({"MODEL": "no/such"}, "MODEL 'no/such' has no config.json"),
     ({"DATA": "no-such.jsonl"}, "matches no file"),
     ({"PACKING": "tight"}, "PACKING 'tight' is unknown: use one of split, whole, none"),
-    ({"GLOBAL_BATCH_SIZE": 0}, "GLOBAL_BATCH_SIZE 0 is not positive"),
-    ({"EPOCHS": float("nan")}, "EPOCHS nan is not positive"),
-    ({"LEARNING_RATE": -1e-3}, "LEARNING_RATE -0.001 is out of range: use 0 or a number greater"),
+    ({"GLOBAL_BATCH_SIZE": 0}, "GLOBAL_BATCH_SIZE 0 is out of range: use a number from 1 to 1,000,000"),
+    ({"EPOCHS": float("nan")}, "EPOCHS nan is out of range: use a number from 1e-06 to 10,000"),
+    ({"LEARNING_RATE": -1e-3}, "LEARNING_RATE -0.001 is out of range: use a number from 0 to 10"),
     ({"LEARNING_RATE": float("inf")}, "LEARNING_RATE inf is out of range"),
     ({"WEIGHT_DECAY": float("nan")}, "WEIGHT_DECAY nan is out of range"),
     ({"MLP_CHUNK": -5}, "MLP_CHUNK -5 is out of range"),
     ({"SEQUENCE_PARALLEL_SIZE": -1}, "SEQUENCE_PARALLEL_SIZE -1 is out of range"),
-    ({"MAX_STEPS": -2}, "MAX_STEPS -2 is out of range: use -1, 0 or a greater number"),
-    ({"WARMUP_RATIO": 1.5}, "WARMUP_RATIO 1.5 is out of range: use a number between 0 and 1"),
+    ({"MAX_STEPS": -2}, "MAX_STEPS -2 is out of range: use a number from -1 to"),
+    ({"WARMUP_RATIO": 1.5}, "WARMUP_RATIO 1.5 is out of range: use a number from 0 to 1"),
     ({"MIN_LEARNING_RATE_RATIO": -0.1}, "MIN_LEARNING_RATE_RATIO -0.1 is out of range"),
     ({"BETAS": 3}, "BETAS 3 are not two numbers from 0 to below 1"),
     ({"BETAS": (0.9, 1.0)}, "BETAS .0.9, 1.0. are not two numbers"),
@@ -561,6 +561,25 @@ WRONG_CONSTANTS = [
      "OFFLOAD_ACTIVATIONS -2 is not a number of layers: .* -1 for all"),
     ({"OFFLOAD_ACTIVATIONS": -1, "RECOMPUTE": "none"},
      "OFFLOAD_ACTIVATIONS -1 has no effect with RECOMPUTE 'none': use"),
+    ({"OFFLOAD_OPTIMIZER": True}, "OFFLOAD_OPTIMIZER True needs a GPU"),
+    ({"MAX_POSITION_EMBEDDINGS": 10**30}, "MAX_POSITION_EMBEDDINGS 10*0 is out of range"),
+    ({"GLOBAL_BATCH_SIZE": 10**30}, "GLOBAL_BATCH_SIZE 10*0 is out of range: use a number from 1"),
+    ({"MAX_STEPS": 10**30}, "MAX_STEPS 10*0 is out of range: use a number from -1"),
+    ({"SEED": -1}, "SEED -1 is out of range: use a number from 0 to 4,294,967,295"),
+    ({"DATA": 5}, "DATA 5 does not name files: use a path, a list of paths, {path: epochs} with"),
+    ({"DATA": [1]}, "DATA .1. does not name files"),
+    ({"DATA": {}}, "DATA {} does not name files"),
+    ({"DATA": {"a.jsonl": float("inf")}}, "DATA .* does not name files: .* with 10,000 epochs"),
+    ({"EVAL_DATA": [1]}, "EVAL_DATA .1. does not name files"),
+    ({"EVAL_DATA": float("nan")}, "EVAL_DATA nan is not a share of the documents of DATA"),
+    ({"EVAL_DATA": "nan", "DATA": "not-read-before"}, "EVAL_DATA 'nan' matches no file"),
+    ({"SAMPLE_PROMPTS": [1]}, "SAMPLE_PROMPTS .1. are not texts to continue: use a list"),
+    ({"COLUMNS": {"text": 5}}, "COLUMNS {'text': 5} are not names of keys: use strings"),
+    ({"RUN_DIR": ""}, "RUN_DIR '' is empty: set it to a value like 'runs/demo'"),
+    ({"MODEL": ""}, "MODEL '' is empty"),
+    ({"RESUME": "no/such"}, "RESUME 'no/such' is no folder: use 'auto', 'never' or a checkpoint"),
+    ({"ROPE_SCALING": "linear"}, "ROPE_SCALING linear has nothing to extend, as "
+     "MAX_POSITION_EMBEDDINGS 0 is not more than the checkpoint's 512: raise it"),
 ]
 
 
@@ -876,11 +895,33 @@ def test_overrides():
     ("MAX_LENGTH", "write NAME=VALUE"),
     ("MAX_LENGTH=long", "not of type int: use a value like 8192"),
     ("OFFLOAD_ACTIVATIONS=True", "OFFLOAD_ACTIVATIONS=True is not of type int: use a value like 0"),
+    ("LEARNING_RATE=", "LEARNING_RATE= is not of type float: use a value like 1e-05"),
+    ("LEARNING_RATE=True", "LEARNING_RATE=True is not of type float"),
 ])
 def test_wrong_overrides_are_refused(argument, message):
     set_constants()
     with pytest.raises(ValueError, match=message):
         train.override([argument])
+
+
+def test_numbers_that_are_no_literals():
+    set_constants()
+    train.override(["LEARNING_RATE=nan", "WANDB=nan"])
+    assert train.WANDB == "nan"
+    with pytest.raises(ValueError, match="LEARNING_RATE nan is out of range: use a number from 0"):
+        train.check_constants()
+
+
+def test_every_number_has_a_range():
+    """Two are checked by rules of their own, and one takes one of three values."""
+    numbers = {name for name, value in DEFAULTS.items() if type(value) in (int, float)}
+    others = {"KEEP_CHECKPOINTS", "OFFLOAD_ACTIVATIONS", "ZERO_STAGE"}
+    assert numbers - set(train.RANGES) == others
+    for name, (least, most) in train.RANGES.items():
+        for value in (float("nan"), float("inf"), least - 1, 10 * most + 1):
+            set_constants({name: value})
+            with pytest.raises(ValueError, match=f"{name} .* is out of range: use a number from"):
+                train.check_constants()
 
 
 @pytest.mark.parametrize("offload,layers", [(0, 0), (1, 1), (-1, 2)])
