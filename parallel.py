@@ -46,6 +46,7 @@ from tqdm import tqdm
 START_TIMEOUT = timedelta(minutes=30)
 TRAINING_TIMEOUT = timedelta(minutes=10)
 ROLL_CALL_SECONDS = 10.0
+NCCL_PATIENCE = timedelta(minutes=1)  # longer than on the CPU
 
 # What gloo and the store say of a rank that is stuck or gone.
 LOST = re.compile("timed? ?out|Connection closed|Connection reset|Broken pipe", re.IGNORECASE)
@@ -214,13 +215,16 @@ def shorten_timeouts(grid, step_seconds):
     """From here on, collectives wait for TRAINING_TIMEOUT only, or for the time of three steps.
 
     NCCL counts from the moment when the CPU queued a collective, which may be a step earlier than
-    when the GPU comes to it."""
+    when the GPU comes to it. It ends the process without naming a rank, so it waits longer than
+    collectives on the CPU, whose error names those that are missing."""
     timeout = max(TRAINING_TIMEOUT, timedelta(seconds=3 * step_seconds))
     groups = [dist.group.WORLD, *grid.mesh.get_all_groups()]
     if grid.sp_group is not None:
         groups.append(grid.sp_group)
     for group in groups:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+        dist.distributed_c10d._set_pg_timeout(timeout + NCCL_PATIENCE, group)
+        gloo = group._get_backend(torch.device("cpu"))
+        gloo._set_default_timeout(timeout)
 
 
 @contextlib.contextmanager

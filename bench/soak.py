@@ -4,9 +4,11 @@
 
 About every SECONDS (60) the run of two processes is killed (kill -9 of one rank, or of all), asked
 to stop (SIGTERM, SIGINT), held for a while (SIGSTOP), or its disk is full for a save. After it ends
-it is started again with the same command. At the end the disturbed run is completed, and the losses
-and norms of all steps, and the exported weights, must equal the undisturbed run's, bit for bit.
+it is started again with the same command. Each kind of event is drawn before any is drawn again. At
+the end the disturbed run is completed, and the losses and norms of all steps, and the exported
+weights, must equal the undisturbed run's, bit for bit.
 """
+import collections
 import json
 import os
 import random
@@ -20,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs/soak"
-STEPS_PER_MINUTE = 60  # undisturbed, on two cores; the run is made long enough for MINUTES
+STEPS_PER_MINUTE = 45  # more than a disturbed run does on two cores, so that it lasts for MINUTES
 EVENTS = ("kill one", "kill all", "SIGTERM", "SIGINT", "SIGSTOP", "full disk")
 
 
@@ -97,6 +99,8 @@ def disturb(event, process, rng):
 def soak(minutes, seed, seconds):
     """Disturb the run until the time is up, then complete it."""
     rng = random.Random(seed)
+    deck = []
+    counts = collections.Counter()
     steps = round(STEPS_PER_MINUTE * minutes)
     deadline = time.monotonic() + 60 * minutes
     file_size = resource.RLIM_INFINITY
@@ -107,19 +111,23 @@ def soak(minutes, seed, seconds):
         event = "SIGSTOP"
         while event == "SIGSTOP" and process.poll() is None and time.monotonic() < deadline:
             time.sleep(rng.uniform(0, 2 * seconds))
-            event = rng.choice(EVENTS)
             if process.poll() is not None:
-                event = "ended by itself"
-            elif event == "full disk":
-                process.send_signal(signal.SIGTERM)
-                file_size = rng.randrange(200_000, 2_000_000)  # a checkpoint's shard is larger
+                event = "ended by itself"  # its disk was full
             else:
-                disturb(event, process, rng)
+                deck = deck or rng.sample(EVENTS, len(EVENTS))
+                event = deck.pop()
+                if event == "full disk":
+                    process.send_signal(signal.SIGTERM)
+                    file_size = rng.randrange(200_000, 2_000_000)  # a checkpoint's shard is larger
+                else:
+                    disturb(event, process, rng)
+            counts[event] += 1
             print(f"{event}, after step {max(metrics('disturbed'), default=0)}", flush=True)
         try:
             process.wait(timeout=180)
         except subprocess.TimeoutExpired:
             sys.exit(f"the run does not end after {event}")
+    print(dict(counts), flush=True)
     if start("disturbed", steps).wait() != 0:
         sys.exit("the disturbed run cannot be completed")
     return steps
