@@ -19,6 +19,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import threading
 import time
 import traceback
@@ -46,7 +47,10 @@ from tqdm import tqdm
 START_TIMEOUT = timedelta(minutes=30)
 TRAINING_TIMEOUT = timedelta(minutes=10)
 ROLL_CALL_SECONDS = 10.0
-NCCL_PATIENCE = timedelta(minutes=1)  # longer than on the CPU
+# Collectives on a GPU wait for so much longer than those on the CPU. NCCL ends a process without
+# naming a rank, so watch_gpu does it at half of this time.
+NCCL_PATIENCE = timedelta(minutes=1)
+WATCH_SECONDS = 5.0
 
 # What gloo and the store say of a rank that is stuck or gone.
 LOST = re.compile("timed? ?out|Connection closed|Connection reset|Broken pipe", re.IGNORECASE)
@@ -215,8 +219,7 @@ def shorten_timeouts(grid, step_seconds):
     """From here on, collectives wait for TRAINING_TIMEOUT only, or for the time of three steps.
 
     NCCL counts from the moment when the CPU queued a collective, which may be a step earlier than
-    when the GPU comes to it. It ends the process without naming a rank, so it waits longer than
-    collectives on the CPU, whose error names those that are missing."""
+    when the GPU comes to it."""
     timeout = max(TRAINING_TIMEOUT, timedelta(seconds=3 * step_seconds))
     groups = [dist.group.WORLD, *grid.mesh.get_all_groups()]
     if grid.sp_group is not None:
@@ -229,22 +232,61 @@ def shorten_timeouts(grid, step_seconds):
 
 @contextlib.contextmanager
 def naming_lost_ranks():
-    """Add to the error of a collective on the CPU which ranks are stuck or gone, and where it was.
+    """Say which ranks are stuck or gone, and where this one waited, if a collective ends in vain.
 
-    On a GPU, NCCL itself ends the process, and writes the collective's name to stderr."""
+    On the CPU this is added to the error of the collective. For a GPU see watch_gpu."""
+    finished = threading.Event()
+    if "nccl" in dist.get_backend_config():
+        threading.Thread(target=watch_gpu, args=(finished,), daemon=True).start()
     try:
         yield
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
-        folder = Path(__file__).parent
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-                  if Path(frame.filename).parent == folder]
-        callers = [frame for frame in frames if frame.filename != __file__]
-        caller = callers[-1]
-        place = (f"{Path(caller.filename).name}:{caller.lineno}, {caller.line}, "
-                 f"which calls {frames[-1].line}")
+        place = place_in_code(traceback.extract_tb(error.__traceback__))
         raise RuntimeError(f"{error}\n{call_roll(place)}") from error
+    finally:
+        finished.set()
+
+
+def watch_gpu(finished):
+    """End this process if the GPU waits in vain for other ranks, and say which of them are missing.
+
+    No error can be raised meanwhile: the main thread may itself wait for the GPU. It runs in a
+    thread until the Event `finished`."""
+    while not finished.wait(WATCH_SECONDS):
+        late = [collective for collective in pending_on_gpu() if is_late(collective)]
+        if late:
+            name = late[0]["profiling_name"]
+            main_thread = sys._current_frames()[threading.main_thread().ident]
+            place = place_in_code(traceback.extract_stack(main_thread))
+            roll = call_roll(f"{name} on the GPU, and at {place}")
+            print(f"{name} waited in vain for other ranks.\n{roll}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def is_late(collective):
+    """-> whether a collective of the flight recorder will soon have waited for its time-out."""
+    seconds = time.time() - collective["time_created_ns"] / 1e9
+    timeout = collective["timeout_ms"] / 1e3
+    return seconds > timeout - NCCL_PATIENCE.total_seconds() / 2
+
+
+def pending_on_gpu():
+    """-> the collectives that NCCL has not completed, the oldest first: torch's flight recorder."""
+    recorded = torch._C._distributed_c10d._dump_nccl_trace(True, False, True)
+    return pickle.loads(recorded)["entries"]
+
+
+def place_in_code(stack):
+    """-> the line of our code in a list of traceback.FrameSummary that called this file, and the
+    line of this file that it came to."""
+    folder = Path(__file__).parent
+    frames = [frame for frame in stack if Path(frame.filename).parent == folder]
+    callers = [frame for frame in frames if frame.filename != __file__]
+    caller = callers[-1]
+    return (f"{Path(caller.filename).name}:{caller.lineno}, {caller.line}, "
+            f"which calls {frames[-1].line}")
 
 
 def call_roll(place):

@@ -147,9 +147,9 @@ CHOICES = {
 }
 
 # The least and the largest number that a constant may be.
-MANY = 10**12
+MANY = 10**12            # no limit that matters
 MANY_TOKENS = 2**31 - 1  # the ends of documents in a row are int32
-MANY_ROWS = 10**6
+MANY_ROWS = 10**6        # all rows of a step are prepared before it
 RANGES = {
     "SYNTHETIC_DOCUMENT": (0, MANY_TOKENS),
     "MAX_LENGTH": (1, MANY_TOKENS),
@@ -1122,8 +1122,8 @@ def stop(saver, step, saved_step, model, optimizer, not_finite, grid):
             save(saver, step, model, optimizer, not_finite, grid)
             saver.wait()
     saver.wait()  # for an earlier save
-    print_once(grid, f"stopped by a signal after step {step}. This continues the run:\n"
-                     f"{command_line()}")
+    again = command_line()
+    print_once(grid, f"stopped by a signal after step {step}. This continues the run:\n{again}")
 
 
 def command_line():

@@ -501,6 +501,33 @@ def test_a_rank_that_is_stuck_is_named(setup, tmp_path, sp):
     assert "rank 0 does not answer" not in messages
 
 
+def hang_while_the_gpu_waits():
+    """Both ranks hang in step 2. A collective of rank 0's GPU is pending since then."""
+    def pending():
+        hangs = Path(train.RUN_DIR) / "hangs-0"
+        if not hangs.exists():
+            return []
+        return [{"profiling_name": "nccl:all_to_all", "timeout_ms": 31_000,
+                 "time_created_ns": hangs.stat().st_mtime_ns}]
+
+    hang_in_step_2()
+    if own_rank() == 0:
+        parallel.dist.get_backend_config = "cpu:gloo,cuda:nccl".strip
+        parallel.pending_on_gpu = pending
+        parallel.WATCH_SECONDS = 0.2
+
+
+def test_a_rank_that_the_gpu_waits_for_is_named(setup, tmp_path, capfd):
+    ranks = Ranks(2, run, setup("run"), hang_while_the_gpu_waits, tmp_path=tmp_path)
+    wait_for(lambda: not ranks.processes[0].is_alive())
+    codes, _ = ranks.end(seconds=0)
+    assert codes == [1, -signal.SIGKILL]
+    printed = capfd.readouterr().err
+    assert "nccl:all_to_all waited in vain for other ranks" in printed
+    assert "rank 0 waited for others at nccl:all_to_all on the GPU, and at train.py:" in printed
+    assert "rank 1 does not answer: it is stuck or gone" in printed
+
+
 def join_by_tcp_and_run(settings, port):
     """Rank 0 has the store of the process group, as without torchrun."""
     torch.distributed.destroy_process_group()
