@@ -682,9 +682,11 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
             cause = e
             if isinstance(e, dcp.api.CheckpointException):  # the error of one rank is enough
                 cause, _ = next(iter(e.failures.values()))
-            free = shutil.disk_usage(folder.parent).free
+            free = shutil.disk_usage(folder.parent).free / 2**30
+            # torch's writer of files only says that it did not come to some position.
+            full = "The disk is full: " if free < 0.1 else ""
             raise OSError(
-                f"{cause}. {free / 2**30:,.1f} GiB are free there. Earlier checkpoints are "
+                f"{full}{cause}. {free:,.1f} GiB are free there. Earlier checkpoints are "
                 "intact: free space or make the folder writable, and start again") from e
 
     already_published = together(f"looking for {folder}", folder.exists, only=0, group=group)[0]

@@ -229,6 +229,7 @@ def main():
     folder, config, sp, _ = plan(world)
     dtype = getattr(torch, DTYPE)  # of the matrix products; master weights are float32
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    check_machine(device_type)
     kernel_name, _ = attention_kernel(ATTENTION, device_type, dtype)
 
     # Data. It is tokenized before the process groups exist, so that no collective can time out.
@@ -416,12 +417,7 @@ def plan(world):
     """
     complete_constants()
     check_constants()
-    Path(CACHE_DIR).mkdir(parents=True, exist_ok=True)
-    if not os.access(CACHE_DIR, os.W_OK):
-        raise ValueError(f"CACHE_DIR {CACHE_DIR} is not writable for this user: set another one.")
-    if RESUME not in ("auto", "never") and not Path(RESUME).is_dir():
-        raise ValueError(f"RESUME {RESUME!r} is no folder: use 'auto', 'never' or a checkpoint, "
-                         "such as runs/demo/checkpoints/step-00000400.")
+    make_folder("CACHE_DIR")
     demo = Path(CACHE_DIR) / "demo"
     if "demo" in (MODEL, DATA, EVAL_DATA):
         make_demo(demo)
@@ -474,9 +470,6 @@ def choose_settings(config, world, gpu, host):
     sizes = possible_sizes(config, world)
     given = settings_by_hand(config)
     if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
-        if OFFLOAD_OPTIMIZER:
-            raise ValueError("OFFLOAD_OPTIMIZER True needs a GPU, whose memory it saves: use "
-                             "OFFLOAD_OPTIMIZER=False.")
         offloads = given.get("offload_layers", 0) != 0 and "recompute" not in given
         recompute = "all_but_attention" if offloads else "none"
         return sizes[0], Settings(**{"recompute": recompute, **given})
@@ -551,6 +544,30 @@ def work_of_gpu(config, world, sp, pairs=None):
         sp=sp,
         ranks=max(world // REPLICAS, 1),
         accumulate=ceil_div(GLOBAL_BATCH_SIZE, dp))
+
+
+def check_machine(device_type):
+    """Raise ValueError for a constant that no run on this machine can use."""
+    make_folder("RUN_DIR")
+    if RESUME not in ("auto", "never") and not Path(RESUME).is_dir():
+        raise ValueError(f"RESUME {RESUME!r} is no folder: use 'auto', 'never' or a checkpoint, "
+                         "such as runs/demo/checkpoints/step-00000400.")
+    if OFFLOAD_OPTIMIZER and device_type == "cpu":
+        raise ValueError("OFFLOAD_OPTIMIZER True needs a GPU, whose memory it saves: use "
+                         "OFFLOAD_OPTIMIZER=False.")
+
+
+def make_folder(name):
+    """Create the folder that a constant names. Raises ValueError if it cannot be written."""
+    path = globals()[name]
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(f"{name} {path} is not a folder that this user can write: set another "
+                         "one.")
 
 
 def make_demo(folder):

@@ -736,6 +736,7 @@ def limit_when_saving(step):
     def save_on_full_disk(*arguments, checkpoint_id, **keywords):
         if f"{step:08d}" in str(checkpoint_id) and own_rank() == 1:
             limit_file_size(20_000)
+            report_little_space()
         save(*arguments, checkpoint_id=checkpoint_id, **keywords)
     parallel.dcp.save = save_on_full_disk
 
@@ -766,6 +767,7 @@ def test_a_checkpoint_on_a_full_disk_stops_all_ranks(setup, tmp_path):
     codes, messages = ranks.end()
     assert codes == [1, 1]
     assert f"saving {tmp_path}/run/checkpoints/step-00000004.part" in messages
+    assert "OSError: The disk is full: " in messages
     assert "GiB are free there. Earlier checkpoints are intact: free space" in messages
     parallel.read_manifest(tmp_path / "run/checkpoints/step-00000002")
     on_ranks(2, run, settings, tmp_path=tmp_path)

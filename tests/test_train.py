@@ -538,7 +538,8 @@ WRONG_CONSTANTS = [
     ({"MODEL": "no/such"}, "MODEL 'no/such' has no config.json"),
     ({"DATA": "no-such.jsonl"}, "matches no file"),
     ({"PACKING": "tight"}, "PACKING 'tight' is unknown: use one of split, whole, none"),
-    ({"GLOBAL_BATCH_SIZE": 0}, "GLOBAL_BATCH_SIZE 0 is out of range: use a number from 1 to 1,000,000"),
+    ({"GLOBAL_BATCH_SIZE": 0},
+     "GLOBAL_BATCH_SIZE 0 is out of range: use a number from 1 to 1,000,000"),
     ({"EPOCHS": float("nan")}, "EPOCHS nan is out of range: use a number from 1e-06 to 10,000"),
     ({"LEARNING_RATE": -1e-3}, "LEARNING_RATE -0.001 is out of range: use a number from 0 to 10"),
     ({"LEARNING_RATE": float("inf")}, "LEARNING_RATE inf is out of range"),
@@ -577,6 +578,8 @@ WRONG_CONSTANTS = [
     ({"COLUMNS": {"text": 5}}, "COLUMNS {'text': 5} are not names of keys: use strings"),
     ({"RUN_DIR": ""}, "RUN_DIR '' is empty: set it to a value like 'runs/demo'"),
     ({"MODEL": ""}, "MODEL '' is empty"),
+    ({"RUN_DIR": __file__}, "RUN_DIR .*test_train.py is not a folder that this user can write"),
+    ({"CACHE_DIR": "/proc/none"}, "CACHE_DIR /proc/none is not a folder that this user can write"),
     ({"RESUME": "no/such"}, "RESUME 'no/such' is no folder: use 'auto', 'never' or a checkpoint"),
     ({"ROPE_SCALING": "linear"}, "ROPE_SCALING linear has nothing to extend, as "
      "MAX_POSITION_EMBEDDINGS 0 is not more than the checkpoint's 512: raise it"),
