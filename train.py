@@ -249,9 +249,9 @@ def main():
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")
     print_once(grid, describe_context(folder, config, rows))
     print_once(grid, describe_plan(config, grid, execution, rows, steps))
-    with timed(grid, "loading the model"):
+    with timed(grid, "loading the model"), explain_out_of_memory(config, grid, execution):
         model = build_model(folder, config, grid, execution, dtype)
-    optimizer = build_optimizer(model)
+        optimizer = build_optimizer(model)
     print_once(grid, describe(model, kernel_name, grid))
 
     # Resume, train, export and sample. The lock keeps other runs out of RUN_DIR.
