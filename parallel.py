@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -622,6 +622,7 @@ def local_rows(parameter):
 
 STEP = "step-" + 8 * "[0-9]"    # names of published checkpoints; nothing else is touched
 CHECKPOINT_BYTES = 12           # per parameter: a float32 weight and two float32 moments
+PINNED_ROUNDING = 1.5           # torch rounds pinned memory up to a power of two, tensor by tensor
 
 
 def save_checkpoint(root, step, model, optimizer, notes, keep):
@@ -714,17 +715,13 @@ class Saver:
 
         elements = sum(local_rows(p)[0].numel() for p in model.parameters())
         ranks_of_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed = CHECKPOINT_BYTES * elements * ranks_of_host
+        needed = CHECKPOINT_BYTES * elements * ranks_of_host * PINNED_ROUNDING
         self.in_foreground = any_rank(needed > available_memory())
         if self.in_foreground and dist.get_rank() == 0:
             print(f"Saving in the background needs {needed / 2**30:,.1f} GiB of CPU memory, which "
                   "is not free: training waits while a checkpoint is written.", flush=True)
-        on_gpu = torch.cuda.is_available()
-        self.stager = DefaultStager(StagingOptions(
-            use_pinned_memory=on_gpu,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=on_gpu))
+        # The memory for the copy is pinned in the first save, and used again in all later ones.
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
 
     def check_space(self, model):
         """OSError if the disk has no space for another checkpoint."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import generated_logits, row, tiny_model
 
+import parallel
 import train
 from model import KERNELS, Execution, attention_kernel
 
@@ -144,6 +145,17 @@ SETTINGS = [
     ["COMPILE=False", "ATTENTION=torch_varlen"],
     ["OFFLOAD_ACTIVATIONS=1", "MLP_CHUNK=100", "LOSS_CHUNK=100", "KEEP_LAYERS=1"],
 ]
+
+
+def test_saves_in_the_background(tmp_path):
+    """Memory for the copy of the states is pinned in the first save, and used again."""
+    without = losses_and_norms(tmp_path, "without")
+    saved = losses_and_norms(tmp_path, "saved", "SAVE_EVERY=1")
+    assert torch.equal(saved, without)
+    checkpoints = sorted((tmp_path / "saved" / "checkpoints").iterdir())
+    assert [folder.name for folder in checkpoints] == ["step-00000003", "step-00000004"]
+    manifest = parallel.read_manifest(checkpoints[-1])
+    assert manifest["step"] == 4
 
 
 def test_training_agrees(tmp_path):
