@@ -359,7 +359,7 @@ def test_the_fastest_settings_that_fit_are_chosen():
     """Where nothing has to be recomputed nothing is; otherwise what was found best by hand."""
     assert choose_for(8192) == Settings()
     assert choose_for(32768) == Settings()
-    assert choose_for(131072) == Settings(mlp_chunk=65536)
+    assert choose_for(131072) == Settings("all_but_attention", keep_layers=6)
     assert choose_for(131072, gpu_memory=120).recompute == "all_but_attention"
     long = choose_for(524288, document=8192)
     assert long.offload_layers > 0
