@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -622,7 +621,6 @@ def local_rows(parameter):
 
 STEP = "step-" + 8 * "[0-9]"    # names of published checkpoints; nothing else is touched
 CHECKPOINT_BYTES = 12           # per parameter: a float32 weight and two float32 moments
-PINNED_ROUNDING = 1.5           # torch rounds pinned memory up to a power of two, tensor by tensor
 
 
 def save_checkpoint(root, step, model, optimizer, notes, keep):
@@ -715,13 +713,12 @@ class Saver:
 
         elements = sum(local_rows(p)[0].numel() for p in model.parameters())
         ranks_of_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed = CHECKPOINT_BYTES * elements * ranks_of_host * PINNED_ROUNDING
+        needed = CHECKPOINT_BYTES * elements * ranks_of_host
         self.in_foreground = any_rank(needed > available_memory())
         if self.in_foreground and dist.get_rank() == 0:
             print(f"Saving in the background needs {needed / 2**30:,.1f} GiB of CPU memory, which "
                   "is not free: training waits while a checkpoint is written.", flush=True)
-        # The memory for the copy is pinned in the first save, and used again in all later ones.
-        self.stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self.copies = {}    # name: tensor in CPU memory, which the next save uses again
 
     def check_space(self, model):
         """OSError if the disk has no space for another checkpoint."""
@@ -742,7 +739,9 @@ class Saver:
             save_checkpoint(self.root, step, model, optimizer, self.notes, keep)
             return
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = self.stager.stage({"model": model_state, "optimizer": optimizer_state})
+        state = self.copy_to_cpu({"model": model_state, "optimizer": optimizer_state})
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
         def write():
             try:
@@ -753,6 +752,26 @@ class Saver:
         self.thread = threading.Thread(target=write, daemon=True)
         self.thread.start()
 
+    def copy_to_cpu(self, value, name=""):
+        """A state, of dicts, lists and tensors -> its copy in CPU memory, which is pinned.
+
+        A GPU copies to it in the background."""
+        if isinstance(value, dict):
+            return {key: self.copy_to_cpu(x, f"{name}/{key}") for key, x in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [self.copy_to_cpu(x, f"{name}/{i}") for i, x in enumerate(value)]
+            return type(value)(items)
+        if not torch.is_tensor(value):
+            return value
+        if name not in self.copies:
+            self.copies[name] = value.detach().cpu() if value.is_cuda else value.detach().clone()
+            if value.is_cuda:
+                pin(local_rows(self.copies[name])[0])
+        else:
+            rows, _ = local_rows(value)
+            local_rows(self.copies[name])[0].copy_(rows, non_blocking=True)
+        return self.copies[name]
+
     def wait(self):
         """Wait until the last save is complete. RuntimeError on all ranks if it failed."""
         if self.thread is not None:
@@ -760,6 +779,11 @@ class Saver:
             self.thread = None
         if self.error is not None:
             raise self.error
+
+
+def pin(tensor):
+    """Pin the CPU memory of a tensor for good. Where the system refuses, copies to it are slower."""
+    torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
 
 
 def available_memory():

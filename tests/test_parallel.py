@@ -56,6 +56,11 @@ def truth(masked, loss_weight):
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
+def whole(tensor):
+    """-> a parameter of all ranks."""
+    return tensor.full_tensor()
+
+
 def sharded_model(grid, execution, zero_stage):
     """-> a model on the meta device until FSDP2 has sharded it. Its weights are not set."""
     with torch.device("meta"):
@@ -301,6 +306,33 @@ def random_sharded_model(sp, replicas):
     model = sharded_model(grid, Execution(), zero_stage=3)
     model.init_weights(seed=5)
     return grid, model
+
+
+def copy_a_state_twice(folder):
+    """Runs on every rank: the copy of a state does not change with it, and its memory is reused."""
+    grid = parallel.init(1, 1)
+    model = sharded_model(grid, Execution(), zero_stage=2)
+    model.init_weights(seed=5)
+    saver = parallel.Saver(folder, model, notes={})
+    parameters = dict(model.named_parameters())
+    state = {"model": parameters, "groups": [{"betas": (0.9, 0.95), "step": torch.tensor(1.0)}]}
+    first = saver.copy_to_cpu(state)
+    memory = [parallel.local_rows(x)[0].data_ptr() for x in first["model"].values()]
+    assert first["groups"] == [{"betas": (0.9, 0.95), "step": torch.tensor(1.0)}]
+
+    before = {name: whole(p).clone() for name, p in parameters.items()}
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(1)
+    assert all(torch.equal(whole(first["model"][name]), x) for name, x in before.items())
+    second = saver.copy_to_cpu(state)
+    assert [parallel.local_rows(x)[0].data_ptr() for x in second["model"].values()] == memory
+    assert all(torch.equal(whole(second["model"][name]), x + 1) for name, x in before.items())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_state_is_copied_for_a_save(world, tmp_path):
+    on_ranks(world, copy_a_state_twice, tmp_path / "checkpoints", tmp_path=tmp_path)
 
 
 def save_and_load_weights(source, out, sp, replicas):
