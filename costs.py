@@ -494,9 +494,8 @@ def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
     # About half of it is hidden; all of it is not where it takes longer than the computing.
     seconds = max(transfer / 2, transfer - work.accumulate * compute)
     # Copies: the cast (reads 4 bytes, writes 2), into the parameters (2, 2), gradients to float32
-    # (2, 4) and their reduction (4, 4), which one rank does not need.
-    reduction = 14 if work.ranks > 1 else 6
-    seconds += (10 * n_gathers + reduction * n_reductions) * parameters / gpu.bandwidth
+    # (2, 4) and their reduction (4, 4).
+    seconds += (10 * n_gathers + 14 * n_reductions) * parameters / gpu.bandwidth
     if offload_optimizer:
         copied = 4 * (n_gathers + n_reductions) * parameters / work.ranks
         seconds += copied / gpu.host_link

@@ -532,40 +532,17 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
         fully_shard(block, **settings, reshard_after_forward=zero_stage == 3 and not is_last)
     fully_shard(model, **settings, reshard_after_forward=False)
 
-    for module in sharded_modules(model):
-        if grid.world > 1:
+    if grid.world > 1:
+        for module in sharded_modules(model):
             module.set_gradient_divide_factor(1.0)  # the default is the number of ranks
             # NCCL multiplies by the factor while it reduces, at no cost; gloo cannot.
             module.set_force_sum_reduction_for_comms(grid.device.type == "cpu")
-        if grid.mesh.size(-1) == 1:
-            module.set_custom_reduce_scatter(ReduceInPlace())
     model.to_empty(device="cpu" if offload_optimizer else grid.device)
 
 
 def sharded_modules(model):
     """-> the modules whose weights FSDP2 gathers."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-class ReduceInPlace:
-    """FSDP2's reduction of gradients where one rank has all of them: it copies nothing.
-
-    FSDP2 allocates a buffer for the gradients in float32, and then one of the same size for their
-    sum over ranks. Here the second is the first."""
-
-    def __init__(self):
-        self.buffer = None
-
-    def allocate(self, size, *, dtype, device):
-        buffer = self.buffer
-        self.buffer = None
-        if buffer is None:
-            buffer = torch.empty(size, dtype=dtype, device=device)
-            self.buffer = buffer
-        return buffer
-
-    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
-        """FSDP2 may call this to fill output_tensor, which is input_tensor."""
 
 
 def accumulate(model, zero_stage, last):

@@ -252,31 +252,6 @@ def test_only_crossing_documents_are_exchanged(layout, changes, execution, tmp_p
 
 # ----------------------------------------------------------------------------- norm of gradients
 
-def gradients_lie_in_the_buffers():
-    """Runs on one rank: every gradient lies in a buffer that FSDP2 has asked for twice."""
-    buffers = []
-    allocate = parallel.ReduceInPlace.allocate
-
-    def recorded(self, size, **options):
-        buffer = allocate(self, size, **options)
-        buffers.append(buffer.data_ptr())
-        return buffer
-
-    parallel.ReduceInPlace.allocate = recorded
-    grid = parallel.init(1, 1)
-    model = sharded_model(grid, Execution(), zero_stage=2)
-    model.init_weights(seed=5)
-    batch = row([40, 23])
-    run_model(model, batch, torch.ones(63)).backward()
-    assert len(buffers) == 2 * len(set(buffers)) == 2 * (len(model.model["layers"]) + 1)
-    for name, p in model.named_parameters():
-        assert p.grad.to_local().untyped_storage().data_ptr() in buffers, name
-
-
-def test_one_rank_does_not_copy_gradients(tmp_path):
-    on_ranks(1, gradients_lie_in_the_buffers, tmp_path=tmp_path)
-
-
 def large_gradient():
     return torch.randn(8192, 1024, generator=torch.Generator().manual_seed(0))
 
