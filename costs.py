@@ -64,6 +64,8 @@ class Work(NamedTuple):
     sp: int = 1             # P
     ranks: int = 1          # over which parameters and optimizer states are sharded
     accumulate: int = 1     # micro-batches of a step
+    document: float | None = None   # tokens of the mean document, weighted by its tokens; None: as
+                                    # `pairs` say, which is shorter where attention has windows
 
 
 class Settings(NamedTuple):
@@ -340,8 +342,8 @@ def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer)
     recompute = "none" if i >= L - whole else execution.recompute
     chunk = min(execution.mlp_chunk or work.tokens, work.tokens)
 
-    # ZeRO 3 has gathered this block, or pair, and the next one. ZeRO 1 and 2 free a block after its backward,
-    # unless other micro-batches need its weights.
+    # ZeRO 3 has gathered this block, or pair, and the next one. ZeRO 1 and 2 free a block after its
+    # backward, unless other micro-batches need its weights.
     gathered = L
     if zero_stage == 3:
         gathered = min(i + 1, 2 * gathered_together(execution))
@@ -368,17 +370,16 @@ def end_of_backward(config, work, zero_stage, offload_optimizer):
 
 
 def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
-           offload_optimizer=False, pairs=None):
+           offload_optimizer=False, document=None):
     """-> {part: GiB} of one GPU at the peak of a step, compiled and with FlashAttention 4.
 
     tokens: t of this rank; ranks: over which states are sharded; accumulate: micro-batches a step;
-    sp: P; pairs: of attention in the row, None: it is one document, which takes the most memory.
-    Within 5% of what was measured (bench/results.jsonl)."""
+    sp: P; document: tokens of the mean document, None: the row is one document, which takes the
+    most memory. Within 5% of what was measured (bench/results.jsonl)."""
     L = config.num_hidden_layers
     whole, offloaded = divide_layers(config, execution)
-    if pairs is None:
-        pairs = (tokens * sp) ** 2 / 2
-    work = Work(tokens, pairs, sp=sp, ranks=ranks, accumulate=accumulate)
+    document = document or tokens * sp
+    work = Work(tokens, pairs=0, sp=sp, ranks=ranks, accumulate=accumulate, document=document)
     given = (config, work, execution, zero_stage, offload_optimizer)
 
     # Along blocks of one kind the sum is linear, so the first and the last of them are enough.
@@ -443,7 +444,7 @@ def attention_seconds(config, gpu, work):
     """-> seconds of forward and backward of a layer's attention kernel.
 
     Backward does 2.5 times the work of forward: the scores are computed again."""
-    length = mean_document(work)
+    length = 2 * work.pairs / (work.tokens * work.sp)   # to which a token attends, twice the mean
     efficiency = length / (length + HALF_RATE_LENGTH)
     work_of_layer = 4 * config.num_attention_heads * config.head_dim * work.pairs / work.sp
     forward = work_of_layer / gpu.attention_forward / efficiency
@@ -452,7 +453,7 @@ def attention_seconds(config, gpu, work):
 
 def mean_document(work):
     """-> tokens of the mean document of a row, weighted by its tokens."""
-    return 2 * work.pairs / (work.tokens * work.sp)
+    return work.document or 2 * work.pairs / (work.tokens * work.sp)
 
 
 def crossing(work):
@@ -544,15 +545,15 @@ def fits(config, gpu, work, execution, settings, host):
     if on_host > USABLE_HOST_MEMORY * host:
         return False
     parts = memory(config, work.tokens, work.ranks, execution, settings.zero_stage,
-                   work.accumulate, work.sp, settings.offload_optimizer, work.pairs)
+                   work.accumulate, work.sp, settings.offload_optimizer, mean_document(work))
     usable = USABLE_UNFRAGMENTED if expands_segments(settings) else USABLE_MEMORY
     return sum(parts.values()) <= usable * gpu.memory
 
 
 def expands_segments(settings):
-    """-> whether the allocator is to have expandable segments, which avoid fragments. Steps of a
-    minute take as long with them, those of 32k tokens 8% longer. So it has them with what only long
-    rows need, where chunks, gathers or copies leave gaps between what is kept."""
+    """-> whether to use the allocator's expandable segments, which avoid fragmentation. They cost
+    nothing in steps of a minute, and 8% at 32k tokens. So they are used only with settings that save
+    memory by chunks, gathers or copies, which leave gaps between what is kept."""
     return (settings.recompute in KEEP_INPUTS or settings.offload_layers != 0
             or settings.mlp_chunk != 0 or settings.zero_stage == 3)
 

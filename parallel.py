@@ -41,13 +41,15 @@ from torch.distributed.fsdp import (
 )
 from tqdm import tqdm
 
+from recompute import pin
+
 # How long a collective waits for other ranks. Loading and compiling take some ranks longer than
 # others; once training runs, a rank that is late for minutes is stuck.
 START_TIMEOUT = timedelta(minutes=30)
 TRAINING_TIMEOUT = timedelta(minutes=10)
 ROLL_CALL_SECONDS = 10.0
-# Collectives on a GPU wait for so much longer than those on the CPU. NCCL ends a process without
-# naming a rank, so watch_gpu does it at half of this time.
+# NCCL's time-out is longer than gloo's by this. NCCL ends a process without naming a rank, so
+# watch_gpu ends it half of this time before, and names the ranks.
 NCCL_PATIENCE = timedelta(minutes=1)
 WATCH_SECONDS = 5.0
 
@@ -231,7 +233,7 @@ def shorten_timeouts(grid, step_seconds):
 
 @contextlib.contextmanager
 def naming_lost_ranks():
-    """Say which ranks are stuck or gone, and where this one waited, if a collective ends in vain.
+    """Say which ranks are stuck or gone, and where this one waited, if a collective times out.
 
     On the CPU this is added to the error of the collective. For a GPU see watch_gpu."""
     finished = threading.Event()
@@ -249,7 +251,7 @@ def naming_lost_ranks():
 
 
 def watch_gpu(finished):
-    """End this process if the GPU waits in vain for other ranks, and say which of them are missing.
+    """End this process if a collective on the GPU times out, and say which ranks are missing.
 
     No error can be raised meanwhile: the main thread may itself wait for the GPU. It runs in a
     thread until the Event `finished`."""
@@ -260,7 +262,7 @@ def watch_gpu(finished):
             main_thread = sys._current_frames()[threading.main_thread().ident]
             place = place_in_code(traceback.extract_stack(main_thread))
             roll = call_roll(f"{name} on the GPU, and at {place}")
-            print(f"{name} waited in vain for other ranks.\n{roll}", file=sys.stderr, flush=True)
+            print(f"{name} timed out.\n{roll}", file=sys.stderr, flush=True)
             os._exit(1)
 
 
@@ -278,14 +280,16 @@ def pending_on_gpu():
 
 
 def place_in_code(stack):
-    """-> the line of our code in a list of traceback.FrameSummary that called this file, and the
-    line of this file that it came to."""
+    """-> the line of our code in a list of traceback.FrameSummary that called this file, if any
+    did, and the line of this file that it came to."""
     folder = Path(__file__).parent
     frames = [frame for frame in stack if Path(frame.filename).parent == folder]
     callers = [frame for frame in frames if frame.filename != __file__]
     caller = callers[-1]
-    return (f"{Path(caller.filename).name}:{caller.lineno}, {caller.line}, "
-            f"which calls {frames[-1].line}")
+    place = f"{Path(caller.filename).name}:{caller.lineno}, {caller.line}"
+    if frames[-1].filename == __file__:
+        place += f", which calls {frames[-1].line}"
+    return place
 
 
 def call_roll(place):
@@ -598,6 +602,7 @@ def local_rows(parameter):
 
 STEP = "step-" + 8 * "[0-9]"    # names of published checkpoints; nothing else is touched
 CHECKPOINT_BYTES = 12           # per parameter: a float32 weight and two float32 moments
+PINNED_BYTES = 2**20            # smaller tensors are not worth pinning
 
 
 def save_checkpoint(root, step, model, optimizer, notes, keep):
@@ -687,15 +692,8 @@ class Saver:
         # The thread's collectives must not mix with those of training.
         self.group = dist.new_group(backend="gloo")
         together("checking the space for checkpoints", self.check_space, model, only=0)
-
-        elements = sum(local_rows(p)[0].numel() for p in model.parameters())
-        ranks_of_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed = CHECKPOINT_BYTES * elements * ranks_of_host
-        self.in_foreground = any_rank(needed > available_memory())
-        if self.in_foreground and dist.get_rank() == 0:
-            print(f"Saving in the background needs {needed / 2**30:,.1f} GiB of CPU memory, which "
-                  "is not free: training waits while a checkpoint is written.", flush=True)
-        self.copies = {}    # name: tensor in CPU memory, which the next save uses again
+        self.in_foreground = None   # decided by the first save
+        self.copies = {}            # name: tensor in CPU memory, which the next save uses again
 
     def check_space(self, model):
         """OSError if the disk has no space for another checkpoint."""
@@ -712,6 +710,8 @@ class Saver:
         """Begin to save a step, see save_checkpoint. RuntimeError if the previous save failed."""
         self.wait()
         together("checking the space for a checkpoint", self.check_space, model, only=0)
+        if self.in_foreground is None:
+            self.in_foreground = self.memory_is_short(model)
         if self.in_foreground:
             save_checkpoint(self.root, step, model, optimizer, self.notes, keep)
             return
@@ -729,10 +729,24 @@ class Saver:
         self.thread = threading.Thread(target=write, daemon=True)
         self.thread.start()
 
-    def copy_to_cpu(self, value, name=""):
-        """A state, of dicts, lists and tensors -> its copy in CPU memory, which is pinned.
+    def memory_is_short(self, model):
+        """-> whether the ranks of any host have no CPU memory for a copy of their states.
 
-        A GPU copies to it in the background."""
+        What training itself pins is in use by then: it is allocated in the first step."""
+        elements = sum(local_rows(p)[0].numel() for p in model.parameters())
+        ranks_of_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        needed = CHECKPOINT_BYTES * elements * ranks_of_host
+        is_short = any_rank(needed > available_memory())
+        if is_short and dist.get_rank() == 0:
+            print(f"Saving in the background needs {needed / 2**30:,.1f} GiB of CPU memory, which "
+                  "is not free: training waits while a checkpoint is written.", flush=True)
+        return is_short
+
+    def copy_to_cpu(self, value, name=""):
+        """A state, of dicts, lists and tensors -> its copy in CPU memory.
+
+        The first copy of a tensor is pinned, and all later ones use its memory. For these it is the
+        caller who waits for the GPU."""
         if isinstance(value, dict):
             return {key: self.copy_to_cpu(x, f"{name}/{key}") for key, x in value.items()}
         if isinstance(value, (list, tuple)):
@@ -741,9 +755,11 @@ class Saver:
         if not torch.is_tensor(value):
             return value
         if name not in self.copies:
-            self.copies[name] = value.detach().cpu() if value.is_cuda else value.detach().clone()
-            if value.is_cuda:
-                pin(local_rows(self.copies[name])[0])
+            copy = value.detach().cpu() if value.is_cuda else value.detach().clone()
+            rows, _ = local_rows(copy)
+            if value.is_cuda and rows.nbytes >= PINNED_BYTES:
+                pin(rows, owner=copy)
+            self.copies[name] = copy
         else:
             rows, _ = local_rows(value)
             local_rows(self.copies[name])[0].copy_(rows, non_blocking=True)
@@ -758,17 +774,17 @@ class Saver:
             raise self.error
 
 
-def pin(tensor):
-    """Pin the CPU memory of a tensor for good. Where the system refuses, copies to it are slower."""
-    torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-
-
 def available_memory():
     """-> bytes of CPU memory of this host that can be allocated without swapping."""
+    available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])  # it is in KiB
-    return 0
+            available = 1024 * int(line.split()[1])  # it is in KiB
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
+    if limit.exists() and limit.read_text().strip().isdigit():
+        usage = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        available = min(available, int(limit.read_text()) - int(usage["anon"]))
+    return available
 
 
 def all_finite(model, optimizer):

@@ -272,10 +272,17 @@ def pinned_buffer(shape, dtype):
 
     torch's own allocator of pinned memory rounds up to a power of two, which wastes up to half."""
     buffer = torch.empty(shape, dtype=dtype)
-    error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    pin(buffer, owner=buffer)
+    return buffer
+
+
+def pin(tensor, owner):
+    """Pin the CPU memory of a tensor for as long as the object `owner`, which keeps it, exists.
+
+    RuntimeError if the system refuses."""
+    error = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
     if error != 0:
         raise RuntimeError(
-            f"{buffer.nbytes / 2**30:.1f} GiB of CPU memory cannot be pinned (CUDA error {error}): "
+            f"{tensor.nbytes / 2**30:.1f} GiB of CPU memory cannot be pinned (CUDA error {error}): "
             "raise `ulimit -l`, or lower OFFLOAD_ACTIVATIONS")
-    weakref.finalize(buffer, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr())
-    return buffer
+    weakref.finalize(owner, torch.cuda.cudart().cudaHostUnregister, tensor.data_ptr())

@@ -81,7 +81,7 @@ GLOBAL_BATCH_SIZE = 8           # rows per optimizer step, independent of the nu
 REPLICAS = 1                    # copies of the sharded states; raise where hosts are slowly linked
 
 # Memory for time. "auto" chooses this and the five below, except those that are set, by what fits.
-RECOMPUTE = "auto"              # "none", "all_but_attention", "all", "pairs": from most memory to least
+RECOMPUTE = "auto"              # "none", "all_but_attention", "all"; the least memory: "pairs"
 KEEP_LAYERS = 0                 # last layers exempt from RECOMPUTE; raise while memory is free
 ZERO_STAGE = 2                  # 2 shards gradients; 3 also frees weights after forward; 1 neither
 OFFLOAD_ACTIVATIONS = 0         # first layers whose kept activations go to CPU memory; -1: all
@@ -243,7 +243,8 @@ def main():
     agreed = {**notes["constants"], "the sequence-parallel size": sp,
               "the attention kernel": kernel_name, **facts_of_files(notes, rows, eval_rows)}
     grid = parallel.init(REPLICAS, sp, agreed)
-    if grid.device.type == "cuda" and expands_segments(current_settings()):
+    if (grid.device.type == "cuda" and expands_segments(current_settings())
+            and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ):
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     execution = execution_settings(config, device_type)
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")
@@ -357,7 +358,7 @@ def check_constants():
                          "use 0 for none, -1 for all, or the number of first layers to offload.")
     if OFFLOAD_ACTIVATIONS != 0 and RECOMPUTE == "none":
         raise ValueError(f"OFFLOAD_ACTIVATIONS {OFFLOAD_ACTIVATIONS} has no effect with RECOMPUTE "
-                         "'none': use RECOMPUTE 'all_but_attention' or 'all'.")
+                         "'none': use RECOMPUTE 'all_but_attention', 'all' or 'pairs'.")
 
 
 def check_data_constants():
@@ -490,7 +491,7 @@ def choose_settings(config, world, gpu, host):
     raise ValueError(
         f"Rows of MAX_LENGTH {MAX_LENGTH} do not fit in {gpu.memory:.0f} GiB of a GPU and "
         f"{host:.0f} GiB of CPU memory for each of {world} processes: use more GPUs or a "
-        "smaller MAX_LENGTH. RECOMPUTE=all, with the constants below it set by hand, tries it.")
+        "smaller MAX_LENGTH. RECOMPUTE=pairs, with the constants below it set by hand, tries it.")
 
 
 def format_settings(settings, sp):
@@ -535,15 +536,18 @@ def host_memory_per_process():
 def work_of_gpu(config, world, sp, pairs=None):
     """Return the costs.Work of one GPU. `pairs` of a row; without it, a row is one document."""
     row = MAX_LENGTH * BATCH_SIZE if PACKING == "none" else MAX_LENGTH  # tokens, at most
+    document = None
     if pairs is None:
         pairs = mean_attention_pairs(config, [0, row])
+        document = row
     dp = max(world // sp, 1)
     return Work(
         tokens=ceil_div(row, sp),
         pairs=pairs,
         sp=sp,
         ranks=max(world // REPLICAS, 1),
-        accumulate=ceil_div(GLOBAL_BATCH_SIZE, dp))
+        accumulate=ceil_div(GLOBAL_BATCH_SIZE, dp),
+        document=document)
 
 
 def check_machine(device_type):
@@ -754,7 +758,8 @@ def build_optimizer(model):
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
     # AdamW would allocate its states at the end of the first step, in the gaps that the activations
     # have left. The second step could then run out of memory, though the first did not.
-    for parameter in model.parameters():
+    trained = [] if MAX_STEPS == 0 else decayed + others
+    for parameter in trained:
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
@@ -897,8 +902,8 @@ def explain_out_of_memory(config, grid, execution):
             f"{less_memory(config, grid, execution)}"
             "Or change these constants one after the other, in this order, until the run fits: "
             "RECOMPUTE=all_but_attention, KEEP_LAYERS=0, ZERO_STAGE=3, MLP_CHUNK=32768, "
-            "OFFLOAD_ACTIVATIONS=-1, RECOMPUTE=all, RECOMPUTE=pairs, OFFLOAD_OPTIMIZER=True. If it still does not "
-            "fit, raise SEQUENCE_PARALLEL_SIZE or lower MAX_LENGTH. "
+            "OFFLOAD_ACTIVATIONS=-1, RECOMPUTE=all, RECOMPUTE=pairs, OFFLOAD_OPTIMIZER=True. If it "
+            "still does not fit, raise SEQUENCE_PARALLEL_SIZE or lower MAX_LENGTH. "
             "The last checkpoint is complete.") from error
 
 
