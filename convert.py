@@ -133,10 +133,11 @@ def _text_model(source):
         return source
     text = dict(source["text_config"])
     text["architectures"] = [MODEL_TYPES.get(text["model_type"])]
-    for key in ("dtype", "torch_dtype", "quantization_config", "eos_token_id", "bos_token_id",
-                "tie_word_embeddings"):
+    for key in ("dtype", "torch_dtype", "quantization_config", "eos_token_id", "bos_token_id"):
         if key in source:
             text.setdefault(key, source[key])
+    if "tie_word_embeddings" in source:  # lm_head belongs to the whole model
+        text["tie_word_embeddings"] = source["tie_word_embeddings"]
     return text
 
 

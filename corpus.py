@@ -311,9 +311,12 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
     rows_of_file = {}
     for path, home in homes.items():
         rows_of_file[path] = np.fromfile(home / "documents.bin", DOCUMENT)
-    errors = list_bad_rows(homes.values())
+    # Files of equal content have one home, and their rows count once here, as in check_rows.
+    rows_of_home = {home: rows_of_file[path] for path, home in homes.items()}
+    errors = list_bad_rows(rows_of_home)
+    n_rows = sum(map(len, rows_of_home.values()))
+    check_bad_rows(errors, len(errors), n_rows, bad_rows)
     rows = np.concatenate(list(rows_of_file.values()))
-    check_bad_rows(errors, len(errors), len(rows), bad_rows)
     documents = rows[~rows["is_bad"]]
     if not documents["targets"].any():
         raise ValueError(f"DATA {data} holds no token to train: name other files")
@@ -502,8 +505,8 @@ def check_rows(paths, tokenized, encoder, lock, bad_rows):
     """
     unchecked = []
     for home, path in paths.items():
-        # Rows were checked before a killed build left a part of them. But a share is one of all.
-        if bad_rows > 0 or not home.with_suffix(".part").exists():
+        # A killed build may have checked all rows. But a share is one of the rows of all files.
+        if bad_rows > 0 or not was_checked(home).exists():
             unchecked.append(path)
     chunks = itertools.chain.from_iterable(map(read_chunks, unchecked))
     errors = list_bad_rows(tokenized)
@@ -518,6 +521,15 @@ def check_rows(paths, tokenized, encoder, lock, bad_rows):
             if bad_rows == 0 and n_bad >= MAX_REPORTED:
                 break  # a share can be checked after the last row only
     check_bad_rows(errors, n_bad, n_rows, bad_rows)
+    if bad_rows == 0:
+        for home in paths:
+            was_checked(home).parent.mkdir(exist_ok=True)
+            was_checked(home).touch()
+
+
+def was_checked(home):
+    """The file that says that no row of a file is bad, in the part of its build."""
+    return home.with_suffix(".part") / "checked"
 
 
 def check_bad_rows(errors, n_bad, n_rows, bad_rows):

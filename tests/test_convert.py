@@ -208,15 +208,18 @@ def test_the_text_model_of_one_with_images(hf_folder, tmp_path, model_type, text
     assert_close(reopened(ids).logits, text_model(ids).logits, "logits", atol=1e-5)
 
 
-def test_a_text_model_is_tied_where_only_the_whole_model_says_so(tmp_path):
+@pytest.mark.parametrize("of_whole", [True, False])
+@pytest.mark.parametrize("of_text", [None, True, False])
+def test_a_text_model_is_tied_where_the_whole_model_is(tmp_path, of_whole, of_text):
+    from transformers import AutoConfig
     text_config = {**TINY, "model_type": "mistral"}
-    source = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text_config,
-              "tie_word_embeddings": True}
+    source = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+              "text_config": text_config, "tie_word_embeddings": of_whole}
+    if of_text is not None:
+        text_config["tie_word_embeddings"] = of_text
     (tmp_path / "config.json").write_text(json.dumps(source))
-    assert convert.load_config(tmp_path).tie_word_embeddings
-    text_config["tie_word_embeddings"] = False
-    (tmp_path / "config.json").write_text(json.dumps(source))
-    assert not convert.load_config(tmp_path).tie_word_embeddings
+    theirs = AutoConfig.from_pretrained(tmp_path).tie_word_embeddings
+    assert convert.load_config(tmp_path).tie_word_embeddings == theirs
 
 
 def test_gelu_of_gemma_is_exported_as_the_approximation_that_was_trained(hf_folder, tmp_path):
