@@ -164,6 +164,7 @@ def measure(row, out):
             lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         if lines:
             environment = json.loads((folder / "run" / "env.json").read_text())
+            del environment["command"]  # it names folders of this machine; see "command" below
             packages = environment["packages"]
             environment["packages"] = {name: packages.get(name) for name in PACKAGES}
             # The constants of the run, with those that RECOMPUTE=auto has chosen.
