@@ -304,7 +304,7 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
         with exclusive(Path(cache) / "tokenizing.lock") as lock:
             remove_old_parts(cache)
             paths = {home: path for path, home in homes.items() if not home.exists()}
-            tokenized = [home for home in homes.values() if home.exists()]
+            tokenized = {home for home in homes.values() if home.exists()}
             if paths:
                 tokenize(paths, tokenized, Encoder(str(folder), *settings), lock, bad_rows)
 

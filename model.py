@@ -92,7 +92,7 @@ class Config:
 class Execution:
     """How the work is carried out. These settings change results only by rounding."""
     attention: str = "auto"             # or a name in KERNELS
-    recompute: str = "none"             # by backward: or "all_but_attention", "all", "pairs"
+    recompute: str = "none"             # by backward; or "all_but_attention", "all", "pairs"
     keep_layers: int = 0                # last blocks, which are exempt from `recompute`
     offload_layers: int = 0             # first blocks that offload what they keep to CPU memory
     mlp_chunk: int = 0                  # tokens that pass the MLP at a time; 0: all t

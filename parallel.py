@@ -15,6 +15,7 @@ ranks 0-3 and ranks 4-7 each hold one whole copy, and gradients are summed betwe
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -603,6 +604,7 @@ def local_rows(parameter):
 STEP = "step-" + 8 * "[0-9]"    # names of published checkpoints; nothing else is touched
 CHECKPOINT_BYTES = 12           # per parameter: a float32 weight and two float32 moments
 PINNED_BYTES = 2**20            # smaller tensors are not worth pinning
+CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what the container of a process may use
 
 
 def save_checkpoint(root, step, model, optimizer, notes, keep):
@@ -774,16 +776,25 @@ class Saver:
             raise self.error
 
 
+def memory_limit():
+    """-> bytes of CPU memory that the container of this process may use, or infinity."""
+    limit = CONTAINER / "memory.max"  # a number or "max"
+    if limit.exists() and limit.read_text().strip().isdigit():
+        return int(limit.read_text())
+    return math.inf
+
+
 def available_memory():
     """-> bytes of CPU memory of this host that can be allocated without swapping."""
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = 1024 * int(line.split()[1])  # it is in KiB
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
-    if limit.exists() and limit.read_text().strip().isdigit():
-        usage = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
-        available = min(available, int(limit.read_text()) - int(usage["anon"]))
+    limit = memory_limit()
+    if limit < math.inf:
+        for line in (CONTAINER / "memory.stat").read_text().splitlines():
+            if line.startswith("anon "):  # in use, without the files that are cached
+                available = min(available, limit - int(line.split()[1]))
     return available
 
 

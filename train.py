@@ -527,9 +527,7 @@ def this_gpu():
 def host_memory_per_process():
     """Return how many GiB of CPU memory there are for each process of this host."""
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
-    if limit.exists() and limit.read_text().strip().isdigit():
-        size = min(size, int(limit.read_text()))
+    size = min(size, parallel.memory_limit())
     return size / 2**30 / parallel.local_world_size()
 
 

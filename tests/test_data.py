@@ -1262,6 +1262,18 @@ def test_a_share_of_bad_rows_is_one_of_all_files(build, tmp_path):
         build([first, second])
 
 
+def test_rows_of_equal_files_count_once(build, tmp_path):
+    """One bad row of twenty, also if one file is there twice, and tokenized before or not."""
+    rows = [{"text": 5}, *[{"text": str(i)} for i in range(9)]]
+    bad = [write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "copy.jsonl", rows)]
+    good = write_jsonl(tmp_path / "b.jsonl", [{"text": str(i)} for i in range(10)])
+    build([*bad, good], bad_rows=0.06)
+    more = write_jsonl(tmp_path / "c.jsonl", [{"text": "x"}])
+    build([*bad, good, more], bad_rows=0.06)
+    with pytest.raises(ValueError, match="1 of 20 rows cannot be used"):
+        build([*bad, good], bad_rows=0.04)
+
+
 LEFT_OUT_BY_CHATML = chat(user("Hi"), assistant("Yes", **REASON))
 
 

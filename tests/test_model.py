@@ -18,6 +18,7 @@ from costs import (
     Work,
     attention_pairs,
     choose,
+    crossing,
     expands_segments,
     flops,
     host_memory,
@@ -381,6 +382,7 @@ def test_a_window_saves_no_exchange():
     config = dataclasses.replace(LLAMA_3B, sliding_window=1024)
     pairs = mean_attention_pairs(config, [0, 262144])
     work = Work(65536, pairs, sp=4, ranks=4, document=262144)
+    assert crossing(work) == 1
     settings = choose(config, gpu, work, Execution(), {}, host=128)
     parts = memory(config, 65536, 4, settings.execution(Execution()), settings.zero_stage, sp=4)
     assert sum(parts.values()) <= 0.97 * gpu.memory

@@ -310,6 +310,19 @@ def test_a_state_is_copied_for_a_save(world, tmp_path):
     on_ranks(world, copy_a_state_twice, tmp_path / "checkpoints", tmp_path=tmp_path)
 
 
+def test_a_container_limits_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "CONTAINER", tmp_path)
+    of_host = parallel.available_memory()
+    assert of_host > 2**20
+    assert parallel.memory_limit() == float("inf")
+    (tmp_path / "memory.stat").write_text("anon 1000\nfile 2000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert parallel.memory_limit() == float("inf")
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert parallel.memory_limit() == 5000
+    assert parallel.available_memory() == 4000
+
+
 def save_and_load_weights(source, out, sp, replicas):
     """Runs on every rank."""
     _, model = random_sharded_model(sp, replicas)

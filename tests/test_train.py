@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, on_ranks, tiny_model, write_jsonl
+from conftest import assert_close, on_ranks, tiny_config, tiny_model, write_jsonl
 from filelock import FileLock, Timeout
 
 import convert
@@ -738,6 +738,13 @@ def test_the_smallest_sequence_parallel_size_that_fits(
     if sp == 2:
         _, chosen = planned({**settings, "SEQUENCE_PARALLEL_SIZE": 1}, 8)
         assert chosen["RECOMPUTE"] == "pairs"
+
+
+def test_a_plan_is_for_one_document_whatever_its_window():
+    set_constants({"MAX_LENGTH": 1024, "PACKING": "split", "GLOBAL_BATCH_SIZE": 1})
+    work = train.work_of_gpu(tiny_config(sliding_window=64), world=4, sp=4)
+    assert work.document == 1024
+    assert work.tokens == 256
 
 
 def test_the_demo_has_constants_of_its_own(tmp_path):

@@ -486,8 +486,8 @@ def draw_curves(positions, evidence, longppl, summaries):
         longppl.set_yscale("log")  # a model beyond its positions has thousands
         longppl.margins(y=0.1)  # room for the numbers above the bars
         longppl.set_ylim(bottom=1)
-    longppl.set_xticks(range(len(names)), names, fontsize=8)
-    if not longppl.patches:
+        longppl.set_xticks(range(len(names)), names, fontsize=8)
+    else:
         longppl.set(xticks=[], yticks=[])
         longppl.text(0.5, 0.5, f"no key tokens, or no more\nthan {SHORT_CONTEXT} tokens",
                      ha="center", va="center", transform=longppl.transAxes)
