@@ -604,6 +604,10 @@ def local_rows(parameter):
 STEP = "step-" + 8 * "[0-9]"    # names of published checkpoints; nothing else is touched
 CHECKPOINT_BYTES = 12           # per parameter: a float32 weight and two float32 moments
 PINNED_BYTES = 2**20            # smaller tensors are not worth pinning
+# A thread that saves needs Python's lock for each of many short calls. The main thread would keep
+# it for the default of 5 ms each time, and longer while it waits to queue another kernel.
+SWITCH_SECONDS = 1e-4
+HASHED_BYTES = 2**26            # that are read at a time, for the same reason
 CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what the container of a process may use
 
 
@@ -630,6 +634,8 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
         partial.mkdir(parents=True)
 
     def write():
+        # The checksums in torch's files take as long as writing. The manifest has hashes instead.
+        torch.serialization.set_crc32_options(False)
         dcp.save(state, checkpoint_id=partial, process_group=group)
         written = list(partial.glob(f"__{rank}_*"))
         if rank == 0:
@@ -723,10 +729,14 @@ class Saver:
             torch.cuda.synchronize()
 
         def write():
+            usual = sys.getswitchinterval()
+            sys.setswitchinterval(SWITCH_SECONDS)
             try:
                 write_checkpoint(self.root, step, state, self.notes, keep, self.group)
             except BaseException as e:
                 self.error = e
+            finally:
+                sys.setswitchinterval(usual)
 
         self.thread = threading.Thread(target=write, daemon=True)
         self.thread.start()
@@ -966,5 +976,10 @@ def fsync(path):
 
 
 def file_hash(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        piece = file.read(HASHED_BYTES)
+        while piece:
+            digest.update(piece)
+            piece = file.read(HASHED_BYTES)
+    return digest.hexdigest()
