@@ -239,11 +239,11 @@ def loss_memory(config, tokens, loss_chunk):
     # Logits and their gradient in bfloat16. Python lets go of those of a chunk only when it assigns
     # those of the next one, so there are three. Or two and the product for the head's gradient.
     logits = 2 * V * chunk
-    head_gradient = 4 * V * C  # float32
     product = 2 * V * C
     if chunk < tokens:
+        head_gradient = 4 * V * C  # float32, the sum over chunks
         return norm + head_gradient + max(3 * logits, 2 * logits + product)
-    return norm + head_gradient + 2 * logits + product
+    return norm + 2 * logits + product
 
 
 def divide_layers(config, execution):

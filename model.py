@@ -841,7 +841,13 @@ def loss_and_gradient(logits, labels, weights):
     return loss, gradient.to(logits.dtype)
 
 
+def scale(tensor, factor):
+    """Multiply a tensor by a scalar tensor, which may have another dtype, in place."""
+    tensor.mul_(factor)
+
+
 compiled_loss_and_gradient = torch.compile(loss_and_gradient)
+compiled_scale = torch.compile(scale)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -860,7 +866,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_head = None
         if needs_gradient:
             grad_x = torch.empty_like(x)
-            grad_head = torch.zeros_like(head, dtype=torch.float32)
+        one_chunk = len(x) <= execution.loss_chunk
         for start in range(0, len(x), execution.loss_chunk):
             chunk = slice(start, start + execution.loss_chunk)
             logits = x[chunk] @ head.T                                          # (c, V)
@@ -868,11 +874,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss += chunk_loss
             if needs_gradient:
                 grad_x[chunk] = grad_logits @ head                              # (c, C)
-                grad_head += grad_logits.T @ x[chunk]                           # (V, C)
+                product = grad_logits.T @ x[chunk]                              # (V, C)
+                if grad_head is None:
+                    grad_head = product if one_chunk else product.float()
+                else:
+                    grad_head += product
         ctx.save_for_backward(grad_x, grad_head)
+        ctx.compile = execution.compile
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
+        multiply = compiled_scale if ctx.compile else scale
+        multiply(grad_x, grad_loss)
+        multiply(grad_head, grad_loss)
+        return grad_x, grad_head, None, None, None, None

@@ -569,14 +569,18 @@ def free_gathered(model):
 def grad_norm(parameters):
     """-> the norm of all gradients over all ranks, a float64 scalar on their device.
 
-    It is put together from the norms of rows, because on a CPU torch's float32 norm of a whole
+    On a CPU it is put together from the norms of rows, because there torch's float32 norm of a whole
     matrix loses digits: 2e-3 of it with 28 million elements, against 1e-7 with one row."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    row_norms = []
-    for grad in grads:
-        local = grad.to_local() if hasattr(grad, "to_local") else grad          # (rows, ...)
-        row_norms.append(torch.linalg.vector_norm(local, dim=-1).reshape(-1))
-    square = torch.cat(row_norms).double().square().sum()
+    locals_ = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
+    norms = [torch.zeros(1, device=locals_[0].device)]  # a rank may have no rows
+    if locals_[0].is_cuda:
+        matrices = [x for x in locals_ if x.numel() > 0]
+        norms += [x[None] for x in torch._foreach_norm(matrices, dtype=torch.float32)]
+    else:
+        norms += [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).reshape(-1)
+                  for x in locals_]
+    square = torch.cat(norms).double().square().sum()
 
     if hasattr(grads[0], "device_mesh"):
         mesh = grads[0].device_mesh
