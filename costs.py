@@ -284,6 +284,12 @@ def gathered_together(execution):
     return 2 if execution.recompute == "pairs" else 1
 
 
+def casts_weights(ranks, zero_stage, offload_optimizer):
+    """-> whether one_rank.py casts the bfloat16 weights, instead of FSDP2. They stay then, as ZeRO 3
+    and AdamW on the CPU do not want them to."""
+    return ranks == 1 and zero_stage < 3 and not offload_optimizer
+
+
 def gathered_weights(blocks, config, ranks):
     """-> bytes of the bfloat16 weights of the embeddings and of `blocks` blocks, and of the buffer
     of the last all-gather."""
@@ -292,26 +298,24 @@ def gathered_weights(blocks, config, ranks):
     return 2 * (embeddings + blocks * block) + buffer
 
 
-def reduced_gradients(blocks, config, ranks, offload_optimizer):
-    """-> bytes of this rank's part of the float32 gradients of `blocks` blocks."""
-    block, _ = count_parameters(config)
-    return 0 if offload_optimizer else 4 * blocks * block / ranks
-
-
-def gradients_of_step(config, ranks, offload_optimizer):
-    """-> bytes of this rank's part of the float32 gradients of all parameters."""
-    parameters = total_parameters(config)
-    return 0 if offload_optimizer else 4 * parameters / ranks
+def gradient_bytes(work, zero_stage, offload_optimizer):
+    """-> bytes of a gradient on a GPU, of which each rank has its part: bfloat16 if nothing is added
+    to it, else float32."""
+    if offload_optimizer:
+        return 0
+    added = work.accumulate > 1 or not casts_weights(work.ranks, zero_stage, offload_optimizer)
+    return 4 if added else 2
 
 
 def gradients_of_earlier(config, work, zero_stage, offload_optimizer):
-    """-> bytes of the float32 gradients of the micro-batches before this one, which ZeRO 1 does not
-    reduce."""
+    """-> bytes of the gradients of the micro-batches before this one, which ZeRO 1 does not reduce.
+    """
     if work.accumulate == 1:
         return 0
     if zero_stage == 1:
         return 4 * total_parameters(config)
-    return gradients_of_step(config, work.ranks, offload_optimizer)
+    size = gradient_bytes(work, zero_stage, offload_optimizer)
+    return size * total_parameters(config) / work.ranks
 
 
 class Moment(NamedTuple):
@@ -342,18 +346,19 @@ def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer)
     recompute = "none" if i >= L - whole else execution.recompute
     chunk = min(execution.mlp_chunk or work.tokens, work.tokens)
 
-    # ZeRO 3 has gathered this block, or pair, and the next one. ZeRO 1 and 2 free a block after its
-    # backward, unless other micro-batches need its weights.
+    # ZeRO 3 has gathered this block, or pair, and the next one. FSDP2 with ZeRO 1 and 2 frees a block
+    # after its backward, unless other micro-batches need its weights.
     gathered = L
     if zero_stage == 3:
         gathered = min(i + 1, 2 * gathered_together(execution))
-    elif work.accumulate == 1:
+    elif work.accumulate == 1 and not casts_weights(work.ranks, zero_stage, offload_optimizer):
         gathered = i + 1
 
     # Those of the head and of this block are bfloat16 and not yet reduced.
     head = 2 * config.vocab_size * config.hidden_size
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
-    reduced = reduced_gradients(L - 1 - i, config, work.ranks, offload_optimizer)
+    size = gradient_bytes(work, zero_stage, offload_optimizer)
+    reduced = size * (L - 1 - i) * block / work.ranks
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
         gradients=max(earlier, reduced) + head + 2 * block,
@@ -362,11 +367,16 @@ def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer)
 
 
 def end_of_backward(config, work, zero_stage, offload_optimizer):
-    """-> the Moment in which the embeddings' gradient is reduced, in float32."""
+    """-> the Moment in which the embeddings' gradient is reduced, or added to that of the head."""
+    L = config.num_hidden_layers
     _, embeddings = count_parameters(config)
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
-    step = gradients_of_step(config, work.ranks, offload_optimizer)
-    return Moment(gradients=max(earlier, step) + 4 * embeddings)
+    size = gradient_bytes(work, zero_stage, offload_optimizer)
+    step = size * total_parameters(config) / work.ranks
+    weights = 0
+    if casts_weights(work.ranks, zero_stage, offload_optimizer):
+        weights = gathered_weights(L, config, work.ranks)
+    return Moment(weights=weights, gradients=max(earlier, step) + max(size, 2) * embeddings)
 
 
 def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
@@ -494,6 +504,9 @@ def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
     transfer = moved * (work.ranks - 1) / work.ranks / link_of(gpu, work.ranks)
     # About half of it is hidden; all of it is not where it takes longer than the computing.
     seconds = max(transfer / 2, transfer - work.accumulate * compute)
+    if casts_weights(work.ranks, zero_stage, offload_optimizer):
+        # Gradients of micro-batches after the first are added (reads 2 and 4 bytes, writes 4).
+        return 10 * (work.accumulate - 1) * parameters / gpu.bandwidth
     # Copies: the cast (reads 4 bytes, writes 2), into the parameters (2, 2), gradients to float32
     # (2, 4) and their reduction (4, 4).
     seconds += (10 * n_gathers + 14 * n_reductions) * parameters / gpu.bandwidth

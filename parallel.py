@@ -42,6 +42,8 @@ from torch.distributed.fsdp import (
 )
 from tqdm import tqdm
 
+from costs import casts_weights
+from one_rank import CastWeights
 from recompute import pin
 
 # How long a collective waits for other ranks. Loading and compiling take some ranks longer than
@@ -522,7 +524,12 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
 
     blocks: modules, or lists of them, whose weights are gathered together.
     Gradients are reduced in float32, and summed instead of averaged: the loss is already divided
-    by the weights of all targets of the step."""
+    by the weights of all targets of the step. On one rank FSDP2 would only cast, see one_rank.py;
+    there it is used for what it can do besides, to free weights between their uses."""
+    if dtype != torch.float32 and casts_weights(grid.world, zero_stage, offload_optimizer):
+        model.to_empty(device=grid.device)
+        model.cast_weights = CastWeights(model, dtype)
+        return
     # cast_forward_inputs is off because cos, sin and the weights of the targets stay in float32.
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -545,6 +552,11 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
     model.to_empty(device="cpu" if offload_optimizer else grid.device)
 
 
+def cast_weights_of(model):
+    """-> the CastWeights that replace FSDP2 for a model, or None."""
+    return getattr(model, "cast_weights", None)
+
+
 def sharded_modules(model):
     """-> the modules whose weights FSDP2 gathers."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -554,8 +566,9 @@ def accumulate(model, zero_stage, last):
     """Call before each micro-batch's forward; `last`: whether it is the last one of the step.
 
     Before the last one, ZeRO 1 reduces no gradients, and ZeRO 1 and 2 keep the weights gathered."""
-    model.set_requires_gradient_sync(last or zero_stage > 1)
-    model.set_reshard_after_backward(last or zero_stage > 2)
+    if cast_weights_of(model) is None:
+        model.set_requires_gradient_sync(last or zero_stage > 1)
+        model.set_reshard_after_backward(last or zero_stage > 2)
 
 
 def free_gathered(model):
@@ -564,6 +577,8 @@ def free_gathered(model):
     model.parameters() are the shards again, which are saved and exported."""
     for module in sharded_modules(model):
         module.reshard()
+    if cast_weights_of(model) is not None:
+        cast_weights_of(model).free()
 
 
 def grad_norm(parameters):
@@ -917,6 +932,7 @@ def load_checkpoint(folder, model, *optimizer):
     """Fill the model, and the optimizer if given, from a checkpoint of any number of ranks.
 
     Nothing in the checkpoint is executed: pickles of anything but plain values are refused."""
+    free_gathered(model)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     states = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(states, storage_reader=SafeReader(folder), planner=SafePlanner())

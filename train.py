@@ -47,6 +47,7 @@ from costs import (
 )
 from model import Config, Execution, Transformer, attention_kernel
 from metrics import Log, describe_environment, remove_lines, show
+from one_rank import AdamW
 
 # What to train, on what data, and where the results go
 MODEL = "demo"                  # Hugging Face folder; "demo": a small Llama, made on first use
@@ -753,7 +754,9 @@ def build_optimizer(model):
         {"params": decayed, "weight_decay": WEIGHT_DECAY},
         {"params": others, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
+    compiled = COMPILE and torch.cuda.is_available()
+    cast_weights = parallel.cast_weights_of(model)
+    optimizer = AdamW(groups, LEARNING_RATE, BETAS, cast_weights, compiled)
     # AdamW would allocate its states at the end of the first step, in the gaps that the activations
     # have left. The second step could then run out of memory, though the first did not.
     trained = [] if MAX_STEPS == 0 else decayed + others
@@ -1042,7 +1045,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         skip = not finite or sums.targets == 0
         lr = learning_rate(step, steps)
-        update(model, optimizer, lr, grad_norm, skip)
+        update(optimizer, lr, grad_norm, skip)
 
         now = time.time()
         seconds = now - began
@@ -1228,15 +1231,15 @@ def rows_of_step(step):
     return [(step - 1) * GLOBAL_BATCH_SIZE, step * GLOBAL_BATCH_SIZE - 1]
 
 
-def update(model, optimizer, lr, grad_norm, skip):
+def update(optimizer, lr, grad_norm, skip):
     """Clip the gradients, update the weights unless `skip`, and free the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    factor = 1.0
+    if 0 < MAX_GRAD_NORM < grad_norm:
+        factor = MAX_GRAD_NORM / grad_norm
     if not skip:
-        if 0 < MAX_GRAD_NORM < grad_norm:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, MAX_GRAD_NORM / grad_norm)  # few kernels for all
-        optimizer.step()
+        optimizer.step_with(factor)
     optimizer.zero_grad()
 
 

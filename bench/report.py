@@ -25,7 +25,7 @@ from costs import KEEP_INPUTS
 # transformers + Liger recomputes nothing at 8k and 32k, and whole blocks at 128k.
 OTHERS = {
     ("llama3.2-3b", 1): {
-        "transformers + Liger": {8192: 0.471, 32768: 0.548, 131072: 0.438},
+        "transformers + Liger": {8192: 0.469, 32768: 0.553, 131072: 0.438},
         "torchtitan 0.2.2": {8192: 0.445, 32768: 0.420},
     },
     ("llama2-7b", 4): {
@@ -64,10 +64,12 @@ def load_results():
 
     results = []
     for runs in runs_of.values():
-        # Runs without "env" are of earlier code. They count only where there is no other.
-        recent = [result for result in runs if "env" in result]
-        if recent:
-            runs = recent
+        # Runs without "env", and those with a note of what has changed since, are of earlier code.
+        # They count only where there is no other.
+        for field, of_earlier_code in (("env", False), ("note", True)):
+            recent = [result for result in runs if (field in result) != of_earlier_code]
+            if recent:
+                runs = recent
         runs = sorted(runs, key=lambda result: result["mfu"])
         middle = runs[(len(runs) - 1) // 2]
         results.append({**middle, "runs": len(runs)})
@@ -196,13 +198,14 @@ def draw_panel(axes, shape, gpus, ours, others):
     axes.plot(lengths, roof_percent, "k--", marker="_", label="roof: kernels alone")
     axes.plot(lengths, percent, "C0", marker="o", label="longspan")
 
-    below = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8}
+    background = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    above = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "bbox": background}
     for length, result in ours.items():
         mfu = 100 * result["mfu"]
         note = f"{mfu:.1f}"
         if result["layers"] != SHAPES[shape].layers:
             note += f"\n{result['layers']} layers"
-        axes.annotate(note, (length, mfu), (0, -12), **below)
+        axes.annotate(note, (length, mfu), (0, 8), **above)
 
     ticks = set(ours)
     for i, (name, points) in enumerate(others.items(), start=1):

@@ -631,11 +631,11 @@ def test_skipped_steps_prune_no_checkpoint(setup, tmp_path):
 def make_a_weight_infinite_on_rank_1():
     update = train.update
 
-    def update_and_break(model, *arguments):
-        update(model, *arguments)
-        weight = model.model["norm"].weight.to_local()
+    def update_and_break(optimizer, *arguments):
+        update(optimizer, *arguments)
+        weight = optimizer.param_groups[0]["params"][0].to_local()
         if own_rank() == 1:
-            weight.detach()[0] = float("inf")
+            weight.detach()[0, 0] = float("inf")
     train.update = update_and_break
 
 
