@@ -285,8 +285,8 @@ def gathered_together(execution):
 
 
 def casts_weights(ranks, zero_stage, offload_optimizer):
-    """-> whether one_rank.py casts the bfloat16 weights, instead of FSDP2. They stay then, as ZeRO 3
-    and AdamW on the CPU do not want them to."""
+    """-> whether one_rank.py casts the weights to bfloat16, instead of FSDP2. The copies stay in
+    memory, so it does not where weights are to be freed (ZeRO 3), or updated on the CPU."""
     return ranks == 1 and zero_stage < 3 and not offload_optimizer
 
 
@@ -346,8 +346,8 @@ def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer)
     recompute = "none" if i >= L - whole else execution.recompute
     chunk = min(execution.mlp_chunk or work.tokens, work.tokens)
 
-    # ZeRO 3 has gathered this block, or pair, and the next one. FSDP2 with ZeRO 1 and 2 frees a block
-    # after its backward, unless other micro-batches need its weights.
+    # ZeRO 3 has gathered this block, or pair, and the next one. FSDP2 with ZeRO 1 and 2 frees a
+    # block after its backward, unless other micro-batches need its weights.
     gathered = L
     if zero_stage == 3:
         gathered = min(i + 1, 2 * gathered_together(execution))

@@ -1,9 +1,9 @@
 """Mixed precision where one rank holds the whole model, without FSDP2: cast weights and AdamW.
 
-FSDP2 casts all weights before a step and all gradients after it. With other ranks this is a part of
-gathering and reducing them. On one rank it is 30 bytes of memory traffic for each parameter, as much
-as AdamW itself. Here AdamW reads the gradients as backward has left them, and casts each weight while
-it updates it.
+FSDP2 casts all weights before a step and all gradients after it. With other ranks this is a part
+of gathering and reducing them. On one rank it is 30 bytes of memory traffic for each parameter, as
+much as AdamW itself. Here AdamW reads the gradients as backward has left them, and casts each
+weight while it updates it.
 
     forward, backward       copies of the weights in bfloat16, and their gradients
     AdamW                   reads and writes float32 weights and moments, and the copies
