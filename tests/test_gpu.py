@@ -3,8 +3,11 @@
 All of it runs in bfloat16. The measure is the error of the plainest way against float32: another
 way may err at most half as much again."""
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -171,3 +174,85 @@ def test_training_agrees(tmp_path):
         found = losses_and_norms(tmp_path, f"run{i}", *settings)
         assert ((found - truth).abs() <= allowed).all(), (
             f"{settings}: {found.tolist()}, in float32 {truth.tolist()}")
+
+
+# ------------------------------------------------------------------------------- faults of real runs
+
+# train.py, after the code that breaks something or shortens a time.
+CHANGED = """
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, {repository!r})
+import parallel
+import train
+
+{change}
+try:
+    train.override(sys.argv[1:])
+    train.main()
+except Exception as error:
+    train.report(error)
+"""
+
+SHORT_TIMES = """
+parallel.TRAINING_TIMEOUT = timedelta(seconds=10)
+parallel.NCCL_PATIENCE = timedelta(seconds=20)
+parallel.ROLL_CALL_SECONDS = 3.0
+Path(__file__).with_name("pid-" + os.environ["RANK"]).write_text(str(os.getpid()))
+"""
+
+LITTLE_MEMORY = """
+total = torch.cuda.mem_get_info()[1]
+torch.cuda.set_per_process_memory_fraction(2**29 / total)
+"""
+
+
+def start_changed(folder, launcher, change, *settings):
+    """Start train.py on the demo after `change`. -> its process, with a pipe of what it prints."""
+    script = folder / "changed.py"
+    repository = str(Path(train.__file__).parent)
+    script.write_text(CHANGED.format(repository=repository, change=change))
+    command = [*launcher, str(script), f"RUN_DIR={folder}/run", f"CACHE_DIR={folder}/cache",
+               "SAVE_EVERY=-1", "SAMPLE_PROMPTS=[]", *settings]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_steps(folder, n, process):
+    metrics = folder / "run" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < n:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("sp", [1, 2])
+def test_a_stopped_rank_is_named(tmp_path, sp):
+    """Rank 0 may wait for its GPU, or on the CPU. Before, no rank is taken for stuck."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start_changed(tmp_path, launcher, SHORT_TIMES, f"SEQUENCE_PARALLEL_SIZE={sp}",
+                            "MAX_STEPS=1000000", "MAX_LENGTH=2048")
+    wait_for_steps(tmp_path, 5, process)
+    time.sleep(25)  # longer than the time-outs
+    assert process.poll() is None, process.communicate()[0]
+    stopped = int((tmp_path / "pid-1").read_text())
+    os.kill(stopped, signal.SIGSTOP)
+    printed, _ = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "rank 1 does not answer: it is stuck or gone" in printed
+    assert "rank 0 waited for others at " in printed
+
+
+def test_out_of_memory_tells_what_to_take(tmp_path):
+    process = start_changed(tmp_path, [sys.executable], LITTLE_MEMORY, "MAX_STEPS=2",
+                            "MAX_LENGTH=65536", "MAX_POSITION_EMBEDDINGS=65536", "RECOMPUTE=none")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert printed.count("The expected peak was ") == 1
+    assert "The next settings to take are RECOMPUTE=" in printed
