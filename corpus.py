@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from examples import (
-    HASHES, Encoded, Encoder, Example, describe_error, is_trained, naming, parse_json, parse_row,
+    HASHES, Encoded, Encoder, describe_error, is_trained, naming, parse_json, parse_row,
     read_example, token_ids)
 
 # ---------------------------------------------------------------------------------------- files
@@ -203,24 +203,25 @@ def is_chat(data, wanted_format="", columns=None):
     """Returns whether a source of DATA begins with a conversation."""
     for source in find_files(data):
         for path in source.files[:1]:
-            if first_example(path, wanted_format, columns).chat is not None:
+            if first_kind(path, wanted_format, columns) == "chat":
                 return True
     return False
 
 
-def first_example(path, wanted_format, columns):
-    """Returns the Example of the first usable row of a file; an empty one after some bad rows."""
+def first_kind(path, wanted_format, columns):
+    """Returns the kind (see read_example) of the first usable row of a file; "" after bad rows."""
     for _, row in itertools.islice(read_rows(path), MAX_REPORTED):
         try:
-            return read_example(parse_row(row), wanted_format, columns)
+            kind, _ = read_example(parse_row(row), wanted_format, columns)
         except Exception:
             continue  # the error is reported together with those of other rows
-    return Example()
+        return kind
+    return ""
 
 
 # ---------------------------------------------------------------------------------- token cache
 
-CACHE_VERSION = 6  # part of every key: raise it when the same files would give other tokens
+CACHE_VERSION = 7  # part of every key: raise it when the same files would give other tokens
 TOKENIZER_FILE = re.compile("token|vocab|merges|template|generation_config")
 CHUNK_BYTES = 2**20  # what a worker process takes at a time
 BATCH_ROWS = 100  # in a call of the tokenizer: with 1,000 short ones, the CPU cache is too small
@@ -235,7 +236,7 @@ DOCUMENT = np.dtype([
     ("targets", np.int64),      # trained tokens, except the first, which no token precedes
     ("full_length", np.int64),  # before OVERLONG
     ("largest_id", np.int64),
-    ("hash", np.int64),         # of its content, from 0 to below HASHES
+    ("hash", np.int64),         # of its content, from 0 to below HASHES: see hold_out
     ("is_bad", np.bool_),       # the row cannot be used; its error is in bad_rows.txt
     ("is_lossy", np.bool_),
     ("is_endless", np.bool_),
@@ -277,7 +278,7 @@ class Corpus(NamedTuple):
     sources: list        # (first document, last + 1, epochs) of each source
     key: str             # hash of files, tokenizer and settings; or "synthetic"
     notes: str = ""      # what was read, in lines
-    hashes: np.ndarray = None    # (documents,) int64 below HASHES, of the rows of the files
+    hashes: np.ndarray = None    # (documents,) int64 below HASHES: see hold_out
     selected: np.ndarray = None  # (documents,) bool: those that this run uses; None: all
 
     def read(self, document, start, end):
@@ -375,8 +376,9 @@ def describe_source(source, rows_of_files, homes):
 def hold_out(corpus, share):
     """Splits the documents of a Corpus: returns one without, and one with this share of them.
 
-    A document is held out because of the hash of its row alone. So equal rows stay together, and
-    the same ones are held out with another tokenizer, other settings and further files.
+    A document is held out because of the hash of its text alone, or of its row if it is no text. So
+    equal ones stay together, and the same ones are held out with another tokenizer, other settings
+    and further files.
     """
     held_out = corpus.hashes < share * HASHES
     for part, name in ((held_out, "holds out"), (~held_out, "leaves")):
@@ -469,8 +471,8 @@ def tokenize(paths, tokenized, encoder, lock, bad_rows):
     """
     # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
     format_settings = (encoder.wanted_format, encoder.columns)
-    firsts = (first_example(path, *format_settings) for path in paths.values())
-    has_text = any(first.text is not None or first.chat is not None for first in firsts)
+    kinds = {first_kind(path, *format_settings) for path in paths.values()}
+    has_text = len(kinds - {"", "input_ids"}) > 0
     if has_text and encoder.tokenizer is None:
         encoder.load()
     check_rows(paths, tokenized, encoder, lock, bad_rows)
@@ -638,7 +640,7 @@ def check_chunk(chunk):
     errors = []
     for number, row in zip(chunk.numbers, chunk.rows):
         try:
-            worker_encoder.write(parse_row(row))
+            worker_encoder.check(row)
         except Exception as error:
             errors.append(describe_bad_row(chunk.path, number, error))
     return errors

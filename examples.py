@@ -43,7 +43,7 @@ def is_trained(tokens):
 
 # --------------------------------------------------------------------------------------- errors
 
-JSON = json.JSONDecoder()  # json.loads takes half as long again for a short row
+JSON = json.JSONDecoder()  # json.loads takes twice as long for a short row
 
 
 @contextmanager
@@ -63,7 +63,11 @@ def describe_error(error):
 def parse_json(content, rule):
     """Returns the object that bytes hold. The error message ends with the rule."""
     try:
-        return JSON.decode(content.decode())
+        text = content.decode().strip(" \t\r\n")
+        value, end = JSON.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        return value
     except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"{type(error).__name__} {error}: {rule}") from error
 
@@ -85,18 +89,11 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "
          "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool",
          "developer": "system", "function": "tool"}
 
-HASHES = 2**32  # the number of values of hash_row
+HASHES = 2**32  # the number of values of hash_text
 SORTED_JSON = json.JSONEncoder(sort_keys=True, default=str)
 
 # Keys of a row that no chat template writes.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-
-
-class Example(NamedTuple):
-    """A row of a file in the form that all formats have in common. It holds one of these three."""
-    text: tuple = None      # (prompt, text to train)
-    chat: tuple = None      # (messages, functions): see to_messages and read_tools
-    tokens: np.ndarray = None
 
 
 def parse_row(row):
@@ -110,32 +107,36 @@ def parse_row(row):
     return row
 
 
-def hash_row(fields):
-    """Returns an integer below HASHES that depends on the content of a row alone.
+def hash_text(text):
+    """Returns an integer below HASHES that depends on a text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[-4:], "big")
 
-    It is the same for all kinds of files: the order of keys and null values do not matter.
-    """
-    content = SORTED_JSON.encode(fields).encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[-4:], "big")
+
+def hash_row(fields):
+    """Returns the hash of a row that is not a text. The order of its keys does not matter."""
+    return hash_text(SORTED_JSON.encode(fields))
 
 
 def read_example(fields, wanted_format="", columns=None):
-    """Returns the Example of a row. fields: see parse_row.
+    """Returns the kind of a row and its content, in a form that all formats have in common.
 
+    These are "text" and the text; "prompt" and (prompt, completion); "chat" and (messages,
+    functions), see to_messages and read_tools; "input_ids" and the tokens. fields: see parse_row.
     columns: {key that is expected: name of the column that has its content}.
     """
     if columns:
         fields = rename_columns(fields, columns)
     kind = find_format(tuple(fields), wanted_format)
 
-    if kind == "input_ids":
-        return Example(tokens=read_input_ids(fields))
     if kind == "text":
-        return Example(("", check_text(fields, "text")))
+        return kind, check_text(fields, "text")
+    if kind == "input_ids":
+        return kind, read_input_ids(fields)
     if kind == "prompt" and not isinstance(fields["prompt"], list):
         prompt = check_text(fields, "prompt")
-        return Example((prompt, check_text(fields, "completion")))
-    return Example(chat=(to_messages(fields, kind), read_tools(fields)))
+        completion = check_text(fields, "completion")
+        return ("prompt", (prompt, completion)) if prompt else ("text", completion)
+    return "chat", (to_messages(fields, kind), read_tools(fields))
 
 
 def rename_columns(fields, columns):
@@ -169,7 +170,7 @@ def check_text(example, key):
     if not isinstance(text, str):
         raise ValueError(f"{key} {str(text)[:60]} is not a string: text, prompt and completion "
                          "must be strings; fix or remove the row")
-    if NOT_TEXT.search(text):
+    if not text.isascii() and NOT_TEXT.search(text):  # a search takes longer than isascii
         raise_not_text()
     return text
 
@@ -780,7 +781,7 @@ class Encoded(NamedTuple):
     """A row as tokens."""
     tokens: np.ndarray        # (n,) int32: see `mask`
     full_length: int          # before OVERLONG
-    hash: int = 0             # of the row: see hash_row
+    hash: int = 0             # of a text, or of a row of another kind: see hash_text, hash_row
     is_lossy: bool = False    # see Written, as the next one
     is_endless: bool = False
 
@@ -834,46 +835,58 @@ class Encoder:
     def encode_rows(self, rows):
         """Returns the Encoded of each row, or the error that it causes.
 
-        Texts that are trained as a whole are tokenized in one call, which is faster for short ones.
+        Plain texts are tokenized in one call, which is faster for short ones.
         """
-        results = []
-        texts = []
-        places = []  # of the texts in results, where their hashes wait for their tokens
-        for row in rows:
+        results = [None] * len(rows)
+        texts = {}  # those that are plain, by their places in the results
+        for i, row in enumerate(rows):
             try:
                 fields = parse_row(row)
-                written = self.write(fields)
-                row_hash = hash_row(fields)
-                if isinstance(written, str):
-                    places.append(len(results))
-                    texts.append(written)
-                    results.append(row_hash)
-                else:
-                    results.append(self.encode(written)._replace(hash=row_hash))
+                kind, content = self.read(fields)
+                if self.is_plain(kind, content):
+                    texts[i] = content
+                    continue
+                row_hash = hash_text(content) if kind == "text" else hash_row(fields)
+                encoded = self.encode(self.write(kind, content))
+                results[i] = encoded._replace(hash=row_hash)
             except Exception as error:
-                results.append(error)
+                results[i] = error
 
         if texts:
             backend = self.tokenizer.backend_tokenizer
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-            for i, encoding in zip(places, encodings):
+            encodings = backend.encode_batch_fast(list(texts.values()), add_special_tokens=False)
+            for i, encoding in zip(texts, encodings):
                 tokens = np.array(self.bos + encoding.ids + self.eos, np.int32)
-                results[i] = Encoded(self.shorten(tokens, tokens), len(tokens), results[i])
+                shortened = self.shorten(tokens, tokens)
+                results[i] = Encoded(shortened, len(tokens), hash_text(texts[i]))
         return results
 
-    def write(self, fields):
-        """Returns the Written of a row, or only its text if the whole of it is trained.
+    def check(self, row):
+        """Raises the errors of a row, except those that only the tokenizer would find."""
+        kind, content = self.read(parse_row(row))
+        if not self.is_plain(kind, content):
+            self.write(kind, content)
 
-        This is all of the encoding that comes before the tokenizer. fields: see parse_row.
-        """
-        example = read_example(fields, self.wanted_format, self.columns)
-        if example.tokens is not None:
-            return Written(tokens=example.tokens)
-        if self.tokenizer is None:
+    def read(self, fields):
+        """Returns the kind and content of a row: see read_example. fields: see parse_row."""
+        kind, content = read_example(fields, self.wanted_format, self.columns)
+        if kind != "input_ids" and self.tokenizer is None:
             self.load()
-        if example.chat is not None:
-            return self.write_chat(*example.chat)
-        return self.write_document(*example.text)
+        return kind, content
+
+    def is_plain(self, kind, content):
+        """Returns whether an example is a text that can be given to the tokenizer as it is."""
+        return kind == "text" and content != "" and not self.control.all.search(content)
+
+    def write(self, kind, content):
+        """Returns the Written of an example: all of its encoding that precedes the tokenizer."""
+        if kind == "input_ids":
+            return Written(tokens=content)
+        if kind == "chat":
+            return self.write_chat(*content)
+        if kind == "prompt":
+            return self.write_prompt(*content)
+        return Written(split_tokens(content, self.control.all), is_document=content != "")
 
     def encode(self, written):
         """Returns the Encoded of a Written."""
@@ -882,13 +895,8 @@ class Encoder:
             return Encoded(tokens, len(written.tokens))
         return self.encode_with_spans(written)
 
-    def write_document(self, prompt, answer):
-        """Returns the Written of a text whose prompt is not trained; only the text without one."""
-        if not prompt:
-            text = split_tokens(answer, self.control.all)
-            needs_spans = text == "" or BOUNDARY in text
-            return Written(text, is_document=text != "") if needs_spans else text
-
+    def write_prompt(self, prompt, answer):
+        """Returns the Written of a text that is trained after its prompt."""
         prompt = split_tokens(prompt, self.control.all)
         answer = split_tokens(answer, self.control.turns)
         if self.control.all.search(prompt + answer):

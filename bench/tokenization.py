@@ -2,10 +2,10 @@
 
     python bench/tokenization.py FOLDER TEXT.jsonl
 
-FOLDER has a tokenizer and a chat template; TEXT.jsonl has rows of {"text": ...}. Both the build of
-a corpus and encode_batch, which is all that cannot be avoided, run in one process per core. So
-they have the same conditions, which matter: two processes on one core slow each other down. Both
-are repeated in turn, and the least of the times of each is taken.
+FOLDER has a tokenizer and a chat template; TEXT.jsonl has rows of {"text": ...}. A build of a
+corpus is compared with calls of encode_batch alone, the part of it that cannot be avoided. Each of
+them runs in one process per core, as processes that run at the same time slow each other down. The
+two are repeated in turn, and the smallest time of each is reported.
 """
 import json
 import multiprocessing

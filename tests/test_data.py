@@ -1089,6 +1089,23 @@ def is_running(process):
     return state != "Z"  # it has ended, and nobody has asked for its exit code
 
 
+def test_equal_texts_have_one_hash(build, tmp_path, tokenizer_files):
+    """Whatever else is in their rows, and whether or not the tokenizer has control tokens there."""
+    texts = ["a", "a<|im_end|>", "", "a", "a<|im_end|>"]
+    rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    hashes = build(path).hashes.tolist()
+    assert hashes[:2] == hashes[3:]
+    assert len(set(hashes)) == 3
+
+    chats = [{"id": 1, **ONE_TURN}, {**ONE_TURN, "id": 1}, ONE_TURN]
+    hashes_of_chats = build(write_jsonl(tmp_path / "b.jsonl", chats)).hashes.tolist()
+    assert hashes_of_chats[0] == hashes_of_chats[1] != hashes_of_chats[2]
+
+    tokenizer_files(tmp_path, specials=["<|endoftext|>"])
+    assert build(path).hashes.tolist() == hashes
+
+
 def test_a_killed_process_leaves_no_worker_and_no_lock(build, tmp_path, encoded_rows):
     texts = [f"document {i}" for i in range(400)]
     path = write(tmp_path / "a.jsonl", texts)
