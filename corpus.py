@@ -65,7 +65,8 @@ def find_files(data, constant="DATA"):
     known = set()  # files of earlier sources, without symbolic links
     for name, epochs in epochs_of_source.items():
         if not epochs > 0:
-            raise ValueError(f"{constant} {name!r} is set to {epochs} epochs: use more than 0")
+            raise ValueError(f"{constant} {name!r} is set to {epochs} epochs: use more than 0, or "
+                             "leave the source out")
         found, skipped = find_source(name, constant)
         files = []
         for path in sorted(found):
@@ -145,12 +146,13 @@ def read_chunks(path, after=0):
 
 
 def read_rows(path):
-    """Yields (number, row) for each row of a file. The number is that of its line, from 1.
+    """Yields (number, row) for each row of a file.
 
-    A row of a .jsonl file is its unparsed line (bytes), and others are objects.
+    A row of a .jsonl file is its unparsed line (bytes), and its number is that of the line. Other
+    rows are objects, and are counted. Both begin with 1.
     """
     name = path.removesuffix(".gz").removesuffix(".zst")
-    with naming(path), open_file(path) as file:
+    with naming(printable(path)), open_file(path) as file:
         byte_order_mark = b"\xef\xbb\xbf"
         if file.peek(3)[:3] == byte_order_mark:
             file.read(3)
@@ -167,6 +169,11 @@ def read_rows(path):
             is_blank = isinstance(row, bytes) and not row.strip()
             if not is_blank:
                 yield number, row
+
+
+def printable(path):
+    """Returns a path as text that can be written, with \\xff for a byte that is not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def open_file(path):
@@ -237,7 +244,7 @@ DOCUMENT = np.dtype([
     ("full_length", np.int64),  # before OVERLONG
     ("largest_id", np.int64),
     ("hash", np.int64),         # of its content, from 0 to below HASHES: see hold_out
-    ("is_bad", np.bool_),       # the row cannot be used; its error is in bad_rows.txt
+    ("is_bad", np.bool_),       # the row cannot be used; its error is in errors.txt
     ("is_lossy", np.bool_),
     ("is_endless", np.bool_),
 ])
@@ -305,7 +312,7 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
         with exclusive(Path(cache) / "tokenizing.lock") as lock:
             remove_old_parts(cache)
             paths = {home: path for path, home in homes.items() if not home.exists()}
-            tokenized = {home for home in homes.values() if home.exists()}
+            tokenized = {home: path for path, home in homes.items() if home.exists()}
             if paths:
                 tokenize(paths, tokenized, Encoder(str(folder), *settings), lock, bad_rows)
 
@@ -313,9 +320,9 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
     for path, home in homes.items():
         rows_of_file[path] = np.fromfile(home / "documents.bin", DOCUMENT)
     # Files of equal content have one home, and their rows count once here, as in check_rows.
-    rows_of_home = {home: rows_of_file[path] for path, home in homes.items()}
-    errors = list_bad_rows(rows_of_home)
-    n_rows = sum(map(len, rows_of_home.values()))
+    path_of_home = {home: path for path, home in homes.items()}
+    errors = list_bad_rows(path_of_home)
+    n_rows = sum(len(rows_of_file[path]) for path in path_of_home.values())
     check_bad_rows(errors, len(errors), n_rows, bad_rows)
     rows = np.concatenate(list(rows_of_file.values()))
     documents = rows[~rows["is_bad"]]
@@ -353,14 +360,14 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
 def describe_source(source, rows_of_files, homes):
     """Returns lines that tell what was read from a source. rows_of_files: arrays of DOCUMENT."""
     if not source.files:
-        return [f"{source.name}: earlier sources have all of its files"]
+        return [f"{printable(source.name)}: earlier sources have all of its files"]
     rows = np.concatenate(rows_of_files)
-    lines = [f"{source.name}: {len(source.files):,} files, {(~rows['is_bad']).sum():,} documents, "
-             f"{rows['full_length'].sum():,} tokens, {rows['targets'].sum():,} trained, "
-             f"{source.epochs:g} epochs"]
+    lines = [f"{printable(source.name)}: {len(source.files):,} files, "
+             f"{(~rows['is_bad']).sum():,} documents, {rows['full_length'].sum():,} tokens, "
+             f"{rows['targets'].sum():,} trained, {source.epochs:g} epochs"]
     if source.skipped:
         lines.append(f"  {len(source.skipped):,} files are no data: "
-                     f"{', '.join(source.skipped[:5])}")
+                     f"{', '.join(map(printable, source.skipped[:5]))}")
     if rows["is_lossy"].any():
         lines.append(f"  {rows['is_lossy'].sum():,} chats have contents that the chat template "
                      "leaves out")
@@ -466,8 +473,8 @@ def remove_old_parts(cache):
 def tokenize(paths, tokenized, encoder, lock, bad_rows):
     """Writes the documents of files, {folder to write: path}, using all cores.
 
-    tokenized: the folders of the other files of DATA. A call that was killed is continued by the
-    next one.
+    tokenized: the same of the other files of DATA. A call that was killed is continued by the next
+    one.
     """
     # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
     format_settings = (encoder.wanted_format, encoder.columns)
@@ -488,11 +495,11 @@ def tokenize(paths, tokenized, encoder, lock, bad_rows):
             part = home.with_suffix(".part")
             # A row counts as done when its record is written, so its tokens come first.
             append(part / "tokens.bin", tokens.tobytes())
-            append(part / "bad_rows.txt", "".join(errors_of_chunk).encode())
+            append(part / "errors.txt", "".join(errors_of_chunk).encode())
             append(part / "documents.bin", records.tobytes())
             if chunk.is_last:
                 part.rename(home)
-            errors += errors_of_chunk
+            errors += name_rows(chunk.path, errors_of_chunk)
             if bad_rows == 0 and len(errors) >= MAX_REPORTED:
                 break
     if bad_rows == 0:
@@ -519,7 +526,7 @@ def check_rows(paths, tokenized, encoder, lock, bad_rows):
         for chunk, errors_of_chunk in done:
             n_rows += len(chunk.rows)
             n_bad += len(errors_of_chunk)
-            errors += errors_of_chunk[:MAX_REPORTED]
+            errors += name_rows(chunk.path, errors_of_chunk[:MAX_REPORTED])
             if bad_rows == 0 and n_bad >= MAX_REPORTED:
                 break  # a share can be checked after the last row only
     check_bad_rows(errors, n_bad, n_rows, bad_rows)
@@ -538,8 +545,11 @@ def check_bad_rows(errors, n_bad, n_rows, bad_rows):
     """Raises a ValueError that names the first bad rows if there are more than bad_rows allows."""
     if n_bad > bad_rows * n_rows:
         shown = "".join(itertools.islice(errors, MAX_REPORTED))
-        raise ValueError(f"{shown}{n_bad} of {n_rows} rows cannot be used: fix or remove them, or "
-                         "set BAD_ROWS to the share of rows that may be skipped")
+        count = f"{n_bad} of {n_rows}"
+        if bad_rows == 0 and n_bad >= MAX_REPORTED:
+            count = f"at least {n_bad}"  # later rows may not have been read
+        raise ValueError(f"{shown}{count} rows cannot be used: fix or remove them, or set BAD_ROWS "
+                         "to the share of rows that may be skipped")
 
 
 def continue_part(path, home):
@@ -557,7 +567,7 @@ def drop_incomplete(part):
     rows = np.fromfile(part / "documents.bin", DOCUMENT)
     with open(part / "tokens.bin", "ab") as file:
         file.truncate(int(rows["length"].sum()) * np.dtype(np.int32).itemsize)
-    with open(part / "bad_rows.txt", "ab+") as file:
+    with open(part / "errors.txt", "ab+") as file:
         file.seek(0)
         complete = itertools.islice(file, int(rows["is_bad"].sum()))
         file.truncate(sum(map(len, complete)))
@@ -569,13 +579,24 @@ def append(path, content):
         file.write(content)
 
 
-def list_bad_rows(homes):
-    """Returns a line about each row that cannot be used of files that are tokenized."""
+def list_bad_rows(paths):
+    """Writes bad_rows.txt for each tokenized file, {its folder: path}, that has such rows.
+
+    Returns a line about each of these rows, with the current path, which errors.txt does not have.
+    """
     lines = []
-    for home in homes:
-        with open(home / "bad_rows.txt", newline="\n") as file:
-            lines += file
+    for home, path in paths.items():
+        with open(home / "errors.txt", newline="\n") as file:
+            of_file = name_rows(path, file)
+        if of_file:
+            (home / "bad_rows.txt").write_bytes("".join(of_file).encode())
+        lines += of_file
     return lines
+
+
+def name_rows(path, errors):
+    """Returns lines about rows of a file, "path:number: error", from those without the path."""
+    return [f"{printable(path)}:{error}" for error in errors]
 
 
 @contextmanager
@@ -642,7 +663,7 @@ def check_chunk(chunk):
         try:
             worker_encoder.check(row)
         except Exception as error:
-            errors.append(describe_bad_row(chunk.path, number, error))
+            errors.append(describe_bad_row(number, error))
     return errors
 
 
@@ -656,7 +677,7 @@ def encode_chunk(chunk):
     for i, number in enumerate(chunk.numbers):
         is_bad.append(isinstance(results[i], Exception))
         if is_bad[i]:
-            errors.append(describe_bad_row(chunk.path, number, results[i]))
+            errors.append(describe_bad_row(number, results[i]))
             results[i] = Encoded(np.array([], np.int32), full_length=0)
 
     # Arithmetic on all rows at once is much faster than one by one if they are short.
@@ -679,6 +700,6 @@ def encode_chunk(chunk):
     return tokens, records, errors
 
 
-def describe_bad_row(path, number, error):
+def describe_bad_row(number, error):
     """Returns a line about a row that cannot be used."""
-    return f"{path}:{number}: {describe_error(error)}".replace("\n", " ") + "\n"
+    return f"{number}: {describe_error(error)}".replace("\n", " ") + "\n"

@@ -935,7 +935,7 @@ def test_sources_that_cannot_be_used_are_named(build, books):
         build(str(books / "books/*"))
     with pytest.raises(ValueError, match=f"DATA '.*nothing' matches no file: {rule}"):
         build(str(books / "nothing"))
-    with pytest.raises(ValueError, match="DATA '.*' is set to 0 epochs: use more than 0"):
+    with pytest.raises(ValueError, match="DATA '.*' is set to 0 epochs: use more than 0, or leave"):
         build({str(books / "c.*"): 0})
 
 
@@ -1180,6 +1180,7 @@ def test_bad_rows_are_reported_together_before_any_is_tokenized(build, tmp_path,
     for line, number in zip(lines, range(4, 24, 2)):
         assert line.startswith(f"{tmp_path}/a.jsonl:{number}: JSONDecodeError")
     assert "rows cannot be used: fix or remove them, or set BAD_ROWS" in lines[-1]
+    assert lines[-1].startswith("at least 13 ")  # later rows may be bad, too
     assert encoded_rows() == 0
 
 
@@ -1264,7 +1265,8 @@ def test_a_share_of_bad_rows_is_one_of_all_files(build, tmp_path):
     [listed] = [file for file in tmp_path.glob("cache/*/bad_rows.txt") if file.stat().st_size > 0]
     line = listed.read_text()
     of_second = listed.parent
-    [of_first] = [file.parent for file in tmp_path.glob("cache/*/bad_rows.txt") if file != listed]
+    homes = [file.parent for file in tmp_path.glob("cache/*/errors.txt")]
+    [of_first] = [home for home in homes if home != of_second]
     # Killed after the line about the bad row, and before its record; then with the first file.
     for killed, missing in ((of_second, None), (of_first, of_second)):
         part = killed.with_suffix(".part")
@@ -1277,6 +1279,36 @@ def test_a_share_of_bad_rows_is_one_of_all_files(build, tmp_path):
         assert listed.read_text() == line
     with pytest.raises(ValueError, match="b.jsonl:1: .*\n1 of 10 rows cannot be used"):
         build([first, second])
+
+
+@pytest.mark.parametrize("name,shown", [("b.jsonl", "b.jsonl"), (b"b\xff.jsonl", r"b\xff.jsonl")])
+def test_the_bad_rows_of_a_renamed_file_have_its_new_name(build, tmp_path, name, shown):
+    """Also one whose name is not UTF-8, which cannot be written as it is."""
+    old = write_jsonl(tmp_path / "a.jsonl", [{"text": 5}, {"text": "x"}])
+    build(old, bad_rows=0.5)
+    new = str(tmp_path / os.fsdecode(name))
+    os.rename(old, new)
+    made = build(new, bad_rows=0.5)
+    [listed] = tmp_path.glob("cache/*/bad_rows.txt")
+    assert listed.read_text().startswith(f"{tmp_path}/{shown}:1: text 5 is not a string")
+    assert f"{tmp_path}/{shown}: 1 files" in made.notes
+    assert f"1 rows are skipped: {listed}" in made.notes
+
+
+def test_a_file_whose_name_is_not_utf8_can_be_read(build, tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    write_jsonl(folder / os.fsdecode(b"a\xff.jsonl"), [{"text": "x"}, {"text": 5}])
+    (folder / os.fsdecode(b"\xff.md")).write_text("not data")
+    with pytest.raises(ValueError) as failure:
+        build(str(folder))
+    assert rf"{folder}/a\xff.jsonl:2: text 5 is not a string" in str(failure.value)
+    made = build(str(folder), bad_rows=0.5)
+    assert texts_of(made) == ["x"]
+    assert r"1 files are no data: \xff.md" in made.notes
+    (folder / os.fsdecode(b"b\xff.json")).write_text("[{")
+    with pytest.raises(ValueError, match=r"/b\\xff.json: JSONDecodeError"):
+        build(str(folder))
 
 
 def test_rows_of_equal_files_count_once(build, tmp_path):
