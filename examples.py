@@ -321,13 +321,7 @@ class ControlTokens(NamedTuple):
     ids: dict            # {text: id} of all of them
     all: re.Pattern      # matches any of them
     turns: re.Pattern    # those that an assistant's text must not contain either
-
-    def ends_with(self, text):
-        """Returns the control token between turns that a text ends with, or ""."""
-        for token in self.ids:
-            if text.endswith(token) and self.turns.fullmatch(token):
-                return token
-        return ""
+    special: list        # texts of those that the tokenizer calls special
 
 
 def open_tokenizer(folder):
@@ -390,13 +384,14 @@ def control_tokens(tokenizer):
 
     # Tags in pairs, such as <think> and </think>, are parts of an answer. An assistant's text may
     # contain them, unless they are special.
+    special = [text for text in ids if tokenizer.added_tokens_decoder[ids[text]].special]
     turns = []
-    for text, token_id in ids.items():
+    for text in ids:
         tag = PAIRED_TAG.fullmatch(text)
         is_paired = tag and {f"<{tag[1]}>", f"</{tag[1]}>"} <= ids.keys()
-        if tokenizer.added_tokens_decoder[token_id].special or not is_paired:
+        if text in special or not is_paired:
             turns.append(text)
-    return ControlTokens(ids, any_of(ids), any_of(turns))
+    return ControlTokens(ids, any_of(ids), any_of(turns), special)
 
 
 def any_of(texts):
@@ -569,7 +564,7 @@ class Chat:
         is_last = i + 1 == len(self.messages)
         through_turn = self.text if is_last else self.render(i + 1)[0]
         through_turn = through_turn.rstrip()
-        end_token = self.control.ends_with(through_turn)
+        end_token = self.find_end_token(through_turn)
         if self.has_markers:
             start, end = self.marked[self.answers().index(i)]
         else:
@@ -578,7 +573,7 @@ class Chat:
         if end <= start:
             raise ValueError(f"message {i}: the chat template writes it differently when other "
                              "messages follow: set MASK_HISTORY=True")
-        if self.control.ends_with(self.text[start:end].rstrip()):
+        if self.find_end_token(self.text[start:end].rstrip()):
             return start, end, True
 
         # The token that ends the turn may follow. In some formats it begins the next turn.
@@ -588,6 +583,16 @@ class Chat:
             end += len(rest) - len(rest.lstrip()) + following.end()
             return start, end, True
         return start, end, False
+
+    def find_end_token(self, text):
+        """Returns the token that ends the turn if a text ends with one, or "".
+
+        Other control tokens are inside a turn, such as DeepSeek V3's after each tool call.
+        """
+        for token in (*self.control.special, *self.stop_tokens):
+            if text.endswith(token):
+                return token
+        return ""
 
     def find_start(self, i):
         """Returns where message i begins in the text; len(text) if it is not found."""
@@ -914,7 +919,8 @@ class Encoder:
         only_last = self.mask_history or self.train_on_prompt and not needs_all
         candidates = chat.answers()[-1:] if only_last else chat.answers()
         spans = []
-        endless = []  # the ends of those that have no stop token
+        endless = {}  # {index of an answer without a stop token: where it ends}
+        learns_to_end = False
         for i in candidates:
             message = chat.messages[i]
             if not self.train_on_prompt and (not message["trained"] or message["is_prompt"]):
@@ -922,17 +928,24 @@ class Encoder:
             start, end, is_ended = chat.find_span(i)
             spans.append((start, end))
             if not is_ended:
-                endless.append(end)
-                if self.no_stop_token == "refuse" and message["trained"]:
-                    raise ValueError(f"message {i}: the chat template writes no stop token after "
-                                     "it, so that the model would not learn to end: set "
-                                     "NO_STOP_TOKEN=append to append eos, or NO_STOP_TOKEN=accept")
+                endless[i] = end
+            elif message["trained"]:
+                learns_to_end = True
+
+        # Some templates end the last answer only. The model learns to end there, and what follows
+        # the other answers is not trained.
+        trained_endless = [i for i in endless if chat.messages[i]["trained"]]
+        if trained_endless and not learns_to_end and self.no_stop_token == "refuse":
+            raise ValueError(f"message {trained_endless[0]}: the chat template writes no stop "
+                             "token after it, so that the model would not learn to end: set "
+                             "NO_STOP_TOKEN=append to append eos, or NO_STOP_TOKEN=accept")
 
         text = chat.text
         untrained = chat.find_untrained() if self.train_on_prompt else []
         if endless and self.no_stop_token == "append":
             token = self.tokenizer.eos_token
-            text, spans, untrained = insert_token(text, token, endless, spans, untrained)
+            ends = list(endless.values())
+            text, spans, untrained = insert_token(text, token, ends, spans, untrained)
         return Written(text, spans, untrained, is_lossy=len(chat.lost()) > 0,
                        is_endless=len(endless) > 0)
 

@@ -461,12 +461,13 @@ def test_a_turn_that_is_written_differently_before_others_is_refused(reader):
     assert reader("mistral", mask_history=True)(THREE_ROLES) == expected
 
 
-# Templates that write no token at the end of some answer.
+# Templates that write no token at the end of a trained answer.
 ENDLESS = [
     ("endless", ONE_TURN, "message 1", "user: Hi\nassistant:« Yes<|endoftext|>»\n"),
-    ("eos last", TWO_TURNS, "message 1",
-     "### user: Hi\n### assistant:« Yes<|endoftext|>»\n"
-     "### user: So\n### assistant: «No\n<|endoftext|>»"),
+    ("endless", TWO_TURNS, "message 1",
+     "user: Hi\nassistant:« Yes<|endoftext|>»\nuser: So\nassistant: «No<|endoftext|>»\n"),
+    ("eos last", chat(user("Hi"), assistant("Yes"), assistant("No", weight=0)), "message 1",
+     "### user: Hi\n### assistant:« Yes<|endoftext|>»\n### assistant: No\n<|endoftext|>"),
 ]
 
 
@@ -481,6 +482,50 @@ def test_an_answer_without_a_stop_token_is_refused(reader, template, row, place,
     assert read(row) == accepted
     [encoded] = read.encode.encode_rows([row])
     assert encoded.is_endless
+
+
+def test_a_template_may_end_the_last_answer_only(reader):
+    """The ids are those of the template. What follows the first answer is not trained."""
+    read = reader("eos last")
+    assert read(TWO_TURNS) == ("### user: Hi\n### assistant:« Yes»\n"
+                               "### user: So\n### assistant: «No\n<|endoftext|>»")
+    [encoded] = read.encode.encode_rows([TWO_TURNS])
+    assert encoded.is_endless
+    assert reader("eos last", no_stop_token="append")(TWO_TURNS) == (
+        "### user: Hi\n### assistant:« Yes<|endoftext|>»\n"
+        "### user: So\n### assistant: «No\n<|endoftext|>»")
+
+
+# As the template of DeepSeek V3, this one ends an answer of words, but not one tool call. The token
+# at the end of the call is not special.
+CALL_WITHOUT_END = (
+    "{% for m in messages %}"
+    "{% if m.role != 'assistant' %}<|{{ m.role }}|>{{ m.content }}"
+    "{% elif m.content %}<|assistant|>{{ m.content }}</s>"
+    "{% else %}<|assistant|>{{ m.tool_calls[0].function.name }}<call_end>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_tool_call_does_not_end_with_a_token_that_is_not_special(tmp_path, tokenizer_files):
+    backend = byte_level(tmp_path, tokenizer_files)
+    save_tokenizer(tmp_path, backend, CALL_WITHOUT_END, ["<call_end>"])
+
+    def read(row, no_stop_token="refuse"):
+        encode = data.Encoder(str(tmp_path), True, False, False, "split", 0, accept_loss=True,
+                              no_stop_token=no_stop_token)
+        return Reader(encode)(row)
+
+    call = {"function": {"name": "f", "arguments": {}}}
+    called = chat(user("Hi"), assistant(None, tool_calls=[call]))
+    with pytest.raises(ValueError, match="message 1: .*no stop token"):
+        read(called)
+    before = "<|user|>Hi<|assistant|>"
+    assert read(called, "append") == f"{before}«f<call_end></s>»"
+    assert read(called, "accept") == f"{before}«f<call_end>»"
+    answered = chat(*called["messages"], tool("2"), assistant("Two"))
+    assert read(answered) == f"{before}«f<call_end>»<|tool|>2<|assistant|>«Two</s>»"
 
 
 def test_an_untrained_turn_needs_no_stop_token(reader):
