@@ -92,8 +92,11 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "
 HASHES = 2**32  # the number of values of hash_text
 SORTED_JSON = json.JSONEncoder(sort_keys=True, default=str)
 
-# Keys of a row that no chat template writes.
+# Keys of a row or message that no chat template writes.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+# Keys of the thoughts of an answer. A template writes one of them.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 def parse_row(row):
@@ -217,10 +220,7 @@ def to_messages(example, kind):
     kind is one of FORMATS. Each message has two more keys: "trained" is 0 if it must not be, and
     "is_prompt" is whether it is trained with TRAIN_ON_PROMPT only, whoever wrote it.
     """
-    for key in MEDIA:
-        if example.get(key):
-            raise ValueError(f"the row has {key!r}: only text can be trained; remove the key or "
-                             "the row")
+    check_media(example, "row")
     n_prompt = 0
     if kind == "instruction":
         turns = alpaca_turns(example)
@@ -244,6 +244,13 @@ def to_messages(example, kind):
     return messages
 
 
+def check_media(fields, what):
+    for key in MEDIA:
+        if fields.get(key):
+            raise ValueError(f"the {what} has {key!r}: only text can be trained; remove the key or "
+                             "the row")
+
+
 def alpaca_turns(example):
     question = "\n".join(filter(None, [example["instruction"], example.get("input")]))
     pairs = list(example.get("history") or [])
@@ -260,6 +267,7 @@ def to_message(turn):
     """Returns one turn of OpenAI's or ShareGPT's format as a message that chat templates expect."""
     # A table such as .parquet has every column in every row: null is the same as a missing key.
     message = {key: value for key, value in turn.items() if value is not None}
+    check_media(message, "message")
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
 
@@ -663,8 +671,9 @@ def contents_of(message, with_thoughts):
         contents = THINK_TAG.split(content)
         if not with_thoughts:
             contents = contents[-1:]
-        elif message.get("reasoning_content"):
-            contents.insert(0, message["reasoning_content"])
+        else:
+            thoughts = [message[key] for key in THOUGHTS if isinstance(message.get(key), str)]
+            contents = thoughts[:1] + contents
     contents = [content.strip() for content in contents]
     return [content for content in contents if content]
 

@@ -548,6 +548,8 @@ LEFT_OUT = [
     (chat(system("Be."), user("Hi"), assistant("Yes")), "message 0: .*'Be.' of the system"),
     (chat(user("Hi"), assistant("<think>hm</think>Yes")), "message 1: .*'hm' of the assistant"),
     (chat(user("Hi"), assistant("Yes", **REASON)), "message 1: .*'hm' of the assistant"),
+    (chat(user("Hi"), assistant("Yes", reasoning="hm")), "message 1: .*'hm' of the assistant"),
+    (chat(user("Hi"), assistant("Yes", thinking="hm")), "message 1: .*'hm' of the assistant"),
     ({**ONE_TURN, "tools": [{"name": "look"}]}, "message 0: .*look.* of the system"),
 ]
 
@@ -802,6 +804,8 @@ BAD_ROWS = [
     (chat(user([{"type": "image_url"}])), "message 0.*has no 'text'.*remove the part or the row"),
     (chat(assistant("a", weight=0.5)), "message 0.*weight is 0.5: use 0 or 1"),
     ({**ONE_TURN, "images": ["a.png"]}, "has 'images': only text.*remove the key or the row"),
+    (chat({**user("Hi"), "images": ["a.png"]}, assistant("a")),
+     "message 0.*the message has 'images': only text"),
     (chat(), "0 of 0 assistant turns"),
     ({"messages": None}, "no format"),
     ({"text": None}, "no format"),
