@@ -673,12 +673,10 @@ def encode_chunk(chunk):
     for start in range(0, len(chunk.rows), BATCH_ROWS):
         results += worker_encoder.encode_rows(chunk.rows[start:start + BATCH_ROWS])
     errors = []
-    is_bad = []
-    for i, number in enumerate(chunk.numbers):
-        is_bad.append(isinstance(results[i], Exception))
-        if is_bad[i]:
-            errors.append(describe_bad_row(number, results[i]))
-            results[i] = Encoded(np.array([], np.int32), full_length=0)
+    is_bad = [isinstance(result, Exception) for result in results]
+    for i in np.flatnonzero(is_bad):
+        errors.append(describe_bad_row(chunk.numbers[i], results[i]))
+        results[i] = Encoded(np.array([], np.int32), full_length=0)
 
     # Arithmetic on all rows at once is much faster than one by one if they are short.
     records = np.zeros(len(results), DOCUMENT)
