@@ -672,7 +672,8 @@ def contents_of(message, with_thoughts):
         if not with_thoughts:
             contents = contents[-1:]
         else:
-            thoughts = [message[key] for key in THOUGHTS if isinstance(message.get(key), str)]
+            values = [message.get(key) for key in THOUGHTS]
+            thoughts = [value for value in values if isinstance(value, str) and value]
             contents = thoughts[:1] + contents
     contents = [content.strip() for content in contents]
     return [content for content in contents if content]

@@ -549,7 +549,8 @@ LEFT_OUT = [
     (chat(user("Hi"), assistant("<think>hm</think>Yes")), "message 1: .*'hm' of the assistant"),
     (chat(user("Hi"), assistant("Yes", **REASON)), "message 1: .*'hm' of the assistant"),
     (chat(user("Hi"), assistant("Yes", reasoning="hm")), "message 1: .*'hm' of the assistant"),
-    (chat(user("Hi"), assistant("Yes", thinking="hm")), "message 1: .*'hm' of the assistant"),
+    (chat(user("Hi"), assistant("Yes", reasoning="", thinking="hm")),
+     "message 1: .*'hm' of the assistant"),
     ({**ONE_TURN, "tools": [{"name": "look"}]}, "message 0: .*look.* of the system"),
 ]
 
