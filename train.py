@@ -71,7 +71,7 @@ ACCEPT_LOSS = False             # chat: train although the template leaves out c
 NO_STOP_TOKEN = "refuse"        # chat: where no stop token ends an answer: "append" eos; "accept"
 FORMAT = ""                     # of rows that have the keys of several formats, such as "text"
 COLUMNS = {}                    # {key that a format has: the key in the rows of DATA}
-BAD_ROWS = 0.0                  # share of rows that may be unusable, which are skipped and listed
+BAD_ROWS = "stop"               # at rows that cannot be used; or the share of them to skip and list
 MAX_POSITION_EMBEDDINGS = 0     # extend the context to so many tokens; 0: as in the checkpoint
 ROPE_SCALING = None             # how: "yarn", "linear", "dynamic", "llama3" or a dict; None: yarn
 LOSS_WEIGHT = "token"           # n targets in a document count n; "sample": 1; "square": sqrt(n)
@@ -155,7 +155,6 @@ RANGES = {
     "SYNTHETIC_DOCUMENT": (0, MANY_TOKENS),
     "MAX_LENGTH": (1, MANY_TOKENS),
     "BATCH_SIZE": (1, MANY_ROWS),
-    "BAD_ROWS": (0, 1),
     "MAX_POSITION_EMBEDDINGS": (0, MANY_TOKENS),
     "SEQUENCE_PARALLEL_SIZE": (0, MANY),
     "GLOBAL_BATCH_SIZE": (1, MANY_ROWS),
@@ -180,8 +179,8 @@ RANGES = {
 # Constants that must not be empty.
 PATHS = ("MODEL", "RUN_DIR", "CACHE_DIR", "RESUME")
 
-# Constants whose value may be of another type than the default: a path or a list of paths.
-ANY_TYPE = ("DATA", "EVAL_DATA", "BETAS", "ROPE_SCALING")
+# Constants whose value may be of another type than the default, such as a path or a list of paths.
+ANY_TYPE = ("DATA", "EVAL_DATA", "BAD_ROWS", "BETAS", "ROPE_SCALING")
 
 # The constants that RECOMPUTE="auto" chooses, and the fields of costs.Settings that they are.
 CHOSEN = {
@@ -363,7 +362,7 @@ def check_constants():
 
 
 def check_data_constants():
-    """Raise ValueError if DATA or EVAL_DATA is no name of files and nothing else that it may be."""
+    """Raise ValueError for a value of DATA, EVAL_DATA or BAD_ROWS that is none that it may have."""
     if not names_files(DATA):
         raise ValueError(f"DATA {DATA!r} does not name files: use a path, a list of paths, "
                          f"{{path: epochs}} with {RANGES['EPOCHS'][1]:,} epochs at most, 'demo' or "
@@ -378,6 +377,10 @@ def check_data_constants():
     elif EVAL_DATA and not names_files(EVAL_DATA):
         raise ValueError(f"EVAL_DATA {EVAL_DATA!r} does not name files: use a path, a list of "
                          "paths, {path: epochs}, a number between 0 and 1, or '' for none.")
+    is_share = isinstance(BAD_ROWS, (int, float)) and 0 <= BAD_ROWS <= 1
+    if BAD_ROWS != "stop" and not is_share:
+        raise ValueError(f"BAD_ROWS {BAD_ROWS!r} is neither 'stop' nor a share of the rows: use "
+                         "'stop', or a number from 0 to 1.")
 
 
 def names_files(value):
@@ -621,7 +624,7 @@ def open_corpus(source, folder, config):
     return data.build_corpus(
         files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG, cap,
         FORMAT, COLUMNS, ACCEPT_LOSS, NO_STOP_TOKEN, vocab_size=config.vocab_size,
-        bad_rows=BAD_ROWS)
+        bad_rows=0 if BAD_ROWS == "stop" else BAD_ROWS)
 
 
 def make_rows(corpus):

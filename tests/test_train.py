@@ -1016,8 +1016,11 @@ def test_constants_tell_how_rows_are_read(setup, tmp_path):
     assert "1 files, 2 documents" in described
     assert "1 rows are skipped" in described
 
-    set_constants(SMALL, {"BAD_ROWS": 1.5})
-    with pytest.raises(ValueError, match="BAD_ROWS 1.5"):
+
+@pytest.mark.parametrize("value", [1.5, -0.1, math.nan, "go on", [0.1]])
+def test_bad_rows_stop_or_are_a_share(value):
+    set_constants(SMALL, {"BAD_ROWS": value})
+    with pytest.raises(ValueError, match=f"BAD_ROWS {re.escape(repr(value))} is neither 'stop' nor"):
         train.check_constants()
 
 
