@@ -422,7 +422,7 @@ def plan(world):
     """
     complete_constants()
     check_constants()
-    make_folder("CACHE_DIR")
+    make_folder("CACHE_DIR", CACHE_DIR)
     demo = Path(CACHE_DIR) / "demo"
     if "demo" in (MODEL, DATA, EVAL_DATA):
         make_demo(demo)
@@ -554,7 +554,7 @@ def work_of_gpu(config, world, sp, pairs=None):
 
 def check_machine(device_type):
     """Raise ValueError for a constant that no run on this machine can use."""
-    make_folder("RUN_DIR")
+    make_folder("RUN_DIR", RUN_DIR)
     if RESUME not in ("auto", "never") and not Path(RESUME).is_dir():
         raise ValueError(f"RESUME {RESUME!r} is no folder: use 'auto', 'never' or a checkpoint, "
                          "such as runs/demo/checkpoints/step-00000400.")
@@ -563,9 +563,8 @@ def check_machine(device_type):
                          "OFFLOAD_OPTIMIZER=False.")
 
 
-def make_folder(name):
+def make_folder(name, path):
     """Create the folder that a constant names. Raises ValueError if it cannot be written."""
-    path = globals()[name]
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)

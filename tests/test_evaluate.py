@@ -1,6 +1,7 @@
 """What a run shows (log, loss.png, samples), evaluation in training, and tools/evaluate.py."""
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -303,7 +304,11 @@ def test_samples_end_in_time(setup, tmp_path, capfd):  # noqa: F811
 
 @pytest.fixture
 def folder(hf_folder, tokenizer_files):
-    """A tiny model's folder with a byte-level tokenizer, and transformers' model of it."""
+    """A tiny model's folder with a byte-level tokenizer, and transformers' model of it.
+
+    The constants of train.py, of which evaluate.py reads some, are their defaults.
+    """
+    set_constants()
     folder, reference = hf_folder(vocab_size=260, eos_token_id=0, bos_token_id=None,
                                   max_position_embeddings=2048)
     tokenizer_files(folder)
@@ -312,8 +317,9 @@ def folder(hf_folder, tokenizer_files):
 
 def score_on_one_rank(folder, rows_file):
     """Score the rows of a file in a process group, and write their scores beside it."""
+    train.complete_constants()
     grid = evaluate.parallel.init(1, 1)
-    model = evaluate.load_model(folder, grid, evaluate.Options())
+    model = evaluate.load_model(folder, grid)
     rows = [evaluate.text_row(ids) for ids in json.loads(rows_file.read_text())]
     scores = evaluate.score_rows(model, rows, grid, "rows")
     values = [[score.losses.tolist(), score.is_largest.tolist()] for score in scores]
@@ -346,8 +352,9 @@ def test_scores_equal_those_of_transformers(folder, tmp_path):
         assert is_largest[1:] == (logits.argmax(-1) == ids[1:]).tolist()
 
 
-def run_evaluate(folder, settings):
+def run_evaluate(folder, sp, settings):
     """main() of tools/evaluate.py with windows that suit rows of 2,000 tokens."""
+    train.SEQUENCE_PARALLEL_SIZE = sp
     evaluate.SHORT_CONTEXT = 128
     evaluate.STRIDE = 32
     evaluate.MIN_GAIN = 0.0
@@ -373,8 +380,8 @@ def test_evaluation_is_the_same_on_any_ranks(folder, tmp_path):
     results = {}
     for name, world, sp in (("alone", 1, 1), ("shared", 2, 2), ("apart", 2, 1)):
         settings = {"lengths": "1600", "depths": 2, "samples": 1, "documents": 3,
-                    "out": str(tmp_path / name), "sequence_parallel_size": sp}
-        on_ranks(world, run_evaluate, folder, settings, tmp_path=tmp_path)
+                    "out": str(tmp_path / name)}
+        on_ranks(world, run_evaluate, folder, sp, settings, tmp_path=tmp_path)
         written = json.loads((tmp_path / name / "evaluation.json").read_text())
         results[name] = dict(numbers(written["folders"]))
         assert (tmp_path / name / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
@@ -539,21 +546,90 @@ def test_documents_that_are_too_short_are_refused(folder, tmp_path, monkeypatch)
     folder, _ = folder
     monkeypatch.setattr(train, "CACHE_DIR", str(tmp_path / "cache"))
     path = write_jsonl(tmp_path / "long.jsonl", [{"text": "a" * n} for n in (10, 600, 700)])
+    monkeypatch.setattr(train, "DATA", path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = evaluate.Options(data=path)
+    options = evaluate.Options()
     lengths = [len(ids) for ids in evaluate.read_documents(folder, tokenizer, 600, options)]
     assert lengths == [600, 600]
     with pytest.raises(ValueError, match="no document of DATA .* has 900 tokens, the longest has"):
         evaluate.read_documents(folder, tokenizer, 900, options)
 
 
+def test_data_is_read_as_in_training(folder, tmp_path):
+    """With the same constants. A row that cannot be used is skipped."""
+    folder, _ = folder
+    rows = [{"q": "a" * n, "a": "b", "text": "c"} for n in (600, 800)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"q": 5, "a": "b"}])
+    folders, options = evaluate.parse_arguments([
+        str(folder), f"DATA={path}", f"CACHE_DIR={tmp_path / 'cache'}", f"OUT={tmp_path / 'out'}",
+        "FORMAT=instruction", "COLUMNS={'instruction': 'q', 'output': 'a'}", "BAD_ROWS=0.4",
+        "LENGTHS=580", "TASKS=words"])
+    _, texts = evaluate.prepare(folders, options)
+    tokenizer, documents = texts[str(folder)]
+    assert [len(ids) for ids in documents] == [580, 580]
+    assert tokenizer.decode(documents[0]).startswith("<|im_start|>user\naaa")
+
+
 def test_arguments():
-    folders, options = evaluate.parse_arguments(["a", "b", "LENGTHS=4k,1M,100", "SAMPLES=2"])
+    set_constants()
+    folders, options = evaluate.parse_arguments(
+        ["a", "b", "LENGTHS=4k,1M,100", "SAMPLES=2", "SEED=3"])
     assert folders == ["a", "b"]
     assert options.samples == 2
+    assert train.SEED == 3
     assert evaluate.parse_lengths(options.lengths) == [4096, 2**20, 100]
     with pytest.raises(ValueError, match="LENGTH is not an option: use one of LENGTHS, DEPTHS"):
         evaluate.parse_arguments(["a", "LENGTH=4k"])
+    with pytest.raises(ValueError, match="no FOLDER is given: name the Hugging Face folders"):
+        evaluate.parse_arguments(["LENGTHS=4k"])
+
+
+@pytest.mark.parametrize("argument,message", [
+    ("MAX_LENGTH=4096", "MAX_LENGTH is not an option"),  # of train.py, but without a use here
+    ("LENGTHS=abc", "LENGTHS 'abc' are not numbers of tokens: use values like 4096 or 4k,32k,1M"),
+    ("LENGTHS=4k,", "LENGTHS '4k,' are not numbers of tokens"),
+    ("LENGTHS=0", "LENGTHS '0' are not numbers of tokens"),
+    ("LENGTHS=64,2k", "LENGTHS has 64: the questions alone of the task 'needle' need more tokens"),
+    ("DEPTHS=0", "DEPTHS '0' is out of range: use a number from 1 to 12"),
+    ("DEPTHS=13", "DEPTHS '13' is out of range"),
+    ("SAMPLES=-1", "SAMPLES '-1' is out of range: use a number from 1"),
+    ("DOCUMENTS=few", "DOCUMENTS 'few' is out of range: use a number from 0"),
+    ("TASKS=needle,foo", "TASKS 'needle,foo' are not tasks: use some of needle,keys"),
+    ("SEQUENCE_PARALLEL_SIZE=3", "SEQUENCE_PARALLEL_SIZE 3 does not divide 8 attention heads"),
+    ("SEQUENCE_PARALLEL_SIZE=-1", "SEQUENCE_PARALLEL_SIZE -1 is out of range"),
+    ("DTYPE=int3", "DTYPE 'int3' is unknown: use one of auto, bfloat16, float32"),
+    ("ATTENTION=flash", "ATTENTION 'flash' is not known: use auto"),
+    ("FORMAT=csv", "FORMAT 'csv' is unknown"),
+    ("DATA=missing.jsonl", "DATA 'missing.jsonl' matches no file"),
+    ("DATA=short.jsonl", "no document of DATA short.jsonl has 2048 tokens, the longest has 6: use"),
+    ("OUT=short.jsonl", "OUT short.jsonl is not a folder that this user can write"),
+])
+def test_wrong_arguments_are_refused_first(folder, tmp_path, monkeypatch, argument, message):
+    """Before processes wait for each other, and before a model is loaded."""
+    folder, _ = folder
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate.parallel, "init", None)
+    write_jsonl(tmp_path / "short.jsonl", [{"text": "short"}])
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(*evaluate.parse_arguments([str(folder), "LENGTHS=2k", argument]))
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["evaluate.py", "."], "FileNotFoundError: MODEL '.' has no config.json: give the path"),
+    (["show.py", "SHOW=a"], "SHOW=a are not numbers of rows: use values like 0 or 0,5."),
+    (["check.py", "missing"], "FileNotFoundError: MODEL 'missing' has no config.json: give the"),
+    (["plan.py", "GPU=V100"], "GPU 'V100' is unknown: use one of A100-40"),
+])
+def test_an_error_of_a_tool_is_one_line(tmp_path, arguments, message):
+    tool, *rest = arguments
+    environment = {**os.environ, "DEBUG": "0", "OMP_NUM_THREADS": "1"}
+    path = Path(evaluate.__file__).with_name(tool)
+    finished = subprocess.run([sys.executable, path, *rest], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert finished.stdout == ""
+    assert finished.stderr.startswith(message)
+    assert finished.stderr.count("\n") == 1
 
 
 def test_an_export_has_the_name_of_its_run(tmp_path):

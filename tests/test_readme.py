@@ -134,6 +134,7 @@ def run_show(home, arguments):
 
 def run_evaluation(home, arguments):
     os.chdir(home)
+    restore_defaults()
     evaluate.main(*evaluate.parse_arguments(arguments))
 
 

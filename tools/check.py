@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import convert  # noqa: E402
+import train  # noqa: E402
 from model import Transformer  # noqa: E402
 
 TOLERANCE = 1e-4  # relative; rounding in float32 alone gives up to 2e-5
@@ -25,6 +26,7 @@ def check(folder):
     """Print the differences. -> True if any is above TOLERANCE."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    convert.load_config(folder)  # transformers would look for a missing folder on the internet
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     text = Path(__file__).read_text()[:CHARACTERS]
     ids = torch.tensor(tokenizer(text).input_ids)  # (T,)
@@ -80,6 +82,10 @@ def largest_difference(a, b):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+    if len(sys.argv) != 2 or "--help" in sys.argv:
         sys.exit(__doc__)
-    sys.exit(1 if check(sys.argv[1]) else 0)
+    try:
+        mismatch = check(sys.argv[1])
+    except Exception as error:
+        train.report(error)
+    sys.exit(1 if mismatch else 0)

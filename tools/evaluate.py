@@ -3,8 +3,9 @@
     torchrun --nproc_per_node 8 tools/evaluate.py FOLDER ... [LENGTHS=4k,32k,128k] [NAME=VALUE ...]
 
 FOLDERs are Hugging Face folders, such as those of a model before and after training; they are shown
-side by side. NAMEs are the fields of Options. Weights are sharded over all ranks, and the tokens of
-a row over the ranks of a sequence-parallel group, as in train.py.
+side by side. NAMEs are the fields of Options, in capitals, and some constants of train.py; --help
+prints all. Weights are sharded over all ranks, and the tokens of a row over the ranks of a
+sequence-parallel group, as in train.py.
 
 Retrieval needs no generation. Greedy decoding writes an answer exactly if each of its tokens is the
 one with the largest logit, given all tokens before it. One forward tells this for all the questions
@@ -22,7 +23,7 @@ Writes evaluation.json and evaluation.png to the folder OUT.
 """
 import json
 import math
-import os
+import re
 import sys
 import sysconfig
 from collections import defaultdict
@@ -39,29 +40,36 @@ import data  # noqa: E402
 import parallel  # noqa: E402
 import tasks  # noqa: E402
 import train  # noqa: E402
-from model import Execution, Transformer  # noqa: E402
+from model import Execution, Transformer, attention_kernel  # noqa: E402
 
 
 class Options(NamedTuple):
-    lengths: str = "4k"             # of the rows of retrieval, in tokens: 4k,32k,128k
-    depths: int = 5                 # places in a row that are asked for
-    samples: int = 4                # rows for each task and length
-    data: str = ""                  # long documents, like DATA of train.py; "": Python's library
-    documents: int = 4              # of data, cut to the longest of the lengths; 0: no losses
+    lengths: str = "4k"     # of the rows of retrieval, in tokens: 4k,32k,128k
+    depths: int = 5         # places in a row that are asked for
+    samples: int = 4        # rows for each task and length
+    documents: int = 4      # of DATA, cut to the longest of the lengths; 0: no losses
     tasks: str = ",".join(tasks.TASKS)
-    sequence_parallel_size: int = 0  # ranks that share a row; 0: as many as possible
-    dtype: str = ""                 # "": bfloat16 on a GPU, float32 on a CPU
-    attention: str = "auto"         # as ATTENTION of train.py
-    seed: int = 0                   # of the texts of the tasks
-    out: str = "evaluation"         # folder of the results
+    out: str = "evaluation"  # folder of the results
 
+
+# Constants of train.py that can be set, too. DATA is long documents, by default the source of
+# Python's library. SEQUENCE_PARALLEL_SIZE is by default the largest that the heads allow.
+CONSTANTS = (
+    "DATA", "FORMAT", "COLUMNS", "BAD_ROWS", "ACCEPT_LOSS", "NO_STOP_TOKEN", "CACHE_DIR",
+    "SEQUENCE_PARALLEL_SIZE", "ATTENTION", "DTYPE", "SEED")
+
+# The least and the largest number that an option may be.
+RANGES = {
+    "DEPTHS": (1, len(tasks.THINGS)),
+    "SAMPLES": (1, train.MANY),
+    "DOCUMENTS": (0, train.MANY),
+}
 
 # LongPPL's choices
 SHORT_CONTEXT = 4096    # tokens that are seen at least, if not the whole context is
 STRIDE = 1024           # tokens that are scored in each window of SHORT_CONTEXT + STRIDE tokens
 MIN_GAIN = 2.0          # of a key token: loss with the short context minus loss with the whole
 MAX_LOSS = 2.0          # of a key token with the whole context
-
 
 MLP_CHUNK = 2**15       # tokens per pass through an MLP, so that rows of 1M tokens fit
 
@@ -81,13 +89,12 @@ class Score(NamedTuple):
 
 # -------------------------------------------------------------------------------- scoring of rows
 
-def load_model(folder, grid, options):
+def load_model(folder, grid):
     """Returns the model of a Hugging Face folder, sharded over all ranks."""
-    dtype_name = options.dtype or ("bfloat16" if grid.device.type == "cuda" else "float32")
     with torch.device("meta"):
-        execution = Execution(options.attention, mlp_chunk=MLP_CHUNK)
+        execution = Execution(train.ATTENTION, mlp_chunk=MLP_CHUNK)
         model = Transformer(convert.load_config(folder), grid.sp_group, execution)
-    parallel.shard(model, model.model["layers"], grid, getattr(torch, dtype_name), 3, False)
+    parallel.shard(model, model.model["layers"], grid, getattr(torch, train.DTYPE), 3, False)
     convert.load_weights(model, folder)
     return model
 
@@ -152,13 +159,13 @@ def measure_retrieval(model, tokenizer, grid, options):
         for task in options.tasks.split(","):
             for sample in range(options.samples):
                 examples.append(tasks.make_example(
-                    task, length, depths, tokenizer, options.seed, sample))
+                    task, length, depths, tokenizer, train.SEED, sample))
     rows = [question_row(example) for example in examples]
     scores = score_rows(model, rows, grid, "retrieval")
 
     # The task "words" has no facts that could be taken away.
     with_facts = [i for i, example in enumerate(examples) if example.questions[0].evidence]
-    ablated = [tasks.without_evidence(examples[i], tokenizer, options.seed) for i in with_facts]
+    ablated = [tasks.without_evidence(examples[i], tokenizer, train.SEED) for i in with_facts]
     rows = [question_row(example) for example in ablated]
     ablated_scores = dict(zip(with_facts, score_rows(model, rows, grid, "evidence")))
 
@@ -220,16 +227,15 @@ def mean_by(results, keys, value):
 
 def read_documents(folder, tokenizer, length, options):
     """Returns the first `length` tokens of documents that are so long, as arrays of token ids."""
-    if not options.data:
+    if train.DATA == "demo":
         return python_documents(tokenizer, length, options.documents)
-    Path(train.CACHE_DIR).mkdir(parents=True, exist_ok=True)
-    corpus = data.build_corpus(
-        options.data, folder, train.CACHE_DIR, True, True, False, "split", 0)
+    corpus = train.open_corpus(train.DATA, folder, convert.load_config(folder))
     lengths = np.diff(corpus.offsets)
     long = np.flatnonzero(lengths >= length)[:options.documents]
     if len(long) == 0:
-        raise ValueError(f"no document of DATA {options.data} has {length} tokens, the longest has "
-                         f"{lengths.max()}: use documents that are longer, or lower LENGTHS")
+        raise ValueError(f"no document of DATA {train.DATA} has {length} tokens, the longest has "
+                         f"{lengths.max()}: use documents that are longer, lower LENGTHS, or set "
+                         "DOCUMENTS=0 for retrieval alone.")
     return [data.token_ids(corpus.read(document, 0, length)) for document in long]
 
 
@@ -298,18 +304,15 @@ def key_tokens(losses, short_losses):
 
 # ----------------------------------------------------------------------------------------- results
 
-def evaluate(folder, grid, options):
-    """Returns the results of a folder: retrieval, documents, and losses where they are measured."""
-    tokenizer = data.open_tokenizer(folder)
-    model = load_model(folder, grid, options)
+def evaluate(folder, tokenizer, documents, grid, options):
+    """Returns the results of a folder: retrieval, and with documents, these and their losses."""
+    model = load_model(folder, grid)
     results = {"questions": measure_retrieval(model, tokenizer, grid, options)}
-    if options.documents > 0:
-        length = max(parse_lengths(options.lengths))
-        documents = read_documents(folder, tokenizer, length, options)
+    if documents:
         scores = score_rows(model, [text_row(ids) for ids in documents], grid, "documents")
         results["documents"] = np.stack(documents)
         results["losses"] = np.stack([score.losses for score in scores])
-        if length > SHORT_CONTEXT:
+        if len(documents[0]) > SHORT_CONTEXT:
             results["short_losses"] = short_context_losses(model, documents, grid)
     return results
 
@@ -343,28 +346,87 @@ def summarize(results):
 
 def parse_lengths(text):
     """"4k,1M" -> [4096, 1048576]."""
-    factors = {"k": 1024, "K": 1024, "m": 2**20, "M": 2**20}
+    factors = {"": 1, "k": 1024, "m": 2**20}
     lengths = []
     for part in text.split(","):
-        factor = factors.get(part[-1], 1)
-        lengths.append(int(part.rstrip("kKmM")) * factor)
+        match = re.fullmatch("([1-9][0-9]*)([km]?)", part.lower())
+        if match is None:
+            raise ValueError(f"LENGTHS {text!r} are not numbers of tokens: use values like 4096 or "
+                             "4k,32k,1M.")
+        lengths.append(int(match[1]) * factors[match[2]])
     return lengths
 
 
 def parse_arguments(arguments):
-    """Returns the folders and the Options."""
-    folders = [argument for argument in arguments if "=" not in argument]
+    """Set the CONSTANTS of train.py that are given. Returns the folders and the Options.
+
+    Raises ValueError for an unknown name, and for a value that an option cannot have.
+    """
+    folders = []
+    constants = []
     options = {}
     for argument in arguments:
-        if "=" not in argument:
-            continue
-        name, _, text = argument.partition("=")
-        default = Options._field_defaults.get(name.lower())
-        if default is None:
-            known = ", ".join(field.upper() for field in Options._fields)
-            raise ValueError(f"{name} is not an option: use one of {known}")
-        options[name.lower()] = type(default)(text)
+        name, equals, text = argument.partition("=")
+        if not equals:
+            folders.append(argument)
+        elif name in CONSTANTS:
+            constants.append(argument)
+        else:
+            options[name.lower()] = read_option(name, text)
+    train.override(constants)
+    if not folders:
+        raise ValueError("no FOLDER is given: name the Hugging Face folders to evaluate, such as "
+                         "runs/demo/hf; --help shows what else can be set.")
     return folders, Options(**options)
+
+
+def read_option(name, text):
+    """Returns the value of an option. Raises ValueError if it is unknown or cannot be used."""
+    known = [field.upper() for field in Options._fields]
+    if name not in known:
+        raise ValueError(f"{name} is not an option: use one of {', '.join([*known, *CONSTANTS])}.")
+    if name in RANGES:
+        least, most = RANGES[name]
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise ValueError(f"{name} {text!r} is out of range: use a number from {least:,} to "
+                             f"{most:,}.")
+        return int(text)
+    if name == "LENGTHS":
+        parse_lengths(text)
+    if name == "TASKS" and not set(text.split(",")) <= set(tasks.TASKS):
+        raise ValueError(f"TASKS {text!r} are not tasks: use some of {','.join(tasks.TASKS)}.")
+    return text
+
+
+def prepare(folders, options):
+    """Returns the sequence-parallel size, and {folder: (tokenizer, documents)}.
+
+    Raises ValueError or FileNotFoundError for whatever this evaluation cannot use.
+    """
+    train.complete_constants()
+    train.check_constants()
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    attention_kernel(train.ATTENTION, device_type, getattr(torch, train.DTYPE))
+    world = parallel.world_size()
+    sp = train.SEQUENCE_PARALLEL_SIZE or choose_sp(world, folders)
+    for folder in folders:
+        config = convert.load_config(folder)
+        parallel.check(world, 1, sp, config.num_attention_heads, config.num_key_value_heads)
+    train.make_folder("CACHE_DIR", train.CACHE_DIR)
+    train.make_folder("OUT", options.out)
+
+    texts = {}
+    lengths = parse_lengths(options.lengths)
+    for folder in folders:
+        tokenizer = data.open_tokenizer(folder)
+        for task in options.tasks.split(","):  # the questions may not fit in the shortest rows
+            depths = np.linspace(0, 1, options.depths)
+            tasks.make_example(task, min(lengths), depths, tokenizer, train.SEED, 0)
+        documents = []
+        if options.documents > 0:
+            documents = read_documents(folder, tokenizer, max(lengths), options)
+        texts[folder] = (tokenizer, documents)
+    return sp, texts
 
 
 def choose_sp(world, folders):
@@ -381,28 +443,34 @@ def choose_sp(world, folders):
 
 
 def main(folders, options):
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    sp = options.sequence_parallel_size or choose_sp(world, folders)
-    for folder in folders:
-        config = convert.load_config(folder)
-        parallel.check(world, 1, sp, config.num_attention_heads, config.num_key_value_heads)
-    grid = parallel.init(1, sp)
+    # What cannot be used is refused before a process waits for another.
+    sp, texts = prepare(folders, options)
+    settings = options._asdict()
+    settings.update({name: getattr(train, name) for name in CONSTANTS})
+    grid = parallel.init(1, sp, {**settings, "FOLDERs": folders, "the sequence-parallel size": sp})
     results = {}
     for folder in folders:
-        train.print_once(grid, f"{folder} on {world} ranks, {sp} of which share a row")
+        train.print_once(grid, f"{folder} on {grid.world} ranks, {sp} of which share a row")
         with train.timed(grid, folder):
-            results[folder] = evaluate(folder, grid, options)
+            results[folder] = evaluate(folder, *texts[folder], grid, options)
     if grid.rank == 0:
         summaries = summarize(results)
         out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        written = {"options": options._asdict(), "folders": summaries}
+        written = {"options": settings, "folders": summaries}
         (out / "evaluation.json").write_text(json.dumps(written, indent=1))
         draw(summaries, options, out / "evaluation.png")
         for folder, summary in summaries.items():
             print(describe(folder, summary))
     parallel.close()
     return results
+
+
+def print_help():
+    """Print the usage, and the options with their comments as they stand in this file."""
+    source = Path(__file__).read_text()
+    begin = source.index("class Options")
+    end = source.index("# The least and the largest")
+    print(f"{__doc__}\n{source[begin:end].rstrip()}")
 
 
 def describe(folder, summary):
@@ -513,7 +581,10 @@ def short_number(length):
 
 
 if __name__ == "__main__":
-    folders, options = parse_arguments(sys.argv[1:])
-    if not folders:
-        sys.exit(__doc__)
-    main(folders, options)
+    if "--help" in sys.argv:
+        print_help()
+        sys.exit()
+    try:
+        main(*parse_arguments(sys.argv[1:]))
+    except Exception as error:
+        train.report(error)

@@ -226,8 +226,9 @@ def main(arguments):
 
 if __name__ == "__main__":
     if len(sys.argv) == 1 or "--help" in sys.argv:
-        sys.exit(__doc__)
+        print(__doc__)
+        sys.exit()
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    except Exception as error:
+        train.report(error)

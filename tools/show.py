@@ -78,13 +78,20 @@ def draw_lengths(lengths):
     pyplot.close()
 
 
+def read_rows(text):
+    """"0,5" -> [0, 5]. Raises ValueError for anything else."""
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"SHOW={text} are not numbers of rows: use values like 0 or 0,5.")
+    return [int(number) for number in numbers]
+
+
 def main(arguments):
     shown = []
     settings = []
     for argument in arguments:
         if argument.startswith("SHOW="):
-            numbers = argument.removeprefix("SHOW=").split(",")
-            shown += [int(number) for number in numbers]
+            shown += read_rows(argument.removeprefix("SHOW="))
         elif argument != "--lengths":
             settings.append(argument)
     train.override(settings)
@@ -101,4 +108,10 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
+    try:
+        main(sys.argv[1:])
+    except Exception as error:
+        train.report(error)
