@@ -194,6 +194,9 @@ def _config(source):
 
 def _architecture(source):
     """config.json as a dict -> the key of FAMILIES. ValueError if there is none."""
+    if "RUN_DIR" in source:  # train.py writes a config.json, too
+        raise ValueError("these are the constants of a run: the trained model is in the folder hf "
+                         "beside this file, use that")
     if source.get("architectures"):
         architecture = source["architectures"][0]
     else:
@@ -953,4 +956,7 @@ def _write_demo_tokenizer(folder, texts, vocab_size):
 if __name__ == "__main__":
     if len(sys.argv) not in (3, 4) or not Path(sys.argv[1]).is_dir():
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))

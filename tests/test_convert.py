@@ -1356,6 +1356,7 @@ CONFIG_FAULTS = [  # changes of config.json, and the message
     ({"qk_norm": True}, "qk_norm True changes"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 changes"),
     ({"num_local_experts": 8}, "num_local_experts"),
+    ({"RUN_DIR": "runs/chat"}, "the constants of a run: the trained model is in the folder hf"),
     ({"sliding_window": 4096}, "sliding_window 4096 changes"),
     ({"residual_multiplier": 0.22}, "residual_multiplier"),
     ({"rope_interleaved": True}, "rope_interleaved"),

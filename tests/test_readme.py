@@ -91,7 +91,8 @@ def smaller(argument):
 @pytest.fixture
 def folder(tmp_path, hf_folder, tokenizer_files):
     """A folder with the models and the data that the recipes name."""
-    contexts = {"Llama-3.1-8B": 131072, "Llama-3-8B": 8192, "Qwen2.5-7B-Instruct": 32768}
+    contexts = {"Llama-3.1-8B": 131072, "Llama-3-8B": 8192, "Qwen2.5-7B-Instruct": 32768,
+                "SmolLM2-135M": 8192}
     for name, positions in contexts.items():
         model_type = "qwen2" if name.startswith("Qwen") else "llama"
         model, _ = hf_folder(model_type, f"models/{name}", vocab_size=260, eos_token_id=0,
@@ -168,9 +169,10 @@ SHORT = ["MAX_STEPS=2", "DTYPE=float32"]
 
 
 def evaluate_folders(home, ranks, arguments):
-    """Run tools/evaluate.py on folders of which the second is the model before it was trained."""
+    """Run tools/evaluate.py on folders of which the second is like the first."""
     folders = [argument for argument in arguments if "=" not in argument]
-    shutil.copytree(home / folders[0], home / folders[1])
+    for trained in folders[1:]:
+        shutil.copytree(home / folders[0], home / trained)
     short = ["DEPTHS=2", "SAMPLES=1", "DOCUMENTS=1", "TASKS=needle"]
     arguments = [smaller(argument) if "=" in argument else argument for argument in arguments]
     on_ranks(ranks, run_evaluation, home, [*arguments, *short], tmp_path=home)
@@ -353,7 +355,8 @@ def test_names_in_capitals_are_constants():
     for block in RECIPES:
         names |= set(re.findall(r"\b([A-Z_]+)=", block))
     # of the shell, of libraries, and of tools
-    others = {"HEAD", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "HOST_MEMORY", "LENGTHS", "SHOW"}
+    others = {"HEAD", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "HOST_MEMORY", "LENGTHS", "SAMPLES",
+              "DOCUMENTS", "SHOW"}
     assert names - others <= set(train.CONSTANTS)
 
 
