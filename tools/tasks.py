@@ -21,6 +21,7 @@ depths. Their order is random. Questions after the first also show how an answer
 import json
 import math
 import operator
+import os
 import sys
 from collections import defaultdict
 from typing import NamedTuple
@@ -260,8 +261,13 @@ def without_evidence(example, tokenizer, seed):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (5, 6):
+    numbers = sys.argv[3:]
+    are_numbers = all(number.isdecimal() for number in numbers)
+    if len(numbers) not in (2, 3) or not are_numbers or not os.path.isdir(sys.argv[1]):
         sys.exit(__doc__)
-    folder, path, *given = sys.argv[1:]
-    length, n, seed = [int(number) for number in [*given, 1][:3]]
-    write_documents(folder, path, length, n, seed)
+    folder, path = sys.argv[1:3]
+    length, n, seed = [int(number) for number in [*numbers, 1][:3]]
+    try:
+        write_documents(folder, path, length, n, seed)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
