@@ -431,6 +431,14 @@ def test_loss_by_position():
     assert evaluate.loss_by_position(losses) == {"0-1k": 2.0, "1k-2k": 4.0, "2k-4k": 6.0}
 
 
+def test_what_has_no_longppl_says_why():
+    summary = {"scores": [], "loss_by_position": {"0-1k": 2.0}}
+    assert evaluate.describe("a", summary) == (
+        "a\n  loss  0-1k 2.0000\n  LongPPL: no key tokens, or LENGTHS of 4,096 tokens at most")
+    summary.update(longppl=1.5, key_tokens=1000)
+    assert evaluate.describe("a", summary).endswith("  LongPPL 1.500 over 1,000 key tokens")
+
+
 def test_longppl_is_over_the_key_tokens_of_the_last_folder():
     def result(losses, document):
         return {"questions": [], "documents": np.array([document]), "losses": np.array([losses]),

@@ -85,7 +85,6 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or "--help" in sys.argv:
         sys.exit(__doc__)
     try:
-        mismatch = check(sys.argv[1])
+        sys.exit(1 if check(sys.argv[1]) else 0)
     except Exception as error:
         train.report(error)
-    sys.exit(1 if mismatch else 0)

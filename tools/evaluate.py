@@ -70,6 +70,7 @@ SHORT_CONTEXT = 4096    # tokens that are seen at least, if not the whole contex
 STRIDE = 1024           # tokens that are scored in each window of SHORT_CONTEXT + STRIDE tokens
 MIN_GAIN = 2.0          # of a key token: loss with the short context minus loss with the whole
 MAX_LOSS = 2.0          # of a key token with the whole context
+NO_LONGPPL = f"no key tokens, or LENGTHS of {SHORT_CONTEXT:,} tokens at most"
 
 MLP_CHUNK = 2**15       # tokens per pass through an MLP, so that rows of 1M tokens fit
 
@@ -481,9 +482,11 @@ def describe(folder, summary):
     if "loss_by_position" in summary:
         losses = summary["loss_by_position"].items()
         lines.append("  loss  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses))
-    if summary.get("longppl"):
-        lines.append(
-            f"  LongPPL {summary['longppl']:.3f} over {summary['key_tokens']:,} key tokens")
+        if summary.get("longppl") is None:
+            lines.append(f"  LongPPL: {NO_LONGPPL}")
+        else:
+            lines.append(
+                f"  LongPPL {summary['longppl']:.3f} over {summary['key_tokens']:,} key tokens")
     return "\n".join(lines)
 
 
@@ -557,8 +560,8 @@ def draw_curves(positions, evidence, longppl, summaries):
         longppl.set_xticks(range(len(names)), names, fontsize=8)
     else:
         longppl.set(xticks=[], yticks=[])
-        longppl.text(0.5, 0.5, f"no key tokens, or no more\nthan {SHORT_CONTEXT} tokens",
-                     ha="center", va="center", transform=longppl.transAxes)
+        longppl.text(0.5, 0.5, NO_LONGPPL, ha="center", va="center", fontsize=8,
+                     transform=longppl.transAxes)
     for axes in (positions, evidence):
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=8)
