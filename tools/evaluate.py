@@ -104,10 +104,11 @@ def score_rows(model, rows, grid, description):
     """Returns the Score of each row. Data-parallel groups score different rows."""
     scores = {}
     rounds = range(train.ceil_div(len(rows), grid.dp))
-    for i in parallel.progress(rounds, description):
-        # All ranks take part in all forwards, because weights are gathered in them.
-        index = min(i * grid.dp + grid.dp_rank, len(rows) - 1)
-        scores[index] = score_row(model, rows[index], grid)
+    with train.timed(grid, f"{description}, {len(rows)} rows"):
+        for i in parallel.progress(rounds, description):
+            # All ranks take part in all forwards, because weights are gathered in them.
+            index = min(i * grid.dp + grid.dp_rank, len(rows) - 1)
+            scores[index] = score_row(model, rows[index], grid)
 
     def mine():
         return scores if grid.sp_rank == 0 else {}
