@@ -78,7 +78,7 @@ def draw_lengths(lengths):
     pyplot.close()
 
 
-def read_rows(text):
+def parse_rows(text):
     """"0,5" -> [0, 5]. Raises ValueError for anything else."""
     numbers = text.split(",")
     if not all(number.isdecimal() for number in numbers):
@@ -91,7 +91,7 @@ def main(arguments):
     settings = []
     for argument in arguments:
         if argument.startswith("SHOW="):
-            shown += read_rows(argument.removeprefix("SHOW="))
+            shown += parse_rows(argument.removeprefix("SHOW="))
         elif argument != "--lengths":
             settings.append(argument)
     train.override(settings)
