@@ -9,8 +9,8 @@ Letters in shapes, for one rank:
 Precision: matrix products, attention and the residual stream run in the dtype of the weights,
 bfloat16 in training. The statistics of the norms, the rotation of q and k, the softmax and the loss
 are float32, because their sums and exponentials lose too much in bfloat16. RoPE angles are computed
-in float64: near position one million a float32 angle is up to 0.03 radians off. FSDP2 keeps the
-master weights in float32 (parallel.py).
+in float64: near position one million a float32 angle is up to 0.03 radians off. The master weights
+are float32 (parallel.py, one_rank.py).
 """
 import functools
 import importlib
@@ -841,13 +841,13 @@ def loss_and_gradient(logits, labels, weights):
     return loss, gradient.to(logits.dtype)
 
 
-def scale(tensor, factor):
+def multiply_(tensor, factor):
     """Multiply a tensor by a scalar tensor, which may have another dtype, in place."""
     tensor.mul_(factor)
 
 
 compiled_loss_and_gradient = torch.compile(loss_and_gradient)
-compiled_scale = torch.compile(scale)
+compiled_multiply = torch.compile(multiply_)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -864,9 +864,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         grad_x = None
         grad_head = None
+        one_chunk = len(x) <= execution.loss_chunk
         if needs_gradient:
             grad_x = torch.empty_like(x)
-        one_chunk = len(x) <= execution.loss_chunk
+            if not one_chunk:
+                grad_head = torch.zeros_like(head, dtype=torch.float32)
         for start in range(0, len(x), execution.loss_chunk):
             chunk = slice(start, start + execution.loss_chunk)
             logits = x[chunk] @ head.T                                          # (c, V)
@@ -874,11 +876,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss += chunk_loss
             if needs_gradient:
                 grad_x[chunk] = grad_logits @ head                              # (c, C)
-                product = grad_logits.T @ x[chunk]                              # (V, C)
-                if grad_head is None:
-                    grad_head = product if one_chunk else product.float()
+                if one_chunk:
+                    grad_head = grad_logits.T @ x                               # (V, C)
                 else:
-                    grad_head += product
+                    grad_head += grad_logits.T @ x[chunk]
         ctx.save_for_backward(grad_x, grad_head)
         ctx.compile = execution.compile
         return loss
@@ -886,7 +887,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_head = ctx.saved_tensors
-        multiply = compiled_scale if ctx.compile else scale
+        multiply = compiled_multiply if ctx.compile else multiply_
         multiply(grad_x, grad_loss)
         multiply(grad_head, grad_loss)
         return grad_x, grad_head, None, None, None, None
