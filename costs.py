@@ -40,7 +40,8 @@ NETWORK = 40e9              # bytes/s of a GPU to another host (400 Gbit/s, less
 HOST_BANDWIDTH = 20e9       # bytes/s of CPU memory for each rank, when AdamW runs on the CPU
 ALIKE = 1.02                # steps that differ by less are as good: the simplest settings win
 ADAMW_STATES = 3 * 4        # bytes a parameter: float32 weight and two moments
-ADAMW_TRAFFIC = 32          # bytes a parameter: 16 read, 12 written, and 4 read for the norm
+ADAMW_TRAFFIC = 32          # bytes a parameter: 16 read, 12 written, and 4 read for the norm. With
+                            # one_rank.py 14 or 16 read, 14 written, 2 or 4 for the norm
 STEP_OVERHEAD = 0.01        # seconds of a step in which the GPU waits for the CPU
 PROCESS = 2 * 2**30         # bytes of CPU memory of a process that offloads nothing
 KEEP_INPUTS = ("all", "pairs")  # values of RECOMPUTE with which the attention kernels run again
@@ -284,9 +285,9 @@ def gathered_together(execution):
     return 2 if execution.recompute == "pairs" else 1
 
 
-def casts_weights(ranks, zero_stage, offload_optimizer):
-    """-> whether one_rank.py casts the weights to bfloat16, instead of FSDP2. The copies stay in
-    memory, so it does not where weights are to be freed (ZeRO 3), or updated on the CPU."""
+def does_without_fsdp(ranks, zero_stage, offload_optimizer):
+    """-> whether one_rank.py casts the weights, instead of FSDP2. ZeRO 3 and offload_optimizer need
+    FSDP2, because the copies stay on the GPU."""
     return ranks == 1 and zero_stage < 3 and not offload_optimizer
 
 
@@ -299,17 +300,16 @@ def gathered_weights(blocks, config, ranks):
 
 
 def gradient_bytes(work, zero_stage, offload_optimizer):
-    """-> bytes of a gradient on a GPU, of which each rank has its part: bfloat16 if nothing is added
-    to it, else float32."""
+    """-> bytes of a gradient on a GPU, of which each rank has its part. It is bfloat16 where FSDP2
+    does not cast it and no other is added."""
     if offload_optimizer:
         return 0
-    added = work.accumulate > 1 or not casts_weights(work.ranks, zero_stage, offload_optimizer)
-    return 4 if added else 2
+    uncast = does_without_fsdp(work.ranks, zero_stage, offload_optimizer)
+    return 2 if uncast and work.accumulate == 1 else 4
 
 
 def gradients_of_earlier(config, work, zero_stage, offload_optimizer):
-    """-> bytes of the gradients of the micro-batches before this one, which ZeRO 1 does not reduce.
-    """
+    """-> bytes of the gradients of earlier micro-batches, which ZeRO 1 does not reduce."""
     if work.accumulate == 1:
         return 0
     if zero_stage == 1:
@@ -351,7 +351,7 @@ def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer)
     gathered = L
     if zero_stage == 3:
         gathered = min(i + 1, 2 * gathered_together(execution))
-    elif work.accumulate == 1 and not casts_weights(work.ranks, zero_stage, offload_optimizer):
+    elif work.accumulate == 1 and not does_without_fsdp(work.ranks, zero_stage, offload_optimizer):
         gathered = i + 1
 
     # Those of the head and of this block are bfloat16 and not yet reduced.
@@ -374,9 +374,11 @@ def end_of_backward(config, work, zero_stage, offload_optimizer):
     size = gradient_bytes(work, zero_stage, offload_optimizer)
     step = size * total_parameters(config) / work.ranks
     weights = 0
-    if casts_weights(work.ranks, zero_stage, offload_optimizer):
+    added = 4
+    if does_without_fsdp(work.ranks, zero_stage, offload_optimizer):
         weights = gathered_weights(L, config, work.ranks)
-    return Moment(weights=weights, gradients=max(earlier, step) + max(size, 2) * embeddings)
+        added = size
+    return Moment(weights=weights, gradients=max(earlier, step) + added * embeddings)
 
 
 def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
@@ -498,15 +500,18 @@ def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
 
     compute: seconds of a micro-batch that hide a part of it."""
     parameters = total_parameters(config)
+    if does_without_fsdp(work.ranks, zero_stage, offload_optimizer):
+        if work.accumulate == 1:
+            return 0
+        # The gradients of a second micro-batch make those of the first float32 (reads 2 bytes,
+        # writes 4). Like those of later ones, they are added (reads 4 and 2, writes 4).
+        return (6 + 10 * (work.accumulate - 1)) * parameters / gpu.bandwidth
     n_gathers = 2 * work.accumulate if zero_stage == 3 else 1
     n_reductions = 1 if zero_stage == 1 else work.accumulate
     moved = (2 * n_gathers + 4 * n_reductions) * parameters
     transfer = moved * (work.ranks - 1) / work.ranks / link_of(gpu, work.ranks)
     # About half of it is hidden; all of it is not where it takes longer than the computing.
     seconds = max(transfer / 2, transfer - work.accumulate * compute)
-    if casts_weights(work.ranks, zero_stage, offload_optimizer):
-        # Gradients of micro-batches after the first are added (reads 2 and 4 bytes, writes 4).
-        return 10 * (work.accumulate - 1) * parameters / gpu.bandwidth
     # Copies: the cast (reads 4 bytes, writes 2), into the parameters (2, 2), gradients to float32
     # (2, 4) and their reduction (4, 4).
     seconds += (10 * n_gathers + 14 * n_reductions) * parameters / gpu.bandwidth

@@ -1,12 +1,12 @@
 """Mixed precision where one rank holds the whole model, without FSDP2: cast weights and AdamW.
 
-FSDP2 casts all weights before a step and all gradients after it. With other ranks this is a part
-of gathering and reducing them. On one rank it is 30 bytes of memory traffic for each parameter, as
-much as AdamW itself. Here AdamW reads the gradients as backward has left them, and casts each
-weight while it updates it.
+FSDP2 casts all weights before a step and all gradients after it. On several ranks, these casts are
+part of gathering and reducing. On one rank they are all that it does: 24 bytes of memory traffic for
+each parameter, nearly as much as AdamW. Here AdamW reads the gradients as backward has left them,
+and casts each weight while it updates it.
 
     forward, backward       copies of the weights in bfloat16, and their gradients
-    AdamW                   reads and writes float32 weights and moments, and the copies
+    AdamW                   reads and writes float32 weights and moments, and writes the copies
     saving, export          float32 weights
 """
 import functools
@@ -16,16 +16,20 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
+# Compiled kernels move 16 bytes at once where the length of rows is a constant that allows it.
+WIDTH = 1024
+
 
 class CastWeights:
     """Copies of a model's float32 parameters in `dtype`, which forward and backward use.
 
-    From a forward on, the modules hold the copies. After backward, and after `free`, they hold the
-    parameters, which have the gradients. These are in `dtype` after one backward, and float32 sums
-    after several."""
+    During forward and backward the modules hold the copies, otherwise the parameters. Gradients are
+    in `dtype` after one backward, and summed in float32 after several. AdamW keeps the copies equal
+    to the parameters. Whatever else changes these has to call `free` before."""
 
-    def __init__(self, model, dtype):
+    def __init__(self, model, dtype, compiled=False):
         self.dtype = dtype
+        self.compiled = compiled
         self.copies = {}    # parameter: its copy; empty before the first forward and after `free`
         self.places = []    # (module, name, parameter)
         for module in model.modules():
@@ -33,7 +37,7 @@ class CastWeights:
                 parameter.grad_dtype = None     # it may have gradients of another dtype
                 self.places.append((module, name, parameter))
         model.register_forward_pre_hook(self.insert)
-        model.register_forward_hook(self.restore_after_backward)
+        model.register_forward_hook(self.restore_when_backward_ends)
 
     def insert(self, *_):
         """Let the modules hold the copies."""
@@ -48,18 +52,28 @@ class CastWeights:
             setattr(module, name, parameter)
 
     def free(self):
-        """Restore the parameters and free the copies: something else may change the parameters."""
+        """Restore the parameters, and free the copies, which the next forward makes again."""
         self.restore()
         self.copies.clear()
 
     def cast(self, parameter):
         """-> the copy of a parameter, whose gradient will be the parameter's."""
         copy = nn.Parameter(parameter.detach().to(self.dtype))
-        copy.register_post_accumulate_grad_hook(functools.partial(pass_gradient, parameter))
+        copy.register_post_accumulate_grad_hook(functools.partial(self.pass_gradient, parameter))
         return copy
 
-    def restore_after_backward(self, model, args, output):
-        """Called after forward: without a backward, the copies stay until `free`."""
+    def pass_gradient(self, parameter, copy):
+        """Give the gradient of a copy to its parameter. Further ones are added in float32."""
+        if parameter.grad is None:
+            parameter.grad = copy.grad
+        else:
+            parameter.grad = parameter.grad.float()
+            add = compiled_add if self.compiled else add_
+            add(as_rows(parameter.grad), as_rows(copy.grad))
+        copy.grad = None
+
+    def restore_when_backward_ends(self, model, args, output):
+        """Called after forward. Without a backward, the copies stay until `free`."""
         def restore_at_end(grad):
             Variable._execution_engine.queue_callback(self.restore)
 
@@ -67,38 +81,33 @@ class CastWeights:
             output.register_hook(restore_at_end)    # called at the beginning of backward
 
 
-def pass_gradient(parameter, copy):
-    """Add the gradient of a copy to that of its parameter: in float32, if there is one already."""
-    if parameter.grad is None:
-        parameter.grad = copy.grad
-    elif parameter.grad.dtype == copy.dtype:
-        parameter.grad = parameter.grad.float().add_(copy.grad)
-    else:
-        parameter.grad.add_(copy.grad)
-    copy.grad = None
-
-
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which can clip the gradients, and which writes the copies of CastWeights, too.
+    """torch's AdamW, whose step can scale the gradients, and writes the copies of CastWeights.
 
     cast_weights: None where FSDP2 casts the weights."""
 
-    def __init__(self, groups, lr, betas, cast_weights=None, compiled=False):
+    def __init__(self, groups, lr, betas, cast_weights=None):
         super().__init__(groups, lr=lr, betas=betas, fused=True)
         self.cast_weights = cast_weights
-        self.update = compiled_update if compiled else update
 
     @torch.no_grad()
-    def step_with(self, factor):
+    def scaled_step(self, factor):
         """Update the weights as step() does, with all gradients times `factor`."""
-        if self.cast_weights is None:
-            if factor != 1:
-                torch._foreach_mul_(self.gradients(), factor)   # few kernels for all
-            self.step()
+        if self.cast_weights is not None:
+            self.step_and_cast(factor)
             return
+        if factor != 1:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, factor)  # few kernels for all
+        self.step()
+
+    def step_and_cast(self, factor):
+        """The step for the parameters of CastWeights, in one pass over each."""
         steps = [state["step"] for state in self.state.values()]
         torch._foreach_add_(steps, 1)
         step = steps[0].item()
+        update = compiled_update if self.cast_weights.compiled else update_
         for group in self.param_groups:
             coefficients = torch.tensor(
                 update_coefficients(group, step, factor), device=steps[0].device)
@@ -108,29 +117,31 @@ class AdamW(torch.optim.AdamW):
                 copy = self.cast_weights.copies[parameter]
                 state = self.state[parameter]
                 tensors = (parameter, copy, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                # Compiled code moves 16 bytes at once where it knows that rows allow it. One
-                # function then serves all parameters but the first, whatever their shapes.
-                width = math.gcd(parameter.numel(), 1024)
-                rows = [x.detach().view(-1, width) for x in tensors]
-                self.update(*rows, coefficients)
+                update(*map(as_rows, tensors), coefficients)
 
 
-    def gradients(self):
-        """-> the gradients of all parameters that have one."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        return [p.grad for p in parameters if p.grad is not None]
+def as_rows(tensor):
+    """-> a view of a tensor with rows of WIDTH, or of the largest number that divides both.
+
+    So one compiled kernel, for any number of rows, serves parameters of nearly all shapes."""
+    return tensor.detach().view(-1, math.gcd(tensor.numel(), WIDTH))
+
+
+def add_(total, gradient):
+    """Add a gradient to a total, which may have another dtype, in place."""
+    total.add_(gradient)
 
 
 def update_coefficients(group, step, factor):
-    """-> the numbers of an update that depend on the step, as `update` takes them."""
+    """-> the numbers of an update that depend on the step, as `update_` takes them."""
     beta1, beta2 = group["betas"]
     correction1 = 1 - beta1 ** step
     correction2 = 1 - beta2 ** step
-    return [factor, beta1, beta2, 1 - group["lr"] * group["weight_decay"],
+    return [factor, beta1, beta2, group["lr"] * group["weight_decay"],
             group["lr"] / correction1, math.sqrt(correction2), group["eps"]]
 
 
-def update(weight, copy, gradient, mean, square, coefficients):
+def update_(weight, copy, gradient, mean, square, coefficients):
     """One step of AdamW (arXiv 1711.05101), in place, for tensors of one shape.
 
     weight, mean and square, the moments of the gradient, are float32. copy and gradient may have
@@ -140,8 +151,10 @@ def update(weight, copy, gradient, mean, square, coefficients):
     mean.lerp_(gradient, 1 - beta1)
     square.mul_(beta2).add_(gradient * gradient * (1 - beta2))
     denominator = square.sqrt() / root_correction2 + eps
-    weight.mul_(decay).sub_(rate * mean / denominator)
+    # As one difference: a factor of 1 - decay would round a decay of 1e-7 to a multiple of 6e-8.
+    weight.sub_(decay * weight + rate * mean / denominator)
     copy.copy_(weight)
 
 
-compiled_update = torch.compile(update)
+compiled_add = torch.compile(add_)
+compiled_update = torch.compile(update_)

@@ -42,7 +42,7 @@ from torch.distributed.fsdp import (
 )
 from tqdm import tqdm
 
-from costs import casts_weights
+from costs import does_without_fsdp
 from one_rank import CastWeights
 from recompute import pin
 
@@ -524,11 +524,11 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
 
     blocks: modules, or lists of them, whose weights are gathered together.
     Gradients are reduced in float32, and summed instead of averaged: the loss is already divided
-    by the weights of all targets of the step. On one rank FSDP2 would only cast, see one_rank.py;
-    there it is used for what it can do besides, to free weights between their uses."""
-    if dtype != torch.float32 and casts_weights(grid.world, zero_stage, offload_optimizer):
+    by the weights of all targets of the step. On one rank FSDP2 is used only to free weights
+    between their uses (ZeRO 3, offload_optimizer), and where nothing is cast; else CastWeights."""
+    if dtype != torch.float32 and does_without_fsdp(grid.world, zero_stage, offload_optimizer):
         model.to_empty(device=grid.device)
-        model.cast_weights = CastWeights(model, dtype)
+        model.cast_weights = CastWeights(model, dtype, compiled=model.execution.compile)
         return
     # cast_forward_inputs is off because cos, sin and the weights of the targets stay in float32.
     precision = MixedPrecisionPolicy(
@@ -584,18 +584,18 @@ def free_gathered(model):
 def grad_norm(parameters):
     """-> the norm of all gradients over all ranks, a float64 scalar on their device.
 
-    On a CPU it is put together from the norms of rows, because there torch's float32 norm of a whole
-    matrix loses digits: 2e-3 of it with 28 million elements, against 1e-7 with one row."""
+    On a CPU it is put together from the norms of rows, because there torch's float32 norm of a
+    whole matrix loses digits: 2e-3 of it with 28 million elements, against 1e-7 with one row."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    locals_ = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-    norms = [torch.zeros(1, device=locals_[0].device)]  # a rank may have no rows
-    if locals_[0].is_cuda:
-        matrices = [x for x in locals_ if x.numel() > 0]
-        norms += [x[None] for x in torch._foreach_norm(matrices, dtype=torch.float32)]
+    shards = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
+    if shards[0].is_cuda:
+        norms = torch._foreach_norm(shards, dtype=torch.float32)                # few kernels
     else:
-        norms += [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).reshape(-1)
-                  for x in locals_]
-    square = torch.cat(norms).double().square().sum()
+        norms = []
+        for x in shards:
+            row_norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+            norms.append(row_norms.reshape(-1))
+    square = torch.cat([x.reshape(-1) for x in norms]).double().square().sum()
 
     if hasattr(grads[0], "device_mesh"):
         mesh = grads[0].device_mesh
@@ -620,13 +620,16 @@ def local_rows(parameter):
 
 # ------------------------------------------------------------------------------------- checkpoints
 
+# The checksums in torch's files take as long as writing them. The manifest has hashes instead.
+torch.serialization.set_crc32_options(False)
+
 STEP = "step-" + 8 * "[0-9]"    # names of published checkpoints; nothing else is touched
 CHECKPOINT_BYTES = 12           # per parameter: a float32 weight and two float32 moments
 PINNED_BYTES = 2**20            # smaller tensors are not worth pinning
 # A thread that saves needs Python's lock for each of many short calls. The main thread would keep
 # it for the default of 5 ms each time, and longer while it waits to queue another kernel.
 SWITCH_SECONDS = 1e-4
-HASHED_BYTES = 2**26            # that are read at a time, for the same reason
+HASHED_BYTES = 2**26            # of a file per read while hashing, for the same reason
 CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what the container of a process may use
 
 
@@ -653,8 +656,6 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
         partial.mkdir(parents=True)
 
     def write():
-        # The checksums in torch's files take as long as writing. The manifest has hashes instead.
-        torch.serialization.set_crc32_options(False)
         dcp.save(state, checkpoint_id=partial, process_group=group)
         written = list(partial.glob(f"__{rank}_*"))
         if rank == 0:
@@ -748,14 +749,14 @@ class Saver:
             torch.cuda.synchronize()
 
         def write():
-            usual = sys.getswitchinterval()
+            interval = sys.getswitchinterval()
             sys.setswitchinterval(SWITCH_SECONDS)
             try:
                 write_checkpoint(self.root, step, state, self.notes, keep, self.group)
             except BaseException as e:
                 self.error = e
             finally:
-                sys.setswitchinterval(usual)
+                sys.setswitchinterval(interval)
 
         self.thread = threading.Thread(target=write, daemon=True)
         self.thread.start()

@@ -756,9 +756,7 @@ def build_optimizer(model):
         {"params": decayed, "weight_decay": WEIGHT_DECAY},
         {"params": others, "weight_decay": 0.0},
     ]
-    compiled = COMPILE and torch.cuda.is_available()
-    cast_weights = parallel.cast_weights_of(model)
-    optimizer = AdamW(groups, LEARNING_RATE, BETAS, cast_weights, compiled)
+    optimizer = AdamW(groups, LEARNING_RATE, BETAS, parallel.cast_weights_of(model))
     # AdamW would allocate its states at the end of the first step, in the gaps that the activations
     # have left. The second step could then run out of memory, though the first did not.
     trained = [] if MAX_STEPS == 0 else decayed + others
@@ -1241,7 +1239,7 @@ def update(optimizer, lr, grad_norm, skip):
     if 0 < MAX_GRAD_NORM < grad_norm:
         factor = MAX_GRAD_NORM / grad_norm
     if not skip:
-        optimizer.step_with(factor)
+        optimizer.scaled_step(factor)
     optimizer.zero_grad()
 
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -51,6 +52,16 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def has_environment(result):
+    """Returns whether a run recorded its code. The oldest did not."""
+    return "env" in result
+
+
+def has_no_note(result):
+    """Returns whether nothing that matters to a run has changed since."""
+    return "note" not in result
+
+
 def load_results():
     """Returns one result for all runs that differ in MAX_STEPS only, by GPUs, shape and length.
 
@@ -64,10 +75,9 @@ def load_results():
 
     results = []
     for runs in runs_of.values():
-        # Runs without "env", and those with a note of what has changed since, are of earlier code.
-        # They count only where there is no other.
-        for field, of_earlier_code in (("env", False), ("note", True)):
-            recent = [result for result in runs if (field in result) != of_earlier_code]
+        # Runs of earlier code count only where there is no other.
+        for is_recent in (has_environment, has_no_note):
+            recent = [result for result in runs if is_recent(result)]
             if recent:
                 runs = recent
         runs = sorted(runs, key=lambda result: result["mfu"])
@@ -198,8 +208,8 @@ def draw_panel(axes, shape, gpus, ours, others):
     axes.plot(lengths, roof_percent, "k--", marker="_", label="roof: kernels alone")
     axes.plot(lengths, percent, "C0", marker="o", label="longspan")
 
-    background = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-    above = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "bbox": background}
+    above = {"textcoords": "offset points", "ha": "center", "fontsize": 8,
+             "path_effects": [withStroke(linewidth=2, foreground="white")]}
     for length, result in ours.items():
         mfu = 100 * result["mfu"]
         note = f"{mfu:.1f}"
@@ -218,6 +228,7 @@ def draw_panel(axes, shape, gpus, ours, others):
     axes.set(title=title, xscale="log", xlabel="tokens of a row, one document", ylim=(0, 70))
     axes.set_xticks(sorted(ticks), [format_length(length) for length in sorted(ticks)])
     axes.minorticks_off()
+    axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize=8)
 

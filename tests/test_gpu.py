@@ -176,6 +176,16 @@ def test_training_agrees(tmp_path):
             f"{settings}: {found.tolist()}, in float32 {truth.tolist()}")
 
 
+def test_one_row_a_step_agrees_with_fsdp(tmp_path):
+    """Then AdamW reads gradients in bfloat16, and no others are added to them."""
+    one_row = "GLOBAL_BATCH_SIZE=1"
+    truth = losses_and_norms(tmp_path, "float32", one_row, "DTYPE=float32")
+    fsdp = losses_and_norms(tmp_path, "fsdp", one_row, "ZERO_STAGE=3")
+    found = losses_and_norms(tmp_path, "cast", one_row)
+    largest_error = (fsdp - truth).abs().max(0).values
+    assert ((found - truth).abs() <= 2 * largest_error + 2e-3 * truth.abs().max(0).values).all()
+
+
 # ------------------------------------------------------------------------------- faults of real runs
 
 # train.py, after the code that breaks something or shortens a time.

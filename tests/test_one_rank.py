@@ -42,7 +42,7 @@ def test_update_is_adamw():
         gradients = [torch.randn(s, generator=generator).bfloat16() for s in shapes]
         for parameter, gradient in zip(model, gradients):
             parameter.grad = gradient
-        ours.step_with(factor)
+        ours.scaled_step(factor)
         adamw_step(of_truth, truth, gradients, factor)
         adamw_step(of_plain, plain, gradients, factor)
 
@@ -54,6 +54,21 @@ def test_update_is_adamw():
             assert_close(ours.state[parameter][name].double(), of_truth.state[expected][name], name,
                          rtol=1e-6, atol=1e-7)
         assert ours.state[parameter]["step"] == 3
+
+
+def test_a_decay_below_the_rounding_of_one():
+    """A decay of 1e-7 a step, of which a float32 factor 1 - decay would make 1.2e-7."""
+    start = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    weight = start.clone()
+    zeros = torch.zeros_like(weight)
+    group = {"lr": 1e-6, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    for step in range(1, 301):
+        coefficients = torch.tensor(one_rank.update_coefficients(group, step, 1.0))
+        one_rank.update_(weight, weight.bfloat16(), zeros, zeros.clone(), zeros.clone(),
+                         coefficients)
+    decayed = start.double().abs().sum() - weight.double().abs().sum()
+    exact = start.double().abs().sum() * (1 - (1 - 1e-7) ** 300)
+    assert abs(decayed / exact - 1) < 0.08
 
 
 def gradients_of(zero_stage, rows, execution):
@@ -87,6 +102,7 @@ def compare_gradients(n_rows, execution):
 @pytest.mark.parametrize("execution", [
     Execution(recompute="none"),
     Execution(recompute="all_but_attention", mlp_chunk=7, loss_chunk=9),
+    Execution(recompute="all"),
     Execution(recompute="pairs"),
 ], ids=lambda execution: execution.recompute)
 def test_gradients_are_those_of_fsdp(n_rows, execution, tmp_path):
