@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, generated_logits, row, tiny_model
+from conftest import generated_logits, row, tiny_model
 
 import train
 from model import KERNELS, Execution, attention_kernel
@@ -152,15 +152,15 @@ SETTINGS = [
 def test_saves_in_the_background(tmp_path):
     """The third and the fourth save use the memory of the first. A stale copy would train on to
     another loss."""
-    # Attention's backward adds in any order, so gradients are not equal, but losses after a resume.
-    without = losses_and_norms(tmp_path, "without")
-    saved = losses_and_norms(tmp_path, "saved", "SAVE_EVERY=1")
-    assert_close(saved, without, "losses and norms", rtol=2e-3)
+    # Attention's backward adds the parts of long documents in any order, and then is not exact.
+    short = "MAX_LENGTH=64"
+    without = losses_and_norms(tmp_path, "without", short)
+    saved = losses_and_norms(tmp_path, "saved", short, "SAVE_EVERY=1")
+    assert torch.equal(saved, without)
     checkpoints = sorted((tmp_path / "saved" / "checkpoints").iterdir())
     assert [folder.name for folder in checkpoints] == ["step-00000003", "step-00000004"]
-    resumed = losses_and_norms(tmp_path, "resumed", f"RESUME={checkpoints[0]}")
-    assert resumed[0, 0] == saved[3, 0]
-    assert_close(resumed, saved[3:], "loss and norm after the resume", rtol=2e-3)
+    resumed = losses_and_norms(tmp_path, "resumed", short, f"RESUME={checkpoints[0]}")
+    assert torch.equal(resumed, saved[3:])
 
 
 def test_training_agrees(tmp_path):
