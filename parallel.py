@@ -633,6 +633,16 @@ HASHED_BYTES = 2**26            # of a file per read while hashing, for the same
 CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what the container of a process may use
 
 
+def published(root):
+    """-> the folders of all complete checkpoints, the first step first.
+
+    OSError if they cannot be listed, of which Path.glob says nothing: they may be there."""
+    root = Path(root)
+    if not os.path.lexists(root):
+        return []
+    return sorted(root / name for name in os.listdir(root) if re.fullmatch(STEP, name))
+
+
 def save_checkpoint(root, step, model, optimizer, notes, keep):
     """Write root/step-00000100: every rank its shards, then a manifest of sizes, hashes, `notes`.
 
@@ -676,9 +686,8 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
         fsync(partial)
         partial.rename(folder)
         fsync(folder.parent)
-        published = sorted(folder.parent.glob(STEP))
         if keep >= 0:
-            for old in published[:-keep]:
+            for old in published(folder.parent)[:-keep]:
                 # Where the process is killed meanwhile, no half of a checkpoint has its name.
                 leftover = old.with_suffix(".part")
                 old.rename(leftover)
@@ -884,9 +893,6 @@ def find_checkpoint(root, resume):
     rank = dist.get_rank()
     world = dist.get_world_size()
 
-    def published():
-        return sorted(Path(root).glob(STEP), reverse=True)
-
     def inspect(folder):
         try:
             return read_manifest(folder, rank, world), None
@@ -896,7 +902,8 @@ def find_checkpoint(root, resume):
     if resume == "never":
         candidates = []
     elif resume == "auto":
-        candidates = together(f"looking into {root}", published, only=0)[0]
+        found = together(f"looking into {root}", published, root, only=0)[0]
+        candidates = reversed(found)
     else:
         candidates = [Path(resume)]
 

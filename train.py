@@ -972,7 +972,7 @@ def resume(notes, model, optimizer, grid):
     steps_done = 0 if folder is None else manifest["step"]
 
     # A later step would not be saved where a checkpoint of its name exists.
-    published = sorted(checkpoints.glob(parallel.STEP))
+    published = parallel.published(checkpoints)
     newest = published[-1].name if published else "step-00000000"
     if int(newest.removeprefix("step-")) > steps_done:
         raise ValueError(
@@ -1247,7 +1247,7 @@ def stop_if_diverged(step, not_finite):
     """Raise RuntimeError after MAX_SKIPPED_STEPS consecutive steps that were not finite."""
     if not_finite < MAX_SKIPPED_STEPS:
         return
-    checkpoints = sorted((Path(RUN_DIR) / "checkpoints").glob(parallel.STEP))
+    checkpoints = parallel.published(Path(RUN_DIR) / "checkpoints")
     before = [c.name for c in checkpoints if int(c.name.removeprefix("step-")) <= step - not_finite]
     raise RuntimeError(
         f"The loss or gradient of {not_finite} consecutive steps, up to step {step}, was not "

@@ -709,6 +709,37 @@ def test_unreadable_and_damaged_checkpoints_stay_and_stop_the_run(setup, tmp_pat
     assert metrics_of(folder) == lines
 
 
+def refuse_listing():
+    """The folder of the checkpoints belongs to somebody else."""
+    for name in ("listdir", "scandir"):
+        function = getattr(os, name)
+
+        def list_or_refuse(path, function=function):
+            if Path(path).name == "checkpoints":
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path)
+        setattr(os, name, list_or_refuse)
+
+
+def replace_by_a_link():
+    """The folder of the checkpoints is a link to a disk that is not mounted."""
+    folder = Path(train.RUN_DIR) / "checkpoints"
+    folder.rename(folder.with_name("on the disk"))
+    folder.symlink_to(folder.with_name("not mounted"))
+
+
+@pytest.mark.parametrize("edit,message", [
+    (refuse_listing, "PermissionError"), (replace_by_a_link, "FileNotFoundError")])
+def test_checkpoints_that_cannot_be_listed_stop_the_run(setup, tmp_path, edit, message):
+    """They may be whole: a run that began at step 1 would remove the metrics of their steps."""
+    settings = setup("run", MAX_STEPS=2)
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    lines = metrics_of(tmp_path / "run")
+    with pytest.raises(AssertionError, match=f"looking into .*{message}"):
+        on_ranks(1, run, settings, edit, tmp_path=tmp_path)
+    assert metrics_of(tmp_path / "run") == lines
+
+
 def test_a_run_in_use_is_left_alone(setup, tmp_path):
     """The second start must not even rename what it takes for damaged: it may be in the making."""
     settings = setup("run", MAX_STEPS=2, SAVE_EVERY=1)
