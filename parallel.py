@@ -626,6 +626,7 @@ torch.serialization.set_crc32_options(False)
 STEP = "step-" + 8 * "[0-9]"    # names of published checkpoints; nothing else is touched
 CHECKPOINT_BYTES = 12           # per parameter: a float32 weight and two float32 moments
 PINNED_BYTES = 2**20            # smaller tensors are not worth pinning
+CLOSE_SECONDS = 120.0           # that a failed run waits for its last save
 # A thread that saves needs Python's lock for each of many short calls. The main thread would keep
 # it for the default of 5 ms each time, and longer while it waits to queue another kernel.
 SWITCH_SECONDS = 1e-4
@@ -813,6 +814,13 @@ class Saver:
             self.thread = None
         if self.error is not None:
             raise self.error
+
+    def close(self):
+        """Let the last save complete if training has failed meanwhile on this rank or another.
+
+        The ranks that it needs may be stuck, so this waits for CLOSE_SECONDS at most."""
+        if self.thread is not None:
+            self.thread.join(CLOSE_SECONDS)
 
 
 def memory_limit():

@@ -258,19 +258,24 @@ def main():
     # Resume, train, export and sample. The lock keeps other runs out of RUN_DIR.
     run_lock = FileLock(Path(RUN_DIR) / "lock")
     log = None
+    saver = None
     try:
         parallel.together("RUN_DIR", lock_run, run_lock, only=0)
         steps_done = resume(notes, model, optimizer, grid)
         parallel.together("RUN_DIR", open_run, notes, steps_done, rows.accounting(), only=0)
+        if SAVE_EVERY >= 0:
+            saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", model, notes)
         if grid.rank == 0:
             log = Log(Path(RUN_DIR), steps, steps_done, WANDB, notes["constants"])
         with (explain_out_of_memory(config, grid, execution), parallel.naming_lost_ranks(),
               receive_signals() as stop_requests):
             stopped = training_loop(model, optimizer, grid, rows, eval_rows, total_rows,
-                                    steps_done, notes, log, stop_requests)
+                                    steps_done, saver, log, stop_requests)
         if not stopped:
             finish(model, folder, grid)
     finally:
+        if saver is not None:
+            saver.close()
         if log is not None:
             log.close()
         run_lock.release()
@@ -1010,15 +1015,12 @@ def open_run(notes, steps_done, accounting):
 
 # ------------------------------------------------------------------------------------ training loop
 
-def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_done, notes, log,
+def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_done, saver, log,
                   stop_requests):
     """Run the steps after `steps_done`. Return True if a signal stopped the run."""
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
     if eval_rows is not None and evaluation_is_missing(steps_done, steps, log):
         evaluate(model, eval_rows, grid, steps_done, log, stop_requests)
-    saver = None
-    if SAVE_EVERY >= 0:
-        saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", model, notes)
     not_finite = 0  # consecutive steps
     saved = time.time()
     began = time.time()
@@ -1059,7 +1061,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
             if log.draw_if_due():
                 began = time.time()  # drawing is not part of the next step's time
         not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
-        stop_if_diverged(step, not_finite)
+        stop_if_diverged(step, not_finite, saver)
         if step == steps_done + 2:  # the first step compiles
             parallel.shorten_timeouts(grid, seconds)
             warn_of_long_steps(seconds / len(batches), grid)
@@ -1243,10 +1245,12 @@ def update(optimizer, lr, grad_norm, skip):
     optimizer.zero_grad()
 
 
-def stop_if_diverged(step, not_finite):
+def stop_if_diverged(step, not_finite, saver):
     """Raise RuntimeError after MAX_SKIPPED_STEPS consecutive steps that were not finite."""
     if not_finite < MAX_SKIPPED_STEPS:
         return
+    if saver is not None:
+        saver.wait()  # the save may be of a step before them
     checkpoints = parallel.published(Path(RUN_DIR) / "checkpoints")
     before = [c.name for c in checkpoints if int(c.name.removeprefix("step-")) <= step - not_finite]
     raise RuntimeError(

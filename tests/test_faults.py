@@ -628,6 +628,42 @@ def test_skipped_steps_prune_no_checkpoint(setup, tmp_path):
     assert checkpoints(tmp_path / "goes-on") == ["step-00000009"]
 
 
+def slow_saves_and_norms_that_are_nan(fail_on_rank_1):
+    """Writing a checkpoint takes longer than the steps after step 6, of which all are skipped.
+
+    Or rank 1 fails in step 8."""
+    save = parallel.dcp.save
+    learning_rate = train.learning_rate
+
+    def save_slowly(*arguments, **keywords):
+        time.sleep(2)
+        save(*arguments, **keywords)
+
+    def fail(step, steps):
+        if step == 8 and own_rank() == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return learning_rate(step, steps)
+    parallel.dcp.save = save_slowly
+    if fail_on_rank_1:
+        train.learning_rate = fail
+    else:
+        make_norms_nan(7, 99)
+
+
+@pytest.mark.parametrize("fail_on_rank_1", [False, True])
+def test_a_run_that_fails_completes_the_save_before(setup, tmp_path, fail_on_rank_1):
+    settings = setup("run", MAX_STEPS=99, SAVE_EVERY=6)
+    ranks = Ranks(2, run_with, settings, slow_saves_and_norms_that_are_nan, fail_on_rank_1,
+                  tmp_path=tmp_path)
+    codes, messages = ranks.end()
+    assert codes == [1, 1]
+    assert checkpoints(tmp_path / "run") == ["step-00000006"]
+    if fail_on_rank_1:
+        assert "no memory" in messages
+    else:
+        assert "Checkpoints of the steps before them: step-00000006" in messages
+
+
 def make_a_weight_infinite_on_rank_1():
     update = train.update
 
