@@ -662,8 +662,7 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
     rank = dist.get_rank()
 
     def prepare():
-        for leftover in folder.parent.glob(f"{STEP}.part"):
-            shutil.rmtree(leftover)
+        remove_leftovers(folder.parent)
         partial.mkdir(parents=True)
 
     def write():
@@ -716,6 +715,12 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
     together(f"publishing {folder}", attempt, publish, files_of_ranks, only=0, group=group)
 
 
+def remove_leftovers(root):
+    """Remove what saves have left that did not complete. No save may be in progress."""
+    for leftover in Path(root).glob(f"{STEP}.part"):
+        shutil.rmtree(leftover)
+
+
 class Saver:
     """Writes the checkpoints of a run in a thread, while training goes on.
 
@@ -736,6 +741,7 @@ class Saver:
     def check_space(self, model):
         """OSError if the disk has no space for another checkpoint."""
         self.root.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.root)  # they may have filled the disk
         needed = CHECKPOINT_BYTES * sum(p.numel() for p in model.parameters())
         free = shutil.disk_usage(self.root).free
         if free < needed:

@@ -851,6 +851,23 @@ def test_too_little_space_is_told_before_the_first_step(setup, tmp_path):
     assert steps_of(tmp_path / "run") == []
 
 
+def report_space_without_leftovers():
+    """The disk has space for a checkpoint if no save that did not complete takes it."""
+    def usage(path):
+        is_full = any(Path(train.RUN_DIR).glob("checkpoints/*.part"))
+        return shutil._ntuple_diskusage(10**9, 0, 1000 if is_full else 10**9)
+    shutil.disk_usage = usage
+
+
+def test_what_a_save_has_left_does_not_keep_a_run_from_starting(setup, tmp_path):
+    """A save was killed, or has filled the disk. The same command goes on."""
+    leftover = tmp_path / "run/checkpoints/step-00000009.part"
+    leftover.mkdir(parents=True)
+    (leftover / "__1_0.distcp").write_text("half a shard")
+    on_ranks(2, run, setup("run", MAX_STEPS=2), report_space_without_leftovers, tmp_path=tmp_path)
+    assert checkpoints(tmp_path / "run") == ["step-00000002"]
+
+
 def limit_metrics():
     """metrics.jsonl has space for less than two lines."""
     append = metrics.append
