@@ -31,8 +31,8 @@ import numpy as np
 from tqdm import tqdm
 
 from examples import (
-    HASHES, Encoded, Encoder, describe_error, is_trained, naming, parse_json, parse_row,
-    read_example, token_ids)
+    HASHES, Encoded, Encoder, TemplateLimit, describe_error, is_trained, naming, parse_json,
+    parse_row, read_example, token_ids)
 
 # ---------------------------------------------------------------------------------------- files
 
@@ -657,11 +657,16 @@ def start_worker(encoder, lock, parent):
 
 
 def check_chunk(chunk):
-    """Returns the errors of rows, except those that only the tokenizer would find."""
+    """Returns the errors of rows, except those that only the tokenizer would find.
+
+    Raises ValueError for a chat template that takes too long: all rows together may take days.
+    """
     errors = []
     for number, row in zip(chunk.numbers, chunk.rows):
         try:
             worker_encoder.check(row)
+        except TemplateLimit as error:
+            raise ValueError(f"{chunk.path}:{number}: {error}") from None
         except Exception as error:
             errors.append(describe_bad_row(number, error))
     return errors

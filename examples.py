@@ -46,11 +46,17 @@ def is_trained(tokens):
 JSON = json.JSONDecoder()  # json.loads takes twice as long for a short row
 
 
+class TemplateLimit(ValueError):
+    """A chat template takes too long or too much memory, probably for every row."""
+
+
 @contextmanager
 def naming(what):
     """Turns any error in the body into a ValueError whose message begins with `what`."""
     try:
         yield
+    except TemplateLimit as error:
+        raise TemplateLimit(f"{what}: {error}") from error
     except Exception as error:
         raise ValueError(f"{what}: {describe_error(error)}") from error
 
@@ -455,12 +461,13 @@ RENDER_BYTES = 4 * 2**30    # of memory that it may take
 
 @contextmanager
 def bounded():
-    """Ends the body with a ValueError if it takes too long or too much memory.
+    """Ends the body with a TemplateLimit if it takes too long or too much memory.
 
     A chat template is a program from a folder that may come from anywhere.
     """
     def stop(number, frame):
-        raise ValueError(f"it takes more than {RENDER_SECONDS} seconds: correct the template")
+        raise TemplateLimit(f"it takes more than {RENDER_SECONDS} seconds: correct the template, "
+                            "or remove the conversation")
 
     with open("/proc/self/statm", "rb", buffering=0) as file:
         pages = int(file.read().split()[5])  # of data and stack
@@ -472,8 +479,8 @@ def bounded():
     try:
         yield
     except MemoryError:
-        raise ValueError(f"it takes more than {RENDER_BYTES / 2**30:.0f} GiB of memory: correct "
-                         "the template") from None
+        raise TemplateLimit(f"it takes more than {RENDER_BYTES / 2**30:.0f} GiB of memory: correct "
+                            "the template, or remove the conversation") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_DATA, (old_limit, hard_limit))
@@ -975,6 +982,8 @@ class Encoder:
         for form in message_forms(messages):
             try:
                 chat = Chat(form, functions, template, self.tokenizer, control, self.stop_tokens)
+            except TemplateLimit:
+                raise
             except ValueError as error:
                 first_error = first_error or error
                 continue

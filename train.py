@@ -1398,10 +1398,11 @@ def sample(model, folder, grid):
 def chat_prompt(tokenizer, message):
     """Return a user's message in the chat template, and the token that ends the answer or None."""
     question = [{"role": "user", "content": message}]
-    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     # The answer is this word, which the template does not contain.
     answered = [*question, {"role": "assistant", "content": "answer0"}]
-    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    with data.naming("the chat template, for SAMPLE_PROMPTS"), data.bounded():
+        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(answered, tokenize=False)
     end = whole.rpartition("answer0")[2].split()
     return text, end[0] if end else tokenizer.eos_token
 

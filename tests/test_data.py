@@ -422,15 +422,30 @@ MASKS = {
 }
 
 
+ENDLESS_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
 @pytest.mark.parametrize("template,message", [
-    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-     "message 1: it takes more than 1 seconds: correct the template"),
+    (ENDLESS_LOOP, "message 1: it takes more than 1 seconds: correct the template"),
     ("{{ 'a' * 10**11 }}", "message 1: it takes more than 4 GiB of memory: correct the template"),
 ])
 def test_a_template_that_does_not_end_is_refused(reader, monkeypatch, template, message):
     monkeypatch.setattr(examples, "RENDER_SECONDS", 1)
     with pytest.raises(ValueError, match=message):
         reader(template)({"instruction": "hello", "output": "yes"})
+
+
+def test_a_template_that_does_not_end_is_refused_at_the_first_row(
+        build, tmp_path, tokenizer_files, monkeypatch):
+    """It would take as long for every other row, and for other forms of the same tool calls."""
+    monkeypatch.setattr(examples, "RENDER_SECONDS", 1)
+    tokenizer_files(tmp_path, ENDLESS_LOOP)
+    call = assistant(None, tool_calls=[OPENAI_CALL])
+    path = write_jsonl(tmp_path / "a.jsonl", [chat(user("Hi"), call)] * 100)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="a.jsonl:1: .*it takes more than 1 seconds"):
+        build(path)
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("template,row,expected", MASKS.values(), ids=MASKS)
