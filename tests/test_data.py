@@ -1204,6 +1204,19 @@ def test_a_killed_process_leaves_no_worker_and_no_lock(build, tmp_path, encoded_
     assert 0 < encoded_rows() < 400
 
 
+def test_a_killed_worker_is_explained(build, tmp_path, monkeypatch):
+    """As by the system where memory ran out."""
+    parent = os.getpid()
+
+    def kill_worker(encoder, rows):
+        assert os.getpid() != parent
+        os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(examples.Encoder, "encode_rows", kill_worker)
+    path = write(tmp_path / "a.jsonl", ["a", "b"])
+    with pytest.raises(RuntimeError, match="tokenizes was killed, probably because memory ran out"):
+        build(path)
+
+
 def test_a_wait_for_a_lock_says_who_holds_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "SILENT_SECONDS", 0)
     path = tmp_path / "a.lock"
