@@ -786,8 +786,10 @@ class Saver:
         needed = CHECKPOINT_BYTES * elements * ranks_of_host
         is_short = any_rank(needed > available_memory())
         if is_short and dist.get_rank() == 0:
-            print(f"Saving in the background needs {needed / 2**30:,.1f} GiB of CPU memory, which "
-                  "is not free: training waits while a checkpoint is written.", flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                print(f"Saving in the background needs {needed / 2**30:,.1f} GiB of CPU memory, "
+                      "which is not free: training waits while a checkpoint is written.",
+                      flush=True)
         return is_short
 
     def copy_to_cpu(self, value, name=""):
