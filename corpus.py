@@ -23,7 +23,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -580,16 +580,21 @@ def append(path, content):
 
 
 def list_bad_rows(paths):
-    """Writes bad_rows.txt for each tokenized file, {its folder: path}, that has such rows.
+    """Returns a line about each row that cannot be used of tokenized files, {their folder: path}.
 
-    Returns a line about each of these rows, with the current path, which errors.txt does not have.
+    Also writes them to bad_rows.txt in these folders. They have the current path, unlike errors.txt.
     """
     lines = []
     for home, path in paths.items():
         with open(home / "errors.txt", newline="\n") as file:
             of_file = name_rows(path, file)
-        if of_file:
-            (home / "bad_rows.txt").write_bytes("".join(of_file).encode())
+        content = "".join(of_file).encode()
+        listed = home / "bad_rows.txt"
+        is_listed = listed.exists() and listed.read_bytes() == content
+        if of_file and not is_listed:
+            # The cache may be somebody else's, who tokenized a file of the same content.
+            with suppress(PermissionError):
+                listed.write_bytes(content)
         lines += of_file
     return lines
 

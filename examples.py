@@ -251,6 +251,7 @@ def to_messages(example, kind):
 
 
 def check_media(fields, what):
+    """Raises ValueError if a row or message has images, video or audio."""
     for key in MEDIA:
         if fields.get(key):
             raise ValueError(f"the {what} has {key!r}: only text can be trained; remove the key or "
@@ -274,6 +275,10 @@ def to_message(turn):
     # A table such as .parquet has every column in every row: null is the same as a missing key.
     message = {key: value for key, value in turn.items() if value is not None}
     check_media(message, "message")
+    for key in THOUGHTS:
+        if message.get(key) and not isinstance(message[key], str):
+            raise ValueError(f"{key} {str(message[key])[:60]} is not a string: thoughts must be "
+                             "strings; fix or remove the row")
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
 

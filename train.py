@@ -71,7 +71,7 @@ ACCEPT_LOSS = False             # chat: train although the template leaves out c
 NO_STOP_TOKEN = "refuse"        # chat: where no stop token ends an answer: "append" eos; "accept"
 FORMAT = ""                     # of rows that have the keys of several formats, such as "text"
 COLUMNS = {}                    # {key that a format has: the key in the rows of DATA}
-BAD_ROWS = "stop"               # at rows that cannot be used; or the share of them to skip and list
+BAD_ROWS = "stop"               # at an unusable row; or the share of rows that may be skipped
 MAX_POSITION_EMBEDDINGS = 0     # extend the context to so many tokens; 0: as in the checkpoint
 ROPE_SCALING = None             # how: "yarn", "linear", "dynamic", "llama3" or a dict; None: yarn
 LOSS_WEIGHT = "token"           # n targets in a document count n; "sample": 1; "square": sqrt(n)
@@ -367,7 +367,7 @@ def check_constants():
 
 
 def check_data_constants():
-    """Raise ValueError for a value of DATA, EVAL_DATA or BAD_ROWS that is none that it may have."""
+    """Raise ValueError if DATA, EVAL_DATA or BAD_ROWS has a value that is not allowed."""
     if not names_files(DATA):
         raise ValueError(f"DATA {DATA!r} does not name files: use a path, a list of paths, "
                          f"{{path: epochs}} with {RANGES['EPOCHS'][1]:,} epochs at most, 'demo' or "

@@ -820,6 +820,8 @@ BAD_ROWS = [
     (chat(user([{"type": "image_url"}])), "message 0.*has no 'text'.*remove the part or the row"),
     (chat(assistant("a", weight=0.5)), "message 0.*weight is 0.5: use 0 or 1"),
     ({**ONE_TURN, "images": ["a.png"]}, "has 'images': only text.*remove the key or the row"),
+    (chat(user("Hi"), {**assistant("a"), "reasoning_content": ["deep"]}),
+     r"message 1.*reasoning_content \['deep'\] is not a string"),
     (chat({**user("Hi"), "images": ["a.png"]}, assistant("a")),
      "message 0.*the message has 'images': only text"),
     (chat(), "0 of 0 assistant turns"),

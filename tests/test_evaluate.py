@@ -598,6 +598,7 @@ def test_arguments():
     ("LENGTHS=4k,", "LENGTHS '4k,' are not numbers of tokens"),
     ("LENGTHS=0", "LENGTHS '0' are not numbers of tokens"),
     ("LENGTHS=64,2k", "LENGTHS has 64: the questions alone of the task 'needle' need more tokens"),
+    ("DATA=synthetic", "DATA .synthetic. is random tokens, which tell nothing of a model"),
     ("DEPTHS=0", "DEPTHS '0' is out of range: use a number from 1 to 12"),
     ("DEPTHS=13", "DEPTHS '13' is out of range"),
     ("SAMPLES=-1", "SAMPLES '-1' is out of range: use a number from 1"),

@@ -405,6 +405,9 @@ def prepare(folders, options):
 
     Raises ValueError or FileNotFoundError for whatever this evaluation cannot use.
     """
+    if train.DATA == "synthetic":
+        raise ValueError("DATA 'synthetic' is random tokens, which tell nothing of a model: name "
+                         "files, or leave DATA out for Python's library.")
     train.complete_constants()
     train.check_constants()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
