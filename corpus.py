@@ -323,7 +323,8 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
     path_of_home = {home: path for path, home in homes.items()}
     errors = list_bad_rows(path_of_home)
     n_rows = sum(len(rows_of_file[path]) for path in path_of_home.values())
-    check_bad_rows(errors, len(errors), n_rows, bad_rows)
+    n_bad = sum(rows_of_file[path]["is_bad"].sum() for path in path_of_home.values())
+    check_bad_rows(errors, n_bad, n_rows, bad_rows)
     rows = np.concatenate(list(rows_of_file.values()))
     documents = rows[~rows["is_bad"]]
     if not documents["targets"].any():
@@ -383,8 +384,8 @@ def describe_source(source, rows_of_files, homes):
 def hold_out(corpus, share):
     """Splits the documents of a Corpus: returns one without, and one with this share of them.
 
-    A document is held out because of the hash of its text alone, or of its row if it is no text. So
-    equal ones stay together, and the same ones are held out with another tokenizer, other settings
+    A document is held out because of the hash of its text alone, or of its row if it is not plain
+    text. So equal ones stay together, and the same ones are held out with another tokenizer, other settings
     and further files.
     """
     held_out = corpus.hashes < share * HASHES
@@ -473,8 +474,8 @@ def remove_old_parts(cache):
 def tokenize(paths, tokenized, encoder, lock, bad_rows):
     """Writes the documents of files, {folder to write: path}, using all cores.
 
-    tokenized: the same of the other files of DATA. A call that was killed is continued by the next
-    one.
+    tokenized: {folder: path} of the files that are already tokenized. A call that was killed is
+    continued by the next one.
     """
     # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
     format_settings = (encoder.wanted_format, encoder.columns)
@@ -664,14 +665,14 @@ def start_worker(encoder, lock, parent):
 def check_chunk(chunk):
     """Returns the errors of rows, except those that only the tokenizer would find.
 
-    Raises ValueError for a chat template that takes too long: all rows together may take days.
+    Raises ValueError for a chat template that takes too long: other rows would take as long.
     """
     errors = []
     for number, row in zip(chunk.numbers, chunk.rows):
         try:
             worker_encoder.check(row)
         except TemplateLimit as error:
-            raise ValueError(f"{chunk.path}:{number}: {error}") from None
+            raise ValueError(f"{printable(chunk.path)}:{number}: {error}") from None
         except Exception as error:
             errors.append(describe_bad_row(number, error))
     return errors

@@ -64,9 +64,14 @@ class Work(NamedTuple):
     pairs: float            # (query, key) pairs of attention in the whole row
     sp: int = 1             # P
     ranks: int = 1          # over which parameters and optimizer states are sharded
+    replicas: int = 1       # groups of so many ranks, which sum their gradients
     accumulate: int = 1     # micro-batches of a step
     document: float | None = None   # tokens of the mean document, weighted by its tokens; None: as
                                     # `pairs` say, which is shorter where attention has windows
+
+    @property
+    def world(self):
+        return self.ranks * self.replicas
 
 
 class Settings(NamedTuple):
@@ -285,10 +290,10 @@ def gathered_together(execution):
     return 2 if execution.recompute == "pairs" else 1
 
 
-def does_without_fsdp(ranks, zero_stage, offload_optimizer):
+def does_without_fsdp(world, zero_stage, offload_optimizer):
     """-> whether one_rank.py casts the weights, instead of FSDP2. ZeRO 3 and offload_optimizer need
     FSDP2, because the copies stay on the GPU."""
-    return ranks == 1 and zero_stage < 3 and not offload_optimizer
+    return world == 1 and zero_stage < 3 and not offload_optimizer
 
 
 def gathered_weights(blocks, config, ranks):
@@ -304,7 +309,7 @@ def gradient_bytes(work, zero_stage, offload_optimizer):
     does not cast it and no other is added."""
     if offload_optimizer:
         return 0
-    uncast = does_without_fsdp(work.ranks, zero_stage, offload_optimizer)
+    uncast = does_without_fsdp(work.world, zero_stage, offload_optimizer)
     return 2 if uncast and work.accumulate == 1 else 4
 
 
@@ -351,7 +356,7 @@ def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer)
     gathered = L
     if zero_stage == 3:
         gathered = min(i + 1, 2 * gathered_together(execution))
-    elif work.accumulate == 1 and not does_without_fsdp(work.ranks, zero_stage, offload_optimizer):
+    elif work.accumulate == 1 and not does_without_fsdp(work.world, zero_stage, offload_optimizer):
         gathered = i + 1
 
     # Those of the head and of this block are bfloat16 and not yet reduced.
@@ -375,14 +380,14 @@ def end_of_backward(config, work, zero_stage, offload_optimizer):
     step = size * total_parameters(config) / work.ranks
     weights = 0
     added = 4
-    if does_without_fsdp(work.ranks, zero_stage, offload_optimizer):
+    if does_without_fsdp(work.world, zero_stage, offload_optimizer):
         weights = gathered_weights(L, config, work.ranks)
         added = size
     return Moment(weights=weights, gradients=max(earlier, step) + added * embeddings)
 
 
 def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
-           offload_optimizer=False, document=None):
+           offload_optimizer=False, document=None, replicas=1):
     """-> {part: GiB} of one GPU at the peak of a step, compiled and with FlashAttention 4.
 
     tokens: t of this rank; ranks: over which states are sharded; accumulate: micro-batches a step;
@@ -391,7 +396,8 @@ def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
     L = config.num_hidden_layers
     whole, offloaded = divide_layers(config, execution)
     document = document or tokens * sp
-    work = Work(tokens, pairs=0, sp=sp, ranks=ranks, accumulate=accumulate, document=document)
+    work = Work(tokens, pairs=0, sp=sp, ranks=ranks, replicas=replicas, accumulate=accumulate,
+                document=document)
     given = (config, work, execution, zero_stage, offload_optimizer)
 
     # Along blocks of one kind the sum is linear, so the first and the last of them are enough.
@@ -500,7 +506,7 @@ def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
 
     compute: seconds of a micro-batch that hide a part of it."""
     parameters = total_parameters(config)
-    if does_without_fsdp(work.ranks, zero_stage, offload_optimizer):
+    if does_without_fsdp(work.world, zero_stage, offload_optimizer):
         if work.accumulate == 1:
             return 0
         # The gradients of a second micro-batch make those of the first float32 (reads 2 bytes,
@@ -563,7 +569,8 @@ def fits(config, gpu, work, execution, settings, host):
     if on_host > USABLE_HOST_MEMORY * host:
         return False
     parts = memory(config, work.tokens, work.ranks, execution, settings.zero_stage,
-                   work.accumulate, work.sp, settings.offload_optimizer, mean_document(work))
+                   work.accumulate, work.sp, settings.offload_optimizer, mean_document(work),
+                   work.replicas)
     usable = USABLE_UNFRAGMENTED if expands_segments(settings) else USABLE_MEMORY
     return sum(parts.values()) <= usable * gpu.memory
 

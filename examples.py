@@ -74,7 +74,7 @@ def parse_json(content, rule):
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
         return value
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or UTF-8; nested too deeply
         raise ValueError(f"{type(error).__name__} {error}: {rule}") from error
 
 
@@ -137,6 +137,8 @@ def read_example(fields, wanted_format="", columns=None):
         fields = rename_columns(fields, columns)
     kind = find_format(tuple(fields), wanted_format)
 
+    if kind not in ("text", "input_ids"):  # a text may be one column of many
+        check_media(fields, "row")
     if kind == "text":
         return kind, check_text(fields, "text")
     if kind == "input_ids":
@@ -144,7 +146,9 @@ def read_example(fields, wanted_format="", columns=None):
     if kind == "prompt" and not isinstance(fields["prompt"], list):
         prompt = check_text(fields, "prompt")
         completion = check_text(fields, "completion")
-        return ("prompt", (prompt, completion)) if prompt else ("text", completion)
+        if not prompt:
+            return "text", completion
+        return "prompt", (prompt, completion)
     return "chat", (to_messages(fields, kind), read_tools(fields))
 
 
@@ -226,7 +230,6 @@ def to_messages(example, kind):
     kind is one of FORMATS. Each message has two more keys: "trained" is 0 if it must not be, and
     "is_prompt" is whether it is trained with TRAIN_ON_PROMPT only, whoever wrote it.
     """
-    check_media(example, "row")
     n_prompt = 0
     if kind == "instruction":
         turns = alpaca_turns(example)
@@ -951,8 +954,8 @@ class Encoder:
             spans.append((start, end))
             if not is_ended:
                 endless[i] = end
-            elif message["trained"]:
-                learns_to_end = True
+            if message["trained"]:
+                learns_to_end = is_ended
 
         # Some templates end the last answer only. The model learns to end there, and what follows
         # the other answers is not trained.

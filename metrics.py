@@ -66,7 +66,9 @@ class Log:
         losses = [line["loss"] for line in earlier if math.isfinite(line.get("loss", math.nan))]
         self.losses = collections.deque(losses, maxlen=SPIKE_WINDOW)  # of the last steps
         self.evaluated = {line["step"] for line in earlier if "eval_loss" in line}
-        self.tensorboard = open_tensorboard(run, steps_done)
+        self.tensorboard = None
+        with warning_if_not_written():
+            self.tensorboard = open_tensorboard(run, steps_done)
         self.wandb = None
         if wandb_project:
             import wandb

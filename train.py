@@ -382,7 +382,7 @@ def check_data_constants():
     elif EVAL_DATA and not names_files(EVAL_DATA):
         raise ValueError(f"EVAL_DATA {EVAL_DATA!r} does not name files: use a path, a list of "
                          "paths, {path: epochs}, a number between 0 and 1, or '' for none.")
-    is_share = isinstance(BAD_ROWS, (int, float)) and 0 <= BAD_ROWS <= 1
+    is_share = type(BAD_ROWS) in (int, float) and 0 <= BAD_ROWS <= 1
     if BAD_ROWS != "stop" and not is_share:
         raise ValueError(f"BAD_ROWS {BAD_ROWS!r} is neither 'stop' nor a share of the rows: use "
                          "'stop', or a number from 0 to 1.")
@@ -553,6 +553,7 @@ def work_of_gpu(config, world, sp, pairs=None):
         pairs=pairs,
         sp=sp,
         ranks=max(world // REPLICAS, 1),
+        replicas=REPLICAS,
         accumulate=ceil_div(GLOBAL_BATCH_SIZE, dp),
         document=document)
 
@@ -886,7 +887,7 @@ def memory_parts(config, grid, execution):
     """Return {part: GiB} of the expected peak memory of a GPU."""
     work = work_of_gpu(config, grid.world, grid.sp)
     return memory(config, work.tokens, work.ranks, execution, ZERO_STAGE, work.accumulate, grid.sp,
-                  OFFLOAD_OPTIMIZER)
+                  OFFLOAD_OPTIMIZER, replicas=work.replicas)
 
 
 def describe_memory(config, grid, execution):

@@ -57,7 +57,7 @@ def has_environment(result):
     return "env" in result
 
 
-def has_no_note(result):
+def is_unchanged(result):
     """Returns whether nothing that matters to a run has changed since."""
     return "note" not in result
 
@@ -76,7 +76,7 @@ def load_results():
     results = []
     for runs in runs_of.values():
         # Runs of earlier code count only where there is no other.
-        for is_recent in (has_environment, has_no_note):
+        for is_recent in (has_environment, is_unchanged):
             recent = [result for result in runs if is_recent(result)]
             if recent:
                 runs = recent

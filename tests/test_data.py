@@ -100,6 +100,15 @@ TEMPLATES = {
     # The generation prompt begins a thought, whether or not the answer has one.
     "thinks": convert.CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"),
 
+    # The end of a turn is written after the first answer only.
+    "eos first": (
+        "{% for m in messages %}"
+        "### {{ m.role }}: {{ m.content }}\n"
+        "{% if loop.index == 2 %}<|endoftext|>{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}### assistant: {% endif %}"
+    ),
+
     # The end of a turn is written after the last turn only.
     "eos last": (
         "{% for m in messages %}"
@@ -499,6 +508,11 @@ def test_an_answer_without_a_stop_token_is_refused(reader, template, row, place,
     assert encoded.is_endless
 
 
+def test_a_template_that_does_not_end_the_last_answer_is_refused(reader):
+    with pytest.raises(ValueError, match="message 3: the chat template writes no stop token"):
+        reader("eos first")(TWO_TURNS)
+
+
 def test_a_template_may_end_the_last_answer_only(reader):
     """The ids are those of the template. What follows the first answer is not trained."""
     read = reader("eos last")
@@ -820,6 +834,7 @@ BAD_ROWS = [
     (chat(user([{"type": "image_url"}])), "message 0.*has no 'text'.*remove the part or the row"),
     (chat(assistant("a", weight=0.5)), "message 0.*weight is 0.5: use 0 or 1"),
     ({**ONE_TURN, "images": ["a.png"]}, "has 'images': only text.*remove the key or the row"),
+    ({"prompt": "p", "completion": "c", "image": "a.png"}, "the row has 'image': only text"),
     (chat(user("Hi"), {**assistant("a"), "reasoning_content": ["deep"]}),
      r"message 1.*reasoning_content \['deep'\] is not a string"),
     (chat({**user("Hi"), "images": ["a.png"]}, assistant("a")),

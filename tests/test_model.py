@@ -358,6 +358,16 @@ def choose_for(length, document=None, given=None, gpu_memory=139.8, host=128):
     return choose(LLAMA_3B, gpu, work, Execution(), given or {}, host)
 
 
+def test_replicas_of_one_rank_use_fsdp():
+    """Their gradients are summed, so they are float32, and the weights are cast by FSDP2."""
+    one = Work(8192, 8192**2 / 2)
+    two = one._replace(replicas=2)
+    parts = [step_seconds(LLAMA_3B, GPUS["H200"], work, Execution()) for work in (one, two)]
+    assert parts[0]["gathers and reductions"] == 0 < parts[1]["gathers and reductions"]
+    sizes = [memory(LLAMA_3B, 256, 1, Execution(), replicas=work.replicas) for work in (one, two)]
+    assert sum(sizes[0].values()) < sum(sizes[1].values())
+
+
 def test_the_fastest_settings_that_fit_are_chosen():
     """Where nothing has to be recomputed nothing is; otherwise what was found best by hand."""
     assert choose_for(8192) == Settings()

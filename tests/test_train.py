@@ -1017,7 +1017,7 @@ def test_constants_tell_how_rows_are_read(setup, tmp_path):
     assert "1 rows are skipped" in described
 
 
-@pytest.mark.parametrize("value", [1.5, -0.1, math.nan, "go on", [0.1]])
+@pytest.mark.parametrize("value", [1.5, -0.1, math.nan, True, "go on", [0.1]])
 def test_bad_rows_stop_or_are_a_share(value):
     set_constants(SMALL, {"BAD_ROWS": value})
     with pytest.raises(ValueError, match=f"BAD_ROWS {re.escape(repr(value))} is neither 'stop' nor"):

@@ -452,7 +452,7 @@ def main(folders, options):
     sp, texts = prepare(folders, options)
     settings = options._asdict()
     settings.update({name: getattr(train, name) for name in CONSTANTS})
-    grid = parallel.init(1, sp, {**settings, "FOLDERs": folders, "the sequence-parallel size": sp})
+    grid = parallel.init(1, sp, {**settings, "folders": folders, "the sequence-parallel size": sp})
     results = {}
     for folder in folders:
         train.print_once(grid, f"{folder} on {grid.world} ranks, {sp} of which share a row")

@@ -119,7 +119,8 @@ def make_column(title, config, options, length, sp):
 def memory_of(config, work, execution, settings):
     """-> {part: GiB} of a GPU, see costs.memory."""
     return memory(config, work.tokens, work.ranks, settings.execution(execution),
-                  settings.zero_stage, work.accumulate, work.sp, settings.offload_optimizer)
+                  settings.zero_stage, work.accumulate, work.sp, settings.offload_optimizer,
+                  replicas=work.replicas)
 
 
 def least_memory(config, work, execution):
