@@ -49,6 +49,13 @@ class Kernel(NamedTuple):
     name: str
 
 
+class Gap(NamedTuple):
+    """A time in which the GPU ran nothing."""
+    duration: float     # microseconds
+    before: str         # name of the last kernel before it
+    after: str          # name of the first kernel after it
+
+
 class Allocation(NamedTuple):
     size: int       # bytes
     where: str      # the Python lines that made it, innermost first
@@ -73,7 +80,7 @@ def recorded_kernels(profiler):
 
 
 def find_gaps(kernels):
-    """Returns the microseconds in which any kernel ran, and gaps: (microseconds, between what)."""
+    """Returns the microseconds in which any kernel ran, and the Gaps between them."""
     kernels = sorted(kernels)
     busy = 0.0
     gaps = []
@@ -81,8 +88,7 @@ def find_gaps(kernels):
     last = ""
     for kernel in kernels:
         if kernel.start > busy_until:
-            gap = kernel.start - busy_until
-            gaps.append((gap, f"{last[:60]} -> {kernel.name[:60]}"))
+            gaps.append(Gap(kernel.start - busy_until, last, kernel.name))
         # Streams overlap: only the part of a kernel after all earlier ones adds to the busy time.
         if kernel.end > busy_until:
             busy += kernel.end - max(kernel.start, busy_until)
@@ -92,7 +98,7 @@ def find_gaps(kernels):
 
 
 def print_kernels(kernels):
-    """Print the time from first to last kernel, the largest gaps, and the time of each class."""
+    """Print the time from first to last kernel, where the GPU was idle, and each class's time."""
     busy, gaps = find_gaps(kernels)
     first_start = min(kernel.start for kernel in kernels)
     last_end = max(kernel.end for kernel in kernels)
@@ -101,8 +107,15 @@ def print_kernels(kernels):
         f"step: {span / 1e3:.1f} ms from first to last kernel,"
         f" {busy / 1e3:.1f} ms with one running"
     )
-    for microseconds, between in sorted(gaps, reverse=True)[:6]:
-        print(f"{microseconds / 1e3:9.2f} ms  idle: {between}")
+    for gap in sorted(gaps, reverse=True)[:8]:
+        print(f"{gap.duration / 1e3:9.2f} ms  idle: {gap.before[:60]} -> {gap.after[:60]}")
+    idle_before = collections.Counter()
+    number_before = collections.Counter()
+    for gap in gaps:
+        idle_before[gap.after[:90]] += gap.duration
+        number_before[gap.after[:90]] += 1
+    for name, microseconds in idle_before.most_common(8):
+        print(f"{microseconds / 1e3:9.2f} ms  idle in {number_before[name]} gaps before {name}")
 
     time_of_class = collections.Counter()
     time_of_name = collections.defaultdict(collections.Counter)
