@@ -40,7 +40,8 @@ OTHERS = {
     },
 }
 # A row with one of these constants is in the table, but not in the plot of one document per row.
-NOT_PLOTTED = {"SYNTHETIC_DOCUMENT", "ATTENTION", "GLOBAL_BATCH_SIZE", "OFFLOAD_ACTIVATIONS"}
+NOT_PLOTTED = {"SYNTHETIC_DOCUMENT", "MEDIAN_DOCUMENT", "ATTENTION", "GLOBAL_BATCH_SIZE",
+               "OFFLOAD_ACTIVATIONS"}
 HEADER = [
     "| row (shape, GPUs, tokens, settings) | runs | seconds a step | tokens/s a GPU | mfu | roof "
     "| GPU, GiB | host, GiB a rank |",
@@ -117,7 +118,7 @@ def roof(result):
     L = result["layers"]
     T = settings.tokens
     t = T // settings.gpus
-    document = int(settings.constants.get("SYNTHETIC_DOCUMENT", T))
+    document = result.get("document") or int(settings.constants.get("SYNTHETIC_DOCUMENT", T))
 
     # FLOPs of one GPU in forward: all its matrix products, and the attention of one layer, which is
     # causal and within documents. A token sees half a document on average.

@@ -4,7 +4,8 @@
 
 Each argument is one measurement: a model shape, the number of GPUs (which all share each sequence),
 the sequence length in tokens, and any constants of train.py. NUM_LAYERS=n keeps only the first n
-layers of the shape. Weights and documents are random. Every run is a train.py process of its own.
+layers of the shape. MEDIAN_DOCUMENT=n fills the rows with documents of log-normal lengths, whose
+median is n tokens. Weights and documents are random. Every run is a train.py process of its own.
 
 Rows of results.jsonl that say OFFLOAD_ACTIVATIONS=True are older: it offloaded all layers, as -1
 does now.
@@ -13,6 +14,7 @@ Speeds are medians over the steps after the third; a run of three steps or fewer
 If the environment variable OUT names a folder, the result and the output of the run also go there.
 """
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -21,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Shape(NamedTuple):
@@ -39,7 +43,7 @@ class Settings(NamedTuple):
     shape: str          # a key of SHAPES
     gpus: int
     tokens: int         # sequence length
-    constants: dict     # name: value, both strings; constants of train.py, and NUM_LAYERS
+    constants: dict     # name: value, both strings; constants of train.py, and OWN_OPTIONS
 
 
 SHAPES = {
@@ -50,9 +54,11 @@ SHAPES = {
 }
 HEAD_DIM = 128
 PEAK = 989e12       # dense bfloat16 FLOP/s of an H100 or H200
+LENGTH_SPREAD = 1.2     # standard deviation of the logarithm of a length, with MEDIAN_DOCUMENT
 WARM_UP_STEPS = 3   # steps that the medians leave out: they compile, allocate and pin memory
 # Where a row does not say otherwise. Rows of results.jsonl without RECOMPUTE ran with this one.
 DEFAULTS = {"MAX_STEPS": "7", "GLOBAL_BATCH_SIZE": "1", "RECOMPUTE": "all_but_attention"}
+OWN_OPTIONS = ("NUM_LAYERS", "MEDIAN_DOCUMENT")     # of a row, not constants of train.py
 # Constants of train.py that RECOMPUTE=auto chooses.
 MEMORY_SETTINGS = ("RECOMPUTE", "KEEP_LAYERS", "ZERO_STAGE", "MLP_CHUNK", "OFFLOAD_ACTIVATIONS",
                    "OFFLOAD_OPTIMIZER")
@@ -105,6 +111,37 @@ def write_config(folder, shape, layers=None):
     return folder
 
 
+def document_lengths(settings):
+    """Returns the lengths of documents that fill the rows of a run; None without MEDIAN_DOCUMENT.
+
+    They fill each row exactly, as the last document is cut.
+    """
+    constants = {**DEFAULTS, **settings.constants}
+    if "MEDIAN_DOCUMENT" not in constants:
+        return None
+    median = int(constants["MEDIAN_DOCUMENT"])
+    rows = int(constants["MAX_STEPS"]) * int(constants["GLOBAL_BATCH_SIZE"])
+    random = np.random.default_rng(0)
+    lengths = []
+    for _ in range(rows + 1):   # one more than needed, as packing may leave a few tokens empty
+        left = settings.tokens
+        while left > 0:
+            length = round(random.lognormal(math.log(median), LENGTH_SPREAD))
+            lengths.append(min(max(length, 16), left))
+            left -= lengths[-1]
+    return lengths
+
+
+def write_documents(path, lengths, vocabulary):
+    """Write documents of random tokens, one JSON object a line, and return the path."""
+    random = np.random.default_rng(0)
+    with open(path, "w") as f:
+        for length in lengths:
+            tokens = random.integers(vocabulary, size=length).tolist()
+            f.write(json.dumps({"input_ids": tokens}) + "\n")
+    return path
+
+
 def append_line(path, result):
     with open(path, "a") as f:
         f.write(json.dumps(result) + "\n")
@@ -117,24 +154,33 @@ def median(lines, key):
     return statistics.median(line[key] for line in lines)
 
 
-def train(settings, layers, folder):
-    """Run train.py with its files in `folder`. Returns the command and the completed process."""
+def train(settings, layers, documents, folder):
+    """Run train.py with its files in `folder`. Returns the command and the completed process.
+
+    documents: their lengths; None: all have the length that SYNTHETIC_DOCUMENT says.
+    """
     model = write_config(folder / "model", settings.shape, layers)
+    data = ["DATA=synthetic"]
+    if documents:
+        vocabulary = SHAPES[settings.shape].vocabulary
+        path = write_documents(folder / "documents.jsonl", documents, vocabulary)
+        data = [f"DATA={path}", "PACKING=whole"]
     if settings.gpus > 1:
         launcher = ["torchrun", "--nproc_per_node", str(settings.gpus)]
     else:
         launcher = [sys.executable]
-    constants = {name: value for name, value in settings.constants.items() if name != "NUM_LAYERS"}
-    for name, value in DEFAULTS.items():
-        constants.setdefault(name, value)
+    constants = {**DEFAULTS, **settings.constants}
+    for name in OWN_OPTIONS:
+        constants.pop(name, None)
     command = [
         *launcher,
         str(HERE.parent / "train.py"),
         f"MODEL={model}",
         "INIT=random",
-        "DATA=synthetic",
+        *data,
         f"MAX_LENGTH={settings.tokens}",
         f"RUN_DIR={folder / 'run'}",
+        f"CACHE_DIR={folder / 'cache'}",
         "SAVE_EVERY=-1",
         *[f"{name}={value}" for name, value in constants.items()],
     ]
@@ -151,11 +197,12 @@ def measure(row, out):
     """
     settings = parse_settings(row)
     layers = int(settings.constants.get("NUM_LAYERS", SHAPES[settings.shape].layers))
+    documents = document_lengths(settings)
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         began = time.time()
-        command, done = train(settings, layers, folder)
+        command, done = train(settings, layers, documents, folder)
         wall = round(time.time() - began)
 
         metrics = folder / "run" / "metrics.jsonl"
@@ -199,6 +246,9 @@ def measure(row, out):
         "command": recorded_command,
         "memory_settings": {name: constants[name] for name in MEMORY_SETTINGS},
     }
+    if documents:
+        # The mean length of a document, weighted by its tokens.
+        result["document"] = round(sum(n * n for n in documents) / sum(documents))
     append_line(HERE / "results.jsonl", result)
     if out:
         append_line(Path(out) / "results.jsonl", result)

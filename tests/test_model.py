@@ -313,7 +313,7 @@ def measured_rows():
         P = int(gpus)
         T = int(length)
         given = dict(constant.split("=") for constant in constants)
-        document = int(given.get("SYNTHETIC_DOCUMENT", T))
+        document = result.get("document") or int(given.get("SYNTHETIC_DOCUMENT", T))
         work = Work(T // P, T * document / 2, sp=P, ranks=P, accumulate=global_batch_size)
         yield result, config, work, execution, zero_stage
 
