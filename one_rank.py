@@ -27,9 +27,15 @@ class CastWeights:
     in `dtype` after one backward, and summed in float32 after several. AdamW keeps the copies equal
     to the parameters. Whatever else changes these has to call `free` before."""
 
-    def __init__(self, model, dtype, compiled=False):
+    def __init__(self, model, blocks, dtype, compiled=False):
+        """blocks: modules, or lists of them, whose parameters are updated together."""
         self.dtype = dtype
         self.compiled = compiled
+        self.block_of = {}  # parameter: index of its block
+        for i, block in enumerate(blocks):
+            for module in block if isinstance(block, list) else [block]:
+                for parameter in module.parameters():
+                    self.block_of[parameter] = i
         self.copies = {}    # parameter: its copy; empty before the first forward and after `free`
         self.places = []    # (module, name, parameter)
         for module in model.modules():
@@ -55,6 +61,13 @@ class CastWeights:
         """Restore the parameters, and free the copies, which the next forward makes again."""
         self.restore()
         self.copies.clear()
+
+    def by_block(self, parameters):
+        """-> lists of parameters: those of each block, and one of each that is in no block."""
+        lists = {}
+        for parameter in parameters:
+            lists.setdefault(self.block_of.get(parameter, parameter), []).append(parameter)
+        return list(lists.values())
 
     def cast(self, parameter):
         """-> the copy of a parameter, whose gradient will be the parameter's."""
@@ -103,21 +116,27 @@ class AdamW(torch.optim.AdamW):
         self.step()
 
     def step_and_cast(self, factor):
-        """The step for the parameters of CastWeights, in one pass over each."""
+        """The step for the parameters of CastWeights, in one pass over each.
+
+        Those of a block are updated by one call: the CPU takes longer for a call than the GPU takes
+        for a small matrix."""
         steps = [state["step"] for state in self.state.values()]
-        torch._foreach_add_(steps, 1)
-        step = steps[0].item()
+        step = steps[0].item() + 1
+        rows = [update_coefficients(group, step, factor) for group in self.param_groups]
+        coefficients_of_groups = torch.tensor(rows).to(steps[0].device, non_blocking=True)
         update = compiled_update if self.cast_weights.compiled else update_
-        for group in self.param_groups:
-            coefficients = torch.tensor(
-                update_coefficients(group, step, factor), device=steps[0].device)
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                copy = self.cast_weights.copies[parameter]
-                state = self.state[parameter]
-                tensors = (parameter, copy, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                update(*map(as_rows, tensors), coefficients)
+        for group, coefficients in zip(self.param_groups, coefficients_of_groups):
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameters in self.cast_weights.by_block(trained):
+                update([self.tensors_to_update(p) for p in parameters], coefficients)
+        torch._foreach_add_(steps, 1)   # last, while the GPU is still updating
+
+    def tensors_to_update(self, parameter):
+        """-> what `update_` takes."""
+        copy = self.cast_weights.copies[parameter]
+        state = self.state[parameter]
+        return (parameter.detach(), copy.detach(), parameter.grad, state["exp_avg"],
+                state["exp_avg_sq"])
 
 
 def as_rows(tensor):
@@ -141,20 +160,23 @@ def update_coefficients(group, step, factor):
             group["lr"] / correction1, math.sqrt(correction2), group["eps"]]
 
 
-def update_(weight, copy, gradient, mean, square, coefficients):
-    """One step of AdamW (arXiv 1711.05101), in place, for tensors of one shape.
+def update_(tensors_of_parameters, coefficients):
+    """One step of AdamW (arXiv 1711.05101), in place.
 
-    weight, mean and square, the moments of the gradient, are float32. copy and gradient may have
-    another dtype."""
+    tensors_of_parameters: (weight, copy, gradient, mean, square) of each, all of one shape. weight,
+    mean and square, the moments of the gradient, are float32. copy and gradient may have another
+    dtype."""
     factor, beta1, beta2, decay, rate, root_correction2, eps = coefficients.unbind()
-    gradient = gradient.float() * factor
-    mean.lerp_(gradient, 1 - beta1)
-    square.mul_(beta2).add_(gradient * gradient * (1 - beta2))
-    denominator = square.sqrt() / root_correction2 + eps
-    # As one difference: a factor of 1 - decay would round a decay of 1e-7 to a multiple of 6e-8.
-    weight.sub_(decay * weight + rate * mean / denominator)
-    copy.copy_(weight)
+    for weight, copy, gradient, mean, square in tensors_of_parameters:
+        gradient = gradient.float() * factor
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).add_(gradient * gradient * (1 - beta2))
+        denominator = square.sqrt() / root_correction2 + eps
+        # As one difference: a factor of 1 - decay would round a decay of 1e-7 to a multiple of 6e-8.
+        weight.sub_(decay * weight + rate * mean / denominator)
+        copy.copy_(weight)
 
 
 compiled_add = torch.compile(add_)
-compiled_update = torch.compile(update_)
+# The blocks of most models have the same shapes, so few kernels are compiled.
+compiled_update = torch.compile(update_, dynamic=False)

@@ -528,7 +528,7 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
     between their uses (ZeRO 3, offload_optimizer), and where nothing is cast; else CastWeights."""
     if dtype != torch.float32 and does_without_fsdp(grid.world, zero_stage, offload_optimizer):
         model.to_empty(device=grid.device)
-        model.cast_weights = CastWeights(model, dtype, compiled=model.execution.compile)
+        model.cast_weights = CastWeights(model, blocks, dtype, compiled=model.execution.compile)
         return
     # cast_forward_inputs is off because cos, sin and the weights of the targets stay in float32.
     precision = MixedPrecisionPolicy(

@@ -25,7 +25,9 @@ def test_update_is_adamw():
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
     model = torch.nn.ParameterList([x.clone() for x in start])
-    cast_weights = one_rank.CastWeights(model, torch.bfloat16)
+    block = torch.nn.ParameterList(model[:2])   # updated together, and the third by itself
+    cast_weights = one_rank.CastWeights(model, [[block]], torch.bfloat16)
+    assert [len(parameters) for parameters in cast_weights.by_block(model)] == [2, 1]
     groups = [{"params": list(model), "weight_decay": 0.1}]
     ours = one_rank.AdamW(groups, 1e-2, (0.9, 0.95), cast_weights)
     truth = [torch.nn.Parameter(x.double()) for x in start]
@@ -64,8 +66,8 @@ def test_a_decay_below_the_rounding_of_one():
     group = {"lr": 1e-6, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
     for step in range(1, 301):
         coefficients = torch.tensor(one_rank.update_coefficients(group, step, 1.0))
-        one_rank.update_(weight, weight.bfloat16(), zeros, zeros.clone(), zeros.clone(),
-                         coefficients)
+        tensors = (weight, weight.bfloat16(), zeros, zeros.clone(), zeros.clone())
+        one_rank.update_([tensors], coefficients)
     decayed = start.double().abs().sum() - weight.double().abs().sum()
     exact = start.double().abs().sum() * (1 - (1 - 1e-7) ** 300)
     assert abs(decayed / exact - 1) < 0.08
@@ -116,7 +118,7 @@ def dtypes(model):
 
 def test_which_weights_the_modules_hold():
     model = tiny_model()
-    model.cast_weights = one_rank.CastWeights(model, torch.bfloat16)
+    model.cast_weights = one_rank.CastWeights(model, model.block_groups(), torch.bfloat16)
     parameters = dict(model.named_parameters())
     input_ids, position_ids, cu_seqlens, max_seqlen, labels = row([8, 3])
 
