@@ -449,28 +449,34 @@ class Attention(nn.Module):
         Local: all heads of this rank's tokens, q (t - n, H, D). Crossing: this rank's heads of the
         tokens of all ranks, q (N, H/P, D), after an exchange. Either is left out if there are no
         such documents."""
+        if segments.all_crossing:   # `project` has split the heads
+            return [self.exchange(qkv, segments)]
+        local, crossing = zip(*[segments.divide(x) for x in qkv])
         inputs = []
         if segments.any_local:
-            inputs.append(tuple(x[segments.local] for x in qkv))
+            inputs.append(local)
         if segments.any_crossing:
-            if not segments.all_crossing:  # or else `project` has split the heads
-                qkv = split_heads_by_rank([segments.take_crossing(x) for x in qkv], self.P)
-            exchanged = seq_to_heads(qkv, self.sp_group, segments.crossing_tokens)
-            q, k, v = exchanged.split((self.q_heads, self.kv_heads, self.kv_heads), dim=1)
-            if exchanged.numel() >= 2**31:  # some kernels compute offsets into a view in 32 bits
-                q = q.contiguous()
-                k = k.contiguous()
-                v = v.contiguous()
-            inputs.append((q, k, v))
+            inputs.append(self.exchange(split_heads_by_rank(crossing, self.P), segments))
         return inputs
+
+    def exchange(self, by_rank, segments):
+        """q, k and v of this rank's crossing tokens, as split_heads_by_rank returns them -> q, k and v
+        of all of them, this rank's heads."""
+        exchanged = seq_to_heads(by_rank, self.sp_group, segments.crossing_tokens)
+        q, k, v = exchanged.split((self.q_heads, self.kv_heads, self.kv_heads), dim=1)
+        if exchanged.numel() >= 2**31:  # some kernels compute offsets into a view in 32 bits
+            q = q.contiguous()
+            k = k.contiguous()
+            v = v.contiguous()
+        return q, k, v
 
     def kernel_outputs(self, a, segments):
         """Attention's output a (t, H, D) -> what the kernels returned for `kernel_inputs`."""
+        local, crossing = segments.divide(a)
         outputs = []
         if segments.any_local:
-            outputs.append(a[segments.local])
+            outputs.append(local)
         if segments.any_crossing:
-            crossing = segments.take_crossing(a)
             outputs.append(seq_to_heads(crossing, self.sp_group, segments.crossing_tokens))
         return outputs
 

@@ -450,14 +450,22 @@ class Segments(NamedTuple):
     any_crossing: bool                      # in the row
     all_crossing: bool                      # in the row, as when it is one document
 
-    def take_crossing(self, x):
-        """x (t, ...), this rank's tokens -> (n, ...), those of crossing documents."""
+    def divide(self, x):
+        """x (t, ...), this rank's tokens -> (t - n, ...), those of local documents, and (n, ...), of
+        crossing ones. The first is None if there are none on this rank, the other if none in the row.
+
+        Backward of `split` writes each gradient once; that of a slice first fills a whole tensor with
+        zeros."""
         if not self.any_local:
-            return x
-        return torch.cat((x[:self.local.start], x[self.local.stop:]))
+            return None, x
+        if not self.any_crossing:
+            return x, None
+        lengths = (self.local.start, self.local.stop - self.local.start, len(x) - self.local.stop)
+        before, local, after = x.split(lengths)
+        return local, torch.cat((before, after))
 
     def join(self, local, crossing):
-        """The inverse: (t - n, ...) and (n, ...) -> (t, ...). One of them is None if it is empty."""
+        """The inverse of `divide`: (t - n, ...) and (n, ...) -> (t, ...)."""
         if local is None:
             return crossing
         if crossing is None:

@@ -157,6 +157,15 @@ def test_exchange_is_a_transpose(heads, tmp_path):
     on_ranks(4, exchange, heads, tmp_path=tmp_path)
 
 
+def test_a_row_on_one_rank_is_not_copied():
+    """Slices of whole tensors would cost backward three tensors of zeros and three copies a layer."""
+    segments = parallel.segments_of_rank([0, 3, 10], None, torch.device("cpu"))
+    x = torch.randn(10, 2, 4)
+    local, crossing = segments.divide(x)
+    assert local is x and crossing is None
+    assert segments.join(local, crossing) is x
+
+
 def test_without_a_group_the_exchange_is_the_identity():
     x = torch.randn(3, 2, 4)
     assert parallel.seq_to_heads(x, None) is x
