@@ -77,6 +77,8 @@ def without_saves(seconds, constants):
 
 def with_saves(steps, saves, constants):
     """Returns the time of a step from each save to the next. A checkpoint is saved every `steps`.
+
+    The times of all steps are written to OUT, if the environment variable names a folder.
     """
     last = (saves + 1) * steps
 
@@ -87,6 +89,9 @@ def with_saves(steps, saves, constants):
         lines = train(Path(folder), {**constants, "SAVE_EVERY": steps}, is_done)
         saved = [path.name for path in Path(folder).glob("run/checkpoints/step-*[0-9]")]
     print(f"checkpoints at the end: {', '.join(saved)}", flush=True)
+    if "OUT" in os.environ:
+        elapsed = [line["elapsed_seconds"] for line in lines]
+        (Path(os.environ["OUT"]) / "elapsed_seconds.json").write_text(json.dumps(elapsed))
     return [seconds_a_step(lines, first, first + steps) for first in range(steps, last, steps)]
 
 
@@ -96,6 +101,7 @@ def main(seconds=60.0, saves=3, rounds=1, **constants):
     saving = []
     for _ in range(rounds):
         alone.append(without_saves(seconds, constants))
+        print(f"{alone[-1]:.3f} seconds a step without saves", flush=True)
         steps = max(round(seconds / alone[-1]), 1)
         first_save, *later = with_saves(steps, saves, constants)
         first.append(first_save)
