@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node 4 bench/breakdown.py SHAPE=llama2-7b MAX_LENGTH=32768 ...
 
-Arguments are constants of train.py, and three more: SHAPE, a model of bench/run.py, instead of
-MODEL; NUM_LAYERS=n, to keep only the first n layers of that shape; and MEMORY=1, to list what is
-allocated at the peak of memory instead of the kernels. Needs a GPU. Rank 0 prints.
+Arguments are constants of train.py, and four more: SHAPE, a model of bench/run.py, instead of
+MODEL; NUM_LAYERS=n, to keep only the first n layers of that shape; MEDIAN_DOCUMENT=n, as in
+bench/run.py; and MEMORY=1, to list what is allocated at the peak of memory instead of the kernels.
+Needs a GPU. Rank 0 prints.
 """
 import collections
 import os
@@ -19,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import metrics
 import train
-from bench.run import write_config
+from bench.run import SHAPES, Settings, document_lengths, write_config, write_documents
 
-OWN_OPTIONS = ("SHAPE", "NUM_LAYERS", "MEMORY")
+OWN_OPTIONS = ("SHAPE", "NUM_LAYERS", "MEDIAN_DOCUMENT", "MEMORY")
 CLASSES = {  # part of a kernel's name: class. The first that matches counts.
     "nccl": "exchange, gather, reduce",
     "flash": "attention",
@@ -196,6 +197,13 @@ def set_constants(arguments):
         "GLOBAL_BATCH_SIZE=1",
         *constants,     # last, so that they replace the ones above
     ])
+    if "MEDIAN_DOCUMENT" in options:
+        rows = {"MAX_STEPS": train.MAX_STEPS, "GLOBAL_BATCH_SIZE": train.GLOBAL_BATCH_SIZE,
+                "MEDIAN_DOCUMENT": options["MEDIAN_DOCUMENT"]}
+        settings = Settings(options["SHAPE"], 1, train.MAX_LENGTH, rows)
+        path = folder / "documents.jsonl"
+        write_documents(path, document_lengths(settings), SHAPES[settings.shape].vocabulary)
+        train.override([f"DATA={path}", "PACKING=whole", f"CACHE_DIR={folder / 'cache'}"])
     return options
 
 

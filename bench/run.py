@@ -135,10 +135,13 @@ def document_lengths(settings):
 def write_documents(path, lengths, vocabulary):
     """Write documents of random tokens, one JSON object a line, and return the path."""
     random = np.random.default_rng(0)
-    with open(path, "w") as f:
+    # As in write_config, every rank of breakdown.py writes the same file.
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with open(temporary, "w") as f:
         for length in lengths:
             tokens = random.integers(vocabulary, size=length).tolist()
             f.write(json.dumps({"input_ids": tokens}) + "\n")
+    temporary.rename(path)
     return path
 
 
