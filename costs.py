@@ -31,7 +31,7 @@ GPUS = {
     "H200": GPU(139.8, 989e12, 630e12, 630e12, 590e12, 3.4e12, 278e9, 55e9),
     "B200": GPU(178.0, 2250e12, 1350e12, 1300e12, 1110e12, 5.6e12, 550e9, 55e9),
 }
-USABLE_MEMORY = 0.94        # of a GPU: the rest is for CUDA, NCCL and fragmentation
+USABLE_MEMORY = 0.92        # of a GPU: the rest is for CUDA, NCCL and fragmentation
 USABLE_UNFRAGMENTED = 0.97  # the same with expandable segments
 USABLE_HOST_MEMORY = 0.85   # of a host: the rest is for the system and the page cache
 HALF_RATE_LENGTH = 1200     # tokens of a document with which attention reaches half of its rate

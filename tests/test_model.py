@@ -372,7 +372,7 @@ def test_the_fastest_settings_that_fit_are_chosen():
     """Where nothing has to be recomputed nothing is; otherwise what was found best by hand."""
     assert choose_for(8192) == Settings()
     assert choose_for(32768) == Settings()
-    assert choose_for(131072) == Settings("all_but_attention", keep_layers=6)
+    assert choose_for(131072) == Settings("all_but_attention", keep_layers=5)
     assert choose_for(131072, gpu_memory=120).recompute == "all_but_attention"
     long = choose_for(524288, document=8192)
     assert long.offload_layers > 0
@@ -405,7 +405,7 @@ def test_what_is_chosen_fits(length, size):
     if settings is not None:
         parts = memory(LLAMA_3B, length, 1, settings.execution(Execution()), settings.zero_stage,
                        offload_optimizer=settings.offload_optimizer)
-        usable = 0.97 if expands_segments(settings) else 0.94
+        usable = 0.97 if expands_segments(settings) else 0.92
         assert sum(parts.values()) <= usable * size
 
 
