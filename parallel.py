@@ -823,6 +823,10 @@ class Saver:
             local_rows(self.copies[name])[0].copy_(rows, non_blocking=True)
         return self.copies[name]
 
+    def is_writing(self):
+        """-> whether the last save is not complete yet on this rank."""
+        return self.thread is not None and self.thread.is_alive()
+
     def wait(self):
         """Wait until the last save is complete. RuntimeError on all ranks if it failed."""
         if self.thread is not None:

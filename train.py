@@ -1070,7 +1070,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         if eval_rows is not None and eval_due(step, steps):
             evaluate(model, eval_rows, grid, step, log, stop_requests)
             began = time.time()  # nor is evaluation, nor saving
-        if saver is not None and (step == steps or save_due(step, saved)):
+        if saver is not None and (step == steps or save_due(step, saved, saver)):
             save(saver, step, model, optimizer, not_finite, grid)
             saved = time.time()
             began = time.time()
@@ -1121,10 +1121,15 @@ def evaluation_is_missing(steps_done, steps, log):
     return MAX_STEPS == 0 or (eval_due(steps_done, steps) and parallel.any_rank(missing))
 
 
-def save_due(step, saved):
-    """Return whether to save after this step: the last time was at `saved`, on rank 0's clock."""
+def save_due(step, saved, saver):
+    """Return whether to save after this step: the last time was at `saved`, on rank 0's clock.
+
+    A save that the disk takes longer to write than SAVE_MINUTES is not waited for.
+    """
+    if SAVE_EVERY > 0 and step % SAVE_EVERY == 0:
+        return True
     late = 0 < SAVE_MINUTES < (time.time() - saved) / 60
-    return parallel.any_rank(late) or (SAVE_EVERY > 0 and step % SAVE_EVERY == 0)
+    return parallel.any_rank(late) and not parallel.any_rank(saver.is_writing())
 
 
 def save(saver, step, model, optimizer, not_finite, grid):

@@ -1199,3 +1199,14 @@ def test_lines_are_at_most_120_columns():
             if len(line) > 120:
                 long_lines.append(f"{name}:{number} has {len(line)}")
     assert long_lines == []
+
+
+@pytest.mark.parametrize("minutes_ago,is_writing,due", [
+    (2, False, True), (2, True, False), (0.5, False, False)])
+def test_a_save_that_is_being_written_is_not_waited_for(minutes_ago, is_writing, due, monkeypatch):
+    monkeypatch.setattr(parallel, "any_rank", bool)
+    monkeypatch.setattr(train, "SAVE_MINUTES", 1.0)
+    monkeypatch.setattr(train, "SAVE_EVERY", 10)
+    saver = types.SimpleNamespace(is_writing=lambda: is_writing)
+    assert train.save_due(7, time.time() - 60 * minutes_ago, saver) == due
+    assert train.save_due(10, time.time(), saver)    # SAVE_EVERY says exactly when
