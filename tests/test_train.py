@@ -9,9 +9,10 @@ import random
 import re
 import shutil
 import signal
-import time
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
