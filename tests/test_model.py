@@ -342,6 +342,8 @@ def test_seconds_are_what_was_measured():
     for result, config, work, execution, zero_stage in measured_rows():
         if "MAX_STEPS=1" in result["row"].split():
             continue  # the first step also pins memory
+        if "document" in result:
+            continue  # rows differ in their documents, so the median step is not the mean one
         parts = step_seconds(config, GPUS["H200"], work, execution, zero_stage)
         assert_close(sum(parts.values()), result["seconds"], f"{result['row']}: {parts}", rtol=0.1)
         compared += 1
