@@ -561,7 +561,9 @@ def test_a_rank_that_comes_back_in_time_goes_on(setup, tmp_path):
 
 
 def save_after_every_minute():
-    """The clock of rank 0 goes a minute forward each time that it is read; rank 1's stands."""
+    """The clock of rank 0 goes a minute forward each time that it is read; rank 1's stands.
+
+    A save is taken for complete at once: the steps are shorter than writing."""
     now = [0.0]
 
     def clock():
@@ -569,6 +571,7 @@ def save_after_every_minute():
             now[0] += 60
         return now[0]
     train.time.time = clock
+    parallel.Saver.is_writing = lambda saver: False
 
 
 def test_checkpoints_by_time_follow_one_clock(setup, tmp_path):
