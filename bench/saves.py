@@ -6,8 +6,8 @@ Trains the shape of llama3.2-3b with 14 layers on random rows of 16k tokens, and
 every SECONDS (60). The time of a step before the first save is compared with that from each save to
 the next, for the first one and SAVES (2) more. The first one also pins CPU memory, and is told by
 itself. Any constants of train.py can be set; LAYERS and SHAPE choose another model. The disk, that
-of TMPDIR, has to hold two checkpoints of 20 GiB each, and has to write one within SECONDS:
-otherwise the next save waits for it.
+of TMPDIR, has to hold two checkpoints of 20 GiB each. If it takes longer than SECONDS to write one,
+the saves are further apart.
 
 The time of a step is from its line in metrics.jsonl to the next, so that it contains what training
 waits for. The field "seconds" leaves out saves. The run is ended by kill -9, without an export. If
