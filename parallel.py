@@ -638,7 +638,7 @@ CLOSE_SECONDS = 120.0           # that a failed run waits for its last save
 # A thread that saves needs Python's lock for each of many short calls. The main thread would keep
 # it for the default of 5 ms each time, and longer while it waits to queue another kernel.
 SWITCH_SECONDS = 1e-4
-HASHED_BYTES = 2**26            # of a file per read while hashing, for the same reason
+HASHED_BYTES = 2**24            # of a file per read while hashing, for the same reason
 CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what the container of a process may use
 
 
@@ -674,7 +674,11 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
         partial.mkdir(parents=True)
 
     def write():
-        dcp.save(state, checkpoint_id=partial, process_group=group)
+        # A writer that copies ahead waits for all that training has queued on the GPU before it
+        # writes the next tensors, even if they are in CPU memory. One of several threads does not,
+        # but if one of them fails, torch says nothing and the checkpoint lacks its tensors.
+        writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
+        dcp.save(state, storage_writer=writer, process_group=group)
         written = list(partial.glob(f"__{rank}_*"))
         if rank == 0:
             written.append(partial / ".metadata")
@@ -1033,9 +1037,10 @@ def fsync(path):
 
 def file_hash(path):
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        piece = file.read(HASHED_BYTES)
-        while piece:
-            digest.update(piece)
-            piece = file.read(HASHED_BYTES)
+    buffer = memoryview(bytearray(HASHED_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        count = file.readinto(buffer)
+        while count > 0:
+            digest.update(buffer[:count])
+            count = file.readinto(buffer)
     return digest.hexdigest()

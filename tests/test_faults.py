@@ -803,11 +803,11 @@ def limit_when_saving(step):
     """Rank 1's disk is full from the save of a step on."""
     save = parallel.dcp.save
 
-    def save_on_full_disk(*arguments, checkpoint_id, **keywords):
-        if f"{step:08d}" in str(checkpoint_id) and own_rank() == 1:
+    def save_on_full_disk(state, storage_writer, process_group):
+        if f"{step:08d}" in str(storage_writer.path) and own_rank() == 1:
             limit_file_size(20_000)
             report_little_space()
-        save(*arguments, checkpoint_id=checkpoint_id, **keywords)
+        save(state, storage_writer=storage_writer, process_group=process_group)
     parallel.dcp.save = save_on_full_disk
 
 
