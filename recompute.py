@@ -192,7 +192,8 @@ class Kept:
 class OffloadedTensor:
     """A tensor in CPU memory, and later its copy on the GPU."""
 
-    def __init__(self, host, device):
+    def __init__(self, buffer, host, device):
+        self.buffer = buffer    # the pinned memory that `host` is the beginning of
         self.host = host
         self.device = device
         self.copy = None        # on the device, once it is being loaded
@@ -203,18 +204,19 @@ class Offload:
     """Moves tensors to pinned CPU memory during forward, and back during backward.
 
     Copies run on a stream of their own: out while later blocks compute, back two tensors before
-    they are needed. The pinned buffers are used again in the next step."""
+    they are needed. The pinned buffers are used again in the next step, whose rows may have other
+    lengths."""
 
     def __init__(self):
         self.stream = None
-        self.free_buffers = {}      # (shape, dtype): pinned buffers that are not in use
+        self.free_buffers = []      # pinned memory that is not in use, as tensors of bytes
         self.stored = []            # OffloadedTensors in the order of forward
         self.leaving = None         # (event, tensor) of the copy out that was queued last
 
     def store(self, tensor):
         """Queue the copy to CPU memory. -> OffloadedTensor for `load`."""
         if not tensor.is_cuda:  # for tests: a copy that autograd does not know
-            offloaded = OffloadedTensor(host=None, device=tensor.device)
+            offloaded = OffloadedTensor(buffer=None, host=None, device=tensor.device)
             offloaded.copy = tensor.clone()
             return offloaded
         if self.stream is None:
@@ -227,7 +229,9 @@ class Offload:
             event, _ = self.leaving
             main.wait_event(event)
 
-        offloaded = OffloadedTensor(self.take_buffer(tensor), tensor.device)
+        buffer = self.take_buffer(tensor.nbytes)
+        host = buffer[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        offloaded = OffloadedTensor(buffer, host, tensor.device)
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
             offloaded.host.copy_(tensor, non_blocking=True)
@@ -257,21 +261,30 @@ class Offload:
             offloaded.copy.copy_(host, non_blocking=True)
         offloaded.loaded = self.stream.record_event()
         # Safe although the copy has not run: the next copy into the buffer is queued behind it.
-        self.free_buffers[host.shape, host.dtype].append(host)
+        self.free_buffers.append(offloaded.buffer)
 
-    def take_buffer(self, tensor):
-        """-> a free pinned buffer of the tensor's shape and dtype, or a new one."""
-        free = self.free_buffers.setdefault((tensor.shape, tensor.dtype), [])
-        if free:
-            return free.pop()
-        return pinned_buffer(tensor.shape, tensor.dtype)
+    def take_buffer(self, size):
+        """-> the smallest free buffer of at least `size` bytes, or a new one.
+
+        A new one takes the place of a free one that is too small. So there are never more than a
+        step needs, even if its rows are longer than any before."""
+        self.free_buffers.sort(key=len)
+        for i, buffer in enumerate(self.free_buffers):
+            if len(buffer) >= size:
+                return self.free_buffers.pop(i)
+        if self.free_buffers:
+            self.stream.synchronize()   # a copy from it may be queued
+            self.free_buffers.pop()
+        return pinned_buffer(size)
 
 
-def pinned_buffer(shape, dtype):
-    """-> an empty tensor in pinned CPU memory. RuntimeError if it cannot be pinned.
+def pinned_buffer(size):
+    """-> at least `size` bytes of pinned CPU memory. RuntimeError if it cannot be pinned.
 
-    torch's own allocator of pinned memory rounds up to a power of two, which wastes up to half."""
-    buffer = torch.empty(shape, dtype=dtype)
+    It has up to 3% more, for tensors of rows that are longer by a few tokens. torch's own allocator
+    of pinned memory rounds up to a power of two, which wastes up to half."""
+    unit = 2 ** max(size.bit_length() - 6, 0)
+    buffer = torch.empty(-(-size // unit) * unit, dtype=torch.uint8)
     pin(buffer, owner=buffer)
     return buffer
 

@@ -11,6 +11,7 @@ import torch
 from conftest import assert_close, row, tiny_config, tiny_model
 
 import parallel
+import recompute
 from bench.run import SHAPES
 from costs import (
     GPUS,
@@ -140,6 +141,39 @@ def test_how_often_the_attention_kernel_runs(monkeypatch, recompute, offload, ca
     ids, positions, cu_seqlens, max_seqlen, labels = row([16])
     model(ids, positions, cu_seqlens, max_seqlen, labels).backward()
     assert len(seen) == calls
+
+
+def test_pinned_buffers_serve_rows_of_all_lengths(monkeypatch):
+    """Rows that differ by a few tokens share their buffers. Longer ones replace them."""
+    pinned = weakref.WeakSet()
+    waited = []
+
+    class Stream:
+        def synchronize(self):
+            waited.append(1)
+
+    monkeypatch.setattr(recompute, "pin", lambda tensor, owner: pinned.add(owner))
+    offload = recompute.Offload()
+    offload.stream = Stream()
+
+    def sizes_after_step(tokens):
+        """A step takes a large and a small buffer of each of three blocks, and returns them."""
+        taken = []
+        for size in 3 * [tokens * 96, tokens * 48]:
+            taken.append(offload.take_buffer(size))
+            assert len(taken[-1]) >= size
+        offload.free_buffers.extend(taken)
+        return sorted(len(buffer) for buffer in pinned)
+
+    first = sizes_after_step(1000)
+    assert first == 3 * [48128] + 3 * [96256]
+    for tokens in (1002, 990, 700):
+        assert sizes_after_step(tokens) == first
+    assert not waited
+    longer = sizes_after_step(1100)
+    assert len(longer) == 6 and longer[3] >= 1100 * 96
+    assert waited       # a copy may be in progress from what is let go of
+    assert sizes_after_step(1000) == longer
 
 
 def forward_of_a_block(execution, method):
