@@ -31,14 +31,15 @@ GPUS = {
     "H200": GPU(139.8, 989e12, 630e12, 630e12, 590e12, 3.4e12, 278e9, 55e9),
     "B200": GPU(178.0, 2250e12, 1350e12, 1300e12, 1110e12, 5.6e12, 550e9, 55e9),
 }
-USABLE_MEMORY = 0.92        # of a GPU: the rest is for CUDA, NCCL and fragmentation
-USABLE_UNFRAGMENTED = 0.97  # the same with expandable segments
+USABLE_MEMORY = 0.95        # of a GPU: the rest is for CUDA, NCCL and fragmentation
 USABLE_HOST_MEMORY = 0.85   # of a host: the rest is for the system and the page cache
 HALF_RATE_LENGTH = 1200     # tokens of a document with which attention reaches half of its rate
 GPUS_PER_HOST = 8
 NETWORK = 40e9              # bytes/s of a GPU to another host (400 Gbit/s, less its overhead)
 HOST_BANDWIDTH = 20e9       # bytes/s of CPU memory for each rank, when AdamW runs on the CPU
-ALIKE = 1.02                # steps that differ by less are as good: the simplest settings win
+ALIKE = 1.01                # steps that differ by less are as good: the simplest settings win
+WAITS_FOR_SAVES = 1.02      # how much longer a run takes whose CPU memory has no space for the copy of a
+                            # checkpoint: 30 s every half an hour
 ADAMW_STATES = 3 * 4        # bytes a parameter: float32 weight and two moments
 ADAMW_TRAFFIC = 32          # bytes a parameter: 16 read, 12 written, and 4 read for the norm. With
                             # one_rank.py 14 or 16 read, 14 written, 2 or 4 for the norm
@@ -172,19 +173,19 @@ def mlp_widths(config):
 
 
 def kept_by_block(config, recompute, chunked, work):
-    """-> bytes a token that a block keeps for backward, except the log-sum-exp. They are bfloat16.
+    """-> bytes a token that a block, or a pair, keeps for backward, except the log-sum-exp. They are
+    bfloat16.
 
     chunked: the MLP runs in chunks, so that it keeps its inputs only."""
     C = config.hidden_size
     q, qkv = attention_widths(config, work.sp)
-    if recompute == "pairs":
-        return C                            # x of every second block
-    if recompute == "all":
-        return 2 * C                        # x
+    if recompute in KEEP_INPUTS:
+        return 2 * C                        # x, of a block or a pair
     if recompute == "all_but_attention":
         return 2 * (C + q)                  # x and attention's output
     kept = C + qkv + q                      # x, q, k, v, attention's output
-    kept += crossing(work) * q              # the output after its exchange, besides the one before
+    if crossing(work) > 0:
+        kept += q                           # all outputs after their exchange, besides those before
     if not chunked:
         mlp_kept, _ = mlp_widths(config)
         kept += C + mlp_kept                # x + attention, gate and up
@@ -252,37 +253,39 @@ def loss_memory(config, tokens, loss_chunk):
     return norm + 2 * logits + product
 
 
-def divide_layers(config, execution):
-    """-> how many last layers keep everything, and how many first ones have what they keep in CPU
-    memory."""
-    L = config.num_hidden_layers
-    whole = L if execution.recompute == "none" else min(execution.keep_layers, L)
-    return whole, min(execution.offload_layers, L - whole)
+def recomputed_layers(config, execution):
+    """-> blocks that do not keep everything."""
+    if execution.recompute == "none":
+        return 0
+    return max(config.num_hidden_layers - execution.keep_layers, 0)
 
 
-def prefetched_layers(execution):
-    """-> offloaded layers of which Offload.load has the kept tensors on the GPU at a time."""
-    return {"all": 3, "pairs": 6}.get(execution.recompute, 2)
-
-
-def kept_by_first(blocks, config, work, execution):
-    """-> bytes that the first `blocks` blocks keep on the GPU when backward comes to the last of
-    them."""
-    L = config.num_hidden_layers
-    whole, offloaded = divide_layers(config, execution)
+def kept_by_groups(config, work, execution):
+    """-> [(bytes, bytes)] of each Group of the execution: of what it keeps, which can be offloaded,
+    and of the log-sum-exps, float32, that stay on the GPU."""
     chunked = 0 < execution.mlp_chunk < work.tokens
-    everything = work.tokens * kept_by_block(config, "none", chunked, work)
-    inputs = work.tokens * kept_by_block(config, execution.recompute, chunked, work)
-    log_sum_exp = 4 * config.num_attention_heads * work.tokens  # float32
-    if execution.recompute in KEEP_INPUTS:
-        log_sum_exp *= whole / L  # kept by the whole blocks only
+    log_sum_exp = 4 * config.num_attention_heads * work.tokens
+    sizes = {}
+    for recompute in ("none", execution.recompute):
+        sizes[recompute] = (work.tokens * kept_by_block(config, recompute, chunked, work), 0)
+    sizes["none"] = (sizes["none"][0] + log_sum_exp, 0)
+    if execution.recompute == "all_but_attention":
+        sizes["all_but_attention"] = (sizes["all_but_attention"][0], log_sum_exp)
+    return [sizes[group.recompute] for group in execution.groups(config.num_hidden_layers)]
 
-    recomputed = min(blocks, L - whole)
-    if recomputed > offloaded:
-        on_gpu = recomputed - offloaded
-    else:  # backward has come to the offloaded blocks
-        on_gpu = min(recomputed, prefetched_layers(execution))
-    return on_gpu * inputs + (blocks - recomputed) * everything + blocks * log_sum_exp
+
+def kept_on_gpu(config, work, execution):
+    """-> bytes that blocks keep on the GPU at the end of forward, and a list of those when backward
+    comes to each block."""
+    groups = execution.groups(config.num_hidden_layers)
+    sizes, stay = zip(*kept_by_groups(config, work, execution))
+    n_offloaded = sum(group.offload for group in groups)
+    in_backward = []
+    for i, group in enumerate(groups):
+        offloaded = sum(sizes[group.away:min(i + 1, n_offloaded)])
+        kept = offloaded + sum(sizes[n_offloaded:i + 1]) + sum(stay[:i + 1])
+        in_backward += [kept] * len(group.blocks)
+    return sum(sizes[n_offloaded:]) + sum(stay), in_backward
 
 
 def gathered_together(execution):
@@ -332,24 +335,21 @@ class Moment(NamedTuple):
     loss: float = 0
 
 
-def end_of_forward(config, work, execution, zero_stage, offload_optimizer):
-    """-> the Moment of the loss."""
+def end_of_forward(kept, config, work, execution, zero_stage, offload_optimizer):
+    """-> the Moment of the loss. kept: bytes that blocks keep on the GPU."""
     L = config.num_hidden_layers
     gathered = L if zero_stage < 3 else gathered_together(execution)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
         gradients=gradients_of_earlier(config, work, zero_stage, offload_optimizer),
-        kept=kept_by_first(L, config, work, execution),
+        kept=kept,
         loss=loss_memory(config, work.tokens, execution.loss_chunk))
 
 
-def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer):
-    """-> the Moment of the largest transient activations of block i."""
+def backward_of_block(i, kept, transient, config, work, execution, zero_stage, offload_optimizer):
+    """-> the Moment of block i. kept, transient: bytes that blocks keep, and its own at most."""
     L = config.num_hidden_layers
     block, _ = count_parameters(config)
-    whole, _ = divide_layers(config, execution)
-    recompute = "none" if i >= L - whole else execution.recompute
-    chunk = min(execution.mlp_chunk or work.tokens, work.tokens)
 
     # ZeRO 3 has gathered this block, or pair, and the next one. FSDP2 with ZeRO 1 and 2 frees a
     # block after its backward, unless other micro-batches need its weights.
@@ -367,8 +367,8 @@ def backward_of_block(i, config, work, execution, zero_stage, offload_optimizer)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
         gradients=max(earlier, reduced) + head + 2 * block,
-        kept=kept_by_first(i + 1, config, work, execution),
-        transient=transient_of_block(config, recompute, chunk, work))
+        kept=kept,
+        transient=transient)
 
 
 def end_of_backward(config, work, zero_stage, offload_optimizer):
@@ -393,19 +393,21 @@ def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
     tokens: t of this rank; ranks: over which states are sharded; accumulate: micro-batches a step;
     sp: P; document: tokens of the mean document, None: the row is one document, which takes the
     most memory. Within 5% of what was measured (bench/results.jsonl)."""
-    L = config.num_hidden_layers
-    whole, offloaded = divide_layers(config, execution)
     document = document or tokens * sp
     work = Work(tokens, pairs=0, sp=sp, ranks=ranks, replicas=replicas, accumulate=accumulate,
                 document=document)
     given = (config, work, execution, zero_stage, offload_optimizer)
 
-    # Along blocks of one kind the sum is linear, so the first and the last of them are enough.
-    prefetched = min(prefetched_layers(execution), L)
-    moments = [end_of_forward(*given)]
-    for i in {L - 1, L - 1 - whole, offloaded - 1, prefetched - 1, 0}:
-        if i >= 0:
-            moments.append(backward_of_block(i, *given))
+    at_loss, in_backward = kept_on_gpu(config, work, execution)
+    moments = [end_of_forward(at_loss, *given)]
+    groups = execution.groups(config.num_hidden_layers)
+    chunk = min(execution.mlp_chunk or tokens, tokens)
+    transient = {recompute: transient_of_block(config, recompute, chunk, work)
+                 for recompute in ("none", execution.recompute)}
+    for group in groups:
+        i = group.blocks[-1]
+        moments.append(
+            backward_of_block(i, in_backward[i], transient[group.recompute], *given))
     moments.append(end_of_backward(config, work, zero_stage, offload_optimizer))
     peak = max(moments, key=sum)
 
@@ -421,12 +423,16 @@ def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
     return {part: size / 2**30 for part, size in parts.items()}
 
 
+def offloaded_bytes(config, work, execution):
+    """-> bytes that blocks keep in CPU memory for backward."""
+    groups = execution.groups(config.num_hidden_layers)
+    kept = kept_by_groups(config, work, execution)
+    return sum(size for group, (size, _) in zip(groups, kept) if group.offload)
+
+
 def host_memory(config, tokens, ranks, execution, offload_optimizer=False, sp=1):
     """-> GiB of CPU memory of one rank's process."""
-    _, offloaded = divide_layers(config, execution)
-    # Blocks that keep everything offload nothing.
-    work = Work(tokens, pairs=0, sp=sp)
-    size = PROCESS + offloaded * tokens * kept_by_block(config, execution.recompute, False, work)
+    size = PROCESS + offloaded_bytes(config, Work(tokens, pairs=0, sp=sp), execution)
     if offload_optimizer:
         size += (ADAMW_STATES + 4) * total_parameters(config) / ranks  # and float32 gradients
     return size / 2**30
@@ -441,8 +447,7 @@ def product_seconds(config, gpu, work, execution):
     block, _ = count_parameters(config)
     head = config.hidden_size * config.vocab_size
     down_proj = config.hidden_size * config.intermediate_size
-    whole, _ = divide_layers(config, execution)
-    recomputed = L - whole
+    recomputed = recomputed_layers(config, execution)
 
     again = recomputed * (block - down_proj)
     if execution.recompute == "pairs":
@@ -452,7 +457,7 @@ def product_seconds(config, gpu, work, execution):
         q, _ = attention_widths(config, work.sp)
         _, mlp_computed = mlp_widths(config)
         post_attention = config.hidden_size * (q + mlp_computed)
-        again += whole * (post_attention - down_proj)
+        again += (L - recomputed) * (post_attention - down_proj)
         if execution.recompute in KEEP_INPUTS:
             again += recomputed * post_attention
     return 6 * t * (L * block + head) / gpu.products, 2 * t * again / gpu.products
@@ -492,13 +497,11 @@ def exchange_seconds(config, gpu, work):
     return exchanged / link_of(gpu, work.sp)
 
 
-def offloading_seconds(config, gpu, work, execution, compute):
-    """-> seconds that copies to and from CPU memory take longer than forward and backward, which
-    are a third and two thirds of `compute` seconds and hide them."""
-    _, offloaded = divide_layers(config, execution)
-    copied = offloaded * work.tokens * kept_by_block(config, execution.recompute, False, work)
-    copy = copied / gpu.host_link
-    return max(copy - compute / 3, 0) + max(copy - 2 * compute / 3, 0)
+def offloading_seconds(config, gpu, work, execution, forward, backward):
+    """-> seconds that copies to and from CPU memory take longer than the blocks' forward and
+    backward, which hide them."""
+    copy = offloaded_bytes(config, work, execution) / gpu.host_link
+    return max(copy - forward, 0) + max(copy - backward, 0)
 
 
 def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
@@ -530,8 +533,7 @@ def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
 def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=False):
     """-> {part: seconds} of one optimizer step. Within 10% of what was measured on H200s."""
     L = config.num_hidden_layers
-    whole, _ = divide_layers(config, execution)
-    recomputed = L - whole
+    recomputed = recomputed_layers(config, execution)
 
     products, recomputation = product_seconds(config, gpu, work, execution)
     forward, backward = attention_seconds(config, gpu, work)
@@ -545,7 +547,9 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
         exchanges += recomputed / 2
     exchange = exchanges * exchange_seconds(config, gpu, work)
     compute = products + recomputation + attention + exchange
-    offloading = offloading_seconds(config, gpu, work, execution, compute)
+    forward_of_blocks = 2 * work.tokens * L * block_parameters(config) / gpu.products + L * forward
+    offloading = offloading_seconds(
+        config, gpu, work, execution, forward_of_blocks, 2 * forward_of_blocks)
     sharding = sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute)
     bandwidth = HOST_BANDWIDTH if offload_optimizer else gpu.bandwidth
     optimizer = ADAMW_TRAFFIC * total_parameters(config) / work.ranks / bandwidth
@@ -561,26 +565,21 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
     }
 
 
-def fits(config, gpu, work, execution, settings, host):
-    """-> whether a step with these Settings fits in the GPU and `host` GiB of CPU memory a rank."""
+def needs(config, work, execution, settings):
+    """-> GiB of a GPU, and of CPU memory for each rank, that a step with these Settings needs."""
     execution = settings.execution(execution)
-    on_host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
-                          work.sp)
-    if on_host > USABLE_HOST_MEMORY * host:
-        return False
     parts = memory(config, work.tokens, work.ranks, execution, settings.zero_stage,
                    work.accumulate, work.sp, settings.offload_optimizer, mean_document(work),
                    work.replicas)
-    usable = USABLE_UNFRAGMENTED if expands_segments(settings) else USABLE_MEMORY
-    return sum(parts.values()) <= usable * gpu.memory
+    on_host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
+                          work.sp)
+    return sum(parts.values()), on_host
 
 
-def expands_segments(settings):
-    """-> whether to use the allocator's expandable segments, which avoid fragmentation. They cost
-    nothing in steps of a minute, and 8% at 32k tokens. So they are used only with settings that save
-    memory by chunks, gathers or copies, which leave gaps between what is kept."""
-    return (settings.recompute in KEEP_INPUTS or settings.offload_layers != 0
-            or settings.mlp_chunk != 0 or settings.zero_stage == 3)
+def fits(config, gpu, work, execution, settings, host):
+    """-> whether a step with these Settings fits in the GPU and `host` GiB of CPU memory a rank."""
+    on_gpu, on_host = needs(config, work, execution, settings)
+    return on_gpu <= USABLE_MEMORY * gpu.memory and on_host <= USABLE_HOST_MEMORY * host
 
 
 def candidates(config, work, given):
@@ -598,9 +597,7 @@ def candidates(config, work, given):
     }
     tries.update({name: [value] for name, value in given.items()})
     for values in itertools.product(*tries.values()):
-        settings = Settings(**dict(zip(tries, values)))
-        if settings.recompute != "none" or settings.offload_layers == 0:
-            yield settings
+        yield Settings(**dict(zip(tries, values)))
 
 
 def choose(config, gpu, work, execution, given, host):
@@ -608,23 +605,34 @@ def choose(config, gpu, work, execution, given, host):
     None if none fits.
 
     given: see candidates. host: GiB of CPU memory for each rank."""
+    usable = USABLE_MEMORY * gpu.memory
+    usable_host = USABLE_HOST_MEMORY * host
+    copy_of_checkpoint = ADAMW_STATES * total_parameters(config) / work.ranks / 2**30
     fitting = []
     for settings in candidates(config, work, given):
-        if not fits(config, gpu, work, execution, settings, host):
-            continue
+        tries = [settings]
         if settings.recompute != "none" and "keep_layers" not in given:
-            # The more layers keep everything, the shorter the step.
-            for layers in range(1, config.num_hidden_layers - settings.offload_layers):
-                longer = settings._replace(keep_layers=layers)
-                if not fits(config, gpu, work, execution, longer, host):
-                    break
-                settings = longer
-        seconds = step_seconds(config, gpu, work, settings.execution(execution),
-                               settings.zero_stage, settings.offload_optimizer)
-        fitting.append((sum(seconds.values()), settings))
+            tries = [settings._replace(keep_layers=n) for n in range(config.num_hidden_layers)]
+        best = None
+        for settings in tries:
+            recomputed = recomputed_layers(config, settings.execution(execution))
+            if work.sp > 1 and settings.offload_layers > recomputed:
+                break   # slower where it was measured: 128k tokens of mixed lengths on two GPUs
+            on_gpu, on_host = needs(config, work, execution, settings)
+            if on_gpu > usable or on_host > usable_host:
+                break   # nor does it fit if more layers keep everything
+            parts = step_seconds(config, gpu, work, settings.execution(execution),
+                                 settings.zero_stage, settings.offload_optimizer)
+            seconds = sum(parts.values())
+            if on_host + copy_of_checkpoint > usable_host:
+                seconds *= WAITS_FOR_SAVES
+            # Attention takes the same time with all settings, and may take less than `work` says.
+            seconds -= parts["attention"]
+            if best is None or seconds < best[0]:
+                best = seconds, settings
+        if best is not None:
+            fitting.append(best)
     if not fitting:
         return None
     shortest = min(seconds for seconds, _ in fitting)
-    alike = [settings for seconds, settings in fitting if seconds <= ALIKE * shortest]
-    # Those that need no expandable segments first: what they need is known best.
-    return min(alike, key=expands_segments)
+    return next(settings for seconds, settings in fitting if seconds <= ALIKE * shortest)

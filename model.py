@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import parallel
 from costs import attention_pairs, flops, memory  # noqa: F401  (for callers of this module)
 from parallel import heads_to_seq, seq_to_heads, split_heads_by_rank
-from recompute import AttendWithRecompute, Kept, Offload
+from recompute import AttendWithRecompute, Kept, Offload, divide_blocks
 
 
 @dataclass
@@ -93,11 +93,16 @@ class Execution:
     """How the work is carried out. These settings change results only by rounding."""
     attention: str = "auto"             # or a name in KERNELS
     recompute: str = "none"             # by backward; or "all_but_attention", "all", "pairs"
-    keep_layers: int = 0                # last blocks, which are exempt from `recompute`
+    keep_layers: int = 0                # blocks that are exempt from `recompute`, see divide_blocks
     offload_layers: int = 0             # first blocks that offload what they keep to CPU memory
     mlp_chunk: int = 0                  # tokens that pass the MLP at a time; 0: all t
     loss_chunk: int = 8192              # tokens whose logits exist at a time
     compile: bool = False               # torch.compile the two halves of a block, and the loss
+
+    def groups(self, n_blocks):
+        """-> the Groups of a model with so many blocks."""
+        return divide_blocks(n_blocks, self.recompute, self.keep_layers, self.offload_layers)
+
 
 
 # ------------------------------------------------------------------------------ attention kernels
@@ -568,6 +573,9 @@ class Block(nn.Module):
     Outside the attention kernel every token is computed by itself. So a block has two halves,
     before and after the kernel, that are compiled, recomputed and cut into chunks of tokens.
 
+    Without recomputation, autograd keeps what it needs: x, q, k, v, attention's output, the input of
+    the MLP's norm, gate and up.
+
     With recompute "all_but_attention", one block in forward and backward:
 
     forward                                     kept for backward
@@ -636,11 +644,14 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, segments, offload=None, cache=None):
         """x (t, C) -> (t, C). offload: where what is kept for backward goes, None: it stays.
         cache: see Attention.forward."""
-        if self.recompute == "none" or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return self.compute(x, cos, sin, segments, cache)
         assert cache is None, "a cache is for generation, which needs no gradients"
 
         kept = Kept(offload)
+        if self.recompute == "none":
+            with kept.all_that_is_saved(but=[cos, sin, *self.parameters()]):
+                return self.compute(x, cos, sin, segments)
         with kept.saved_by_reference():
             kept.add("x", x)
             if self.recompute == "all":
@@ -682,17 +693,12 @@ class Transformer(nn.Module):
         self.offload = Offload()
         self.rope_kinds = {config.rope_kind(i) for i in range(config.num_hidden_layers)}
 
+        self.groups = execution.groups(config.num_hidden_layers)
         layers = nn.ModuleList()
-        recomputed = max(config.num_hidden_layers - execution.keep_layers, 0)
-        recompute = "all" if execution.recompute == "pairs" else execution.recompute
-        for i in range(config.num_hidden_layers):
-            recompute_this = recompute if i < recomputed else "none"
-            layers.append(Block(config, i, sp_group, execution, recompute_this))
-        # Blocks of a group are recomputed from the input of the first.
-        self.groups = [[i] for i in range(config.num_hidden_layers)]
-        if execution.recompute == "pairs":
-            pairs = [[i, i + 1] for i in range(0, recomputed - 1, 2)]
-            self.groups = pairs + self.groups[2 * len(pairs):]
+        for group in self.groups:
+            recompute = "all" if group.recompute == "pairs" else group.recompute
+            for i in group.blocks:
+                layers.append(Block(config, i, sp_group, execution, recompute))
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": layers,
@@ -720,8 +726,8 @@ class Transformer(nn.Module):
         ropes = {kind: rope_cos_sin(self.config, position_ids, kind) for kind in self.rope_kinds}
         x = self.embed(input_ids)                                               # (t, C)
         for group in self.groups:
-            offload = self.offload if group[0] < self.execution.offload_layers else None
-            x = self.run_blocks(group, x, ropes, segments, offload, caches)
+            x = self.run_group(group, x, ropes, segments, caches)
+        self.offload.let_go()
         if caches is not None:
             x = x[-1:]                                                          # (1, C)
         # Not compiled, the norm would keep and compute float32 copies of x: 12 GiB each at t = 1M.
@@ -743,18 +749,27 @@ class Transformer(nn.Module):
         return ChunkedCrossEntropy.apply(
             x, head, labels.clamp(min=0), weights, self.execution, torch.is_grad_enabled())
 
-    def run_blocks(self, group, x, ropes, segments, offload, caches=None):
-        """x (t, C) -> (t, C), through the blocks of one of self.groups.
+    def run_group(self, group, x, ropes, segments, caches=None):
+        """x (t, C) -> (t, C), through the blocks of a Group. In backward, also brings back what was
+        offloaded before it is needed."""
+        offload = self.offload.begin_group(group) if torch.is_grad_enabled() else None
+        x = self.run_blocks(group.blocks, x, ropes, segments, offload, caches)
+        if x.requires_grad and self.groups[0].offload:
+            x.register_hook(functools.partial(self.offload.bring_back, group))
+        return x
+
+    def run_blocks(self, blocks, x, ropes, segments, offload, caches):
+        """x (t, C) -> (t, C), through one block or a pair.
 
         Of two blocks only x is kept. Backward first computes the input of the second one again."""
         def run(x, offload):
-            for i in group:
+            for i in blocks:
                 cos, sin = ropes[self.config.rope_kind(i)]
                 cache = caches[i] if caches is not None else None
                 x = self.model["layers"][i](x, cos, sin, segments, offload, cache)
             return x
 
-        if len(group) == 1 or not torch.is_grad_enabled():
+        if len(blocks) == 1 or not torch.is_grad_enabled():
             return run(x, offload)
         kept = Kept(offload)
         with kept.saved_by_reference():
@@ -763,7 +778,7 @@ class Transformer(nn.Module):
 
     def block_groups(self):
         """-> the blocks of each group, whose weights are gathered together."""
-        return [[self.model["layers"][i] for i in group] for group in self.groups]
+        return [[self.model["layers"][i] for i in group.blocks] for group in self.groups]
 
     def new_caches(self):
         """-> an empty KeyValueCache for each layer."""

@@ -3,15 +3,73 @@
 The class Block of model.py draws it: with RECOMPUTE a block keeps its input and the outputs of
 attention, and recomputes the rest. Kept holds these tensors by name, and Offload moves them to CPU
 memory. AttendWithRecompute runs the attention kernel's backward on recomputed q, k and v, so that
-its forward runs only once.
+its forward runs only once. divide_blocks says which blocks recompute, and which offload.
 """
 import contextlib
 import functools
+import mmap
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+
+PIECE = 2**24   # bytes of pinned memory that are copied at a time
+SLAB = 2**28    # bytes that are pinned at a time
+
+class Group(NamedTuple):
+    """Blocks that share what they keep for backward: a single one, or a pair."""
+    blocks: list        # their indices
+    recompute: str      # "none", "all_but_attention", "all" or "pairs"
+    offload: bool       # whether what they keep goes to CPU memory
+    away: int           # first groups that have nothing on the GPU while this one runs
+
+
+@functools.lru_cache
+def divide_blocks(n_blocks, recompute, keep_layers, offload_layers):
+    """-> the Groups of n_blocks blocks. keep_layers of them are exempt from `recompute`.
+
+    The first blocks offload, and the last ones keep everything. If more offload than recompute, the
+    first ones keep everything, too, since their copies have the most time:
+
+        keep everything, offload    recompute, offload    keep everything
+
+    and otherwise
+
+        recompute, offload          recompute             keep everything
+    """
+    recomputed = 0 if recompute == "none" else max(n_blocks - keep_layers, 0)
+    offloaded = min(offload_layers, n_blocks)
+    begin = max(offloaded - recomputed, 0)
+    end = begin + recomputed
+    size = 2 if recompute == "pairs" else 1
+    recomputed_groups = [list(range(i, min(i + size, end))) for i in range(begin, end, size)]
+    groups = [[i] for i in range(begin)] + recomputed_groups + [[i] for i in range(end, n_blocks)]
+
+    # Copies of blocks that keep everything take longer than their computation. They may be under way
+    # as long as they take no more memory than the groups to come will: these have not filled it yet
+    # in forward, and have freed it in backward. In units of which a block that keeps everything has
+    # five, and others one or less.
+    n_offloaded = sum(blocks[0] < offloaded for blocks in groups)
+    sizes = [1 if begin <= blocks[0] < end else 5 for blocks in groups]
+    divided = []
+    for i, blocks in enumerate(groups):
+        to_come = len(groups) - max(i + 1, n_offloaded)     # groups that stay on the GPU
+        room = 5 * (to_come - 1)
+        if begin == 0:
+            room = min(room, 1)
+        if 0 < i < n_offloaded:
+            room = max(room, sizes[i - 1])
+        away = min(i, n_offloaded)
+        while away > 0 and sum(sizes[away - 1:min(i, n_offloaded)]) <= room:
+            away -= 1
+        divided.append(Group(
+            blocks=blocks,
+            recompute=recompute if begin <= blocks[0] < end else "none",
+            offload=i < n_offloaded,
+            away=away))
+    return divided
 
 
 def share_storage(a, b):
@@ -163,6 +221,39 @@ class Kept:
         return self.getters[name]()
 
     @contextlib.contextmanager
+    def all_that_is_saved(self, but):
+        """The context of the forward of a block that recomputes nothing. With `offload`, all that
+        autograd saves goes to CPU memory, except for the tensors `but`, which others have, too."""
+        if self.offload is None:
+            yield
+            return
+
+        offload = self.offload
+        elsewhere = {tensor.untyped_storage().data_ptr() for tensor in but}
+        stored = {}     # address of a storage: the storage, and the getter of its bytes
+
+        def pack(saved):
+            storage = saved.untyped_storage()
+            address = storage.data_ptr()
+            if address in elsewhere or not saved.is_floating_point():
+                return saved
+            if address not in stored:
+                content = torch.empty(0, dtype=torch.uint8, device=saved.device).set_(storage)
+                stored[address] = storage, functools.partial(offload.load, offload.store(content))
+            _, get = stored[address]
+            return get, saved.dtype, saved.shape, saved.stride(), saved.storage_offset()
+
+        def unpack(packed):
+            if isinstance(packed, torch.Tensor):
+                return packed
+            get, dtype, *view = packed
+            return get().view(dtype).as_strided(*view)
+
+        with saved_tensors_hooks(pack, unpack):
+            yield
+        stored.clear()
+
+    @contextlib.contextmanager
     def saved_by_reference(self):
         """The context of the block's forward. Wherever autograd would save an offloaded tensor, or
         a view of one, it saves how to load it instead, so that its GPU memory is freed."""
@@ -190,103 +281,128 @@ class Kept:
 
 
 class OffloadedTensor:
-    """A tensor in CPU memory, and later its copy on the GPU."""
+    """A tensor on its way to CPU memory and back."""
 
-    def __init__(self, buffer, host, device):
-        self.buffer = buffer    # the pinned memory that `host` is the beginning of
-        self.host = host
-        self.device = device
-        self.copy = None        # on the device, once it is being loaded
-        self.loaded = None      # CUDA event: the copy is complete
+    def __init__(self, tensor, pieces):
+        self.tensor = tensor    # until let_go
+        self.pieces = pieces    # of pinned memory, which hold its bytes
+        self.shape = tensor.shape
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+        self.left = None        # CUDA event: the copy to CPU memory is complete
+        self.copy = None        # on the GPU again, once it is being copied back
+        self.returned = None    # CUDA event: that is complete
+
+    def let_go(self):
+        """Let kernels that are queued from here on reuse the tensor's memory, after its copy."""
+        if self.tensor is not None:
+            torch.cuda.current_stream().wait_event(self.left)
+            self.tensor = None
+
+
+def is_on_gpu(tensor):
+    return tensor.is_cuda
+
+
+def in_pieces(tensor):
+    """-> views of a tensor's bytes, PIECE each but the last."""
+    return tensor.view(-1).view(torch.uint8).split(PIECE)
 
 
 class Offload:
     """Moves tensors to pinned CPU memory during forward, and back during backward.
 
-    Copies run on a stream of their own: out while later blocks compute, back two tensors before
-    they are needed. The pinned buffers are used again in the next step, whose rows may have other
-    lengths."""
+    Copies run on a stream of their own, while blocks compute. When they have to be complete is what
+    Group.away says. The pinned memory is divided into pieces of one size, which the next step uses
+    again, whatever lengths its rows and its documents have."""
 
     def __init__(self):
         self.stream = None
-        self.free_buffers = []      # pinned memory that is not in use, as tensors of bytes
-        self.stored = []            # OffloadedTensors in the order of forward
-        self.leaving = None         # (event, tensor) of the copy out that was queued last
+        self.slabs = []             # pinned memory, which is never given back
+        self.free_pieces = []       # parts of the slabs that are not in use
+        self.groups = []            # OffloadedTensors of each group that has not been brought back
+
+    def begin_group(self, group):
+        """Called in forward before a Group. -> where it offloads to: this object, or None."""
+        if group.blocks[0] == 0:
+            self.groups = []
+        self.let_go(group.away)
+        if not group.offload:
+            return None
+        self.groups.append([])
+        return self
+
+    def let_go(self, n_groups=None):
+        """Let go of the tensors of the first n_groups groups, or of all."""
+        for group in self.groups[:n_groups]:
+            for offloaded in group:
+                offloaded.let_go()
 
     def store(self, tensor):
-        """Queue the copy to CPU memory. -> OffloadedTensor for `load`."""
-        if not tensor.is_cuda:  # for tests: a copy that autograd does not know
-            offloaded = OffloadedTensor(buffer=None, host=None, device=tensor.device)
+        """Queue the copy of a contiguous tensor to CPU memory. -> OffloadedTensor for `load`."""
+        if not is_on_gpu(tensor):  # for tests: a copy that autograd does not know
+            offloaded = OffloadedTensor(tensor, pieces=[])
             offloaded.copy = tensor.clone()
+            offloaded.tensor = None
             return offloaded
         if self.stream is None:
             self.stream = torch.cuda.Stream()
-        main = torch.cuda.current_stream()
-
-        # Kernels queued from here on wait for the previous copy. So its tensor can be let go of,
-        # and they may reuse its memory.
-        if self.leaving is not None:
-            event, _ = self.leaving
-            main.wait_event(event)
-
-        buffer = self.take_buffer(tensor.nbytes)
-        host = buffer[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        offloaded = OffloadedTensor(buffer, host, tensor.device)
-        self.stream.wait_stream(main)
+        parts = in_pieces(tensor)
+        offloaded = OffloadedTensor(tensor, self.take_pieces(len(parts)))
+        self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            offloaded.host.copy_(tensor, non_blocking=True)
-        self.leaving = (self.stream.record_event(), tensor)
-        self.stored.append(offloaded)
+            for piece, part in zip(offloaded.pieces, parts):
+                piece[:len(part)].copy_(part, non_blocking=True)
+        offloaded.left = self.stream.record_event()
+        self.groups[-1].append(offloaded)
         return offloaded
 
+    def bring_back(self, group, grad):
+        """Called when backward comes to a Group: queue copies of what it needs, and of what the
+        groups before it need as far as `away` says. grad: that of the group's output."""
+        while len(self.groups) > group.away:
+            for offloaded in reversed(self.groups.pop()):
+                self.queue_copy_back(offloaded)
+
     def load(self, offloaded):
-        """-> the tensor on its device. Also queues copies of the two that backward needs next."""
-        if offloaded in self.stored:
-            index = self.stored.index(offloaded)
-            for needed_soon in reversed(self.stored[max(index - 2, 0):index + 1]):
-                self.queue_copy_back(needed_soon)
-            del self.stored[index]
-            self.leaving = None  # copied earlier on the same stream: the wait below is enough
-        if offloaded.loaded is not None:
-            torch.cuda.current_stream().wait_event(offloaded.loaded)
+        """-> the tensor on its device, for kernels that are queued from here on."""
+        if offloaded.returned is not None:
+            torch.cuda.current_stream().wait_event(offloaded.returned)
         return offloaded.copy
 
     def queue_copy_back(self, offloaded):
-        if offloaded.copy is not None:
-            return
-        host = offloaded.host
-        offloaded.copy = torch.empty(host.shape, dtype=host.dtype, device=offloaded.device)
+        offloaded.copy = torch.empty(
+            offloaded.shape, dtype=offloaded.dtype, device=offloaded.device)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            offloaded.copy.copy_(host, non_blocking=True)
-        offloaded.loaded = self.stream.record_event()
-        # Safe although the copy has not run: the next copy into the buffer is queued behind it.
-        self.free_buffers.append(offloaded.buffer)
+            for piece, part in zip(offloaded.pieces, in_pieces(offloaded.copy)):
+                part.copy_(piece[:len(part)], non_blocking=True)
+        offloaded.returned = self.stream.record_event()
+        # Safe although the copies have not run: the next ones into the pieces are queued behind them.
+        self.free_pieces.extend(offloaded.pieces)
+        offloaded.pieces = []
 
-    def take_buffer(self, size):
-        """-> the smallest free buffer of at least `size` bytes, or a new one.
-
-        A new one takes the place of a free one that is too small. So there are never more than a
-        step needs, even if its rows are longer than any before."""
-        self.free_buffers.sort(key=len)
-        for i, buffer in enumerate(self.free_buffers):
-            if len(buffer) >= size:
-                return self.free_buffers.pop(i)
-        if self.free_buffers:
-            self.stream.synchronize()   # a copy from it may be queued
-            self.free_buffers.pop()
-        return pinned_buffer(size)
+    def take_pieces(self, n):
+        """-> n pieces of pinned CPU memory. RuntimeError if no more can be pinned."""
+        while len(self.free_pieces) < n:
+            self.slabs.append(pinned_memory(SLAB))
+            self.free_pieces.extend(self.slabs[-1].split(PIECE))
+        return [self.free_pieces.pop() for _ in range(n)]
 
 
-def pinned_buffer(size):
-    """-> at least `size` bytes of pinned CPU memory. RuntimeError if it cannot be pinned.
+def pinned_memory(size):
+    """-> `size` bytes of pinned CPU memory. RuntimeError if it cannot be pinned.
 
-    It has up to 3% more, for tensors of rows that are longer by a few tokens. torch's own allocator
-    of pinned memory rounds up to a power of two, which wastes up to half."""
-    unit = 2 ** max(size.bit_length() - 6, 0)
-    buffer = torch.empty(-(-size // unit) * unit, dtype=torch.uint8)
-    pin(buffer, owner=buffer)
-    return buffer
+    torch's own allocator of pinned memory rounds up to a power of two, which wastes up to half."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):      # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    # The system provides pages when they are first written: in one thread 1 GB/s of small ones.
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(torch.Tensor.zero_, tensor.split(PIECE)))
+    pin(tensor, owner=tensor)
+    return tensor
 
 
 def pin(tensor, owner):

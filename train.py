@@ -37,7 +37,6 @@ from costs import (
     Settings,
     Work,
     choose,
-    expands_segments,
     flops,
     gpu_of,
     host_memory,
@@ -83,9 +82,9 @@ REPLICAS = 1                    # copies of the sharded states; raise where host
 
 # Memory for time. "auto" chooses this and the five below, except those that are set, by what fits.
 RECOMPUTE = "auto"              # "none", "all_but_attention", "all"; the least memory: "pairs"
-KEEP_LAYERS = 0                 # last layers exempt from RECOMPUTE; raise while memory is free
+KEEP_LAYERS = 0                 # layers exempt from RECOMPUTE; raise while memory is free
 ZERO_STAGE = 2                  # 2 shards gradients; 3 also frees weights after forward; 1 neither
-OFFLOAD_ACTIVATIONS = 0         # first layers whose kept activations go to CPU memory; -1: all
+OFFLOAD_ACTIVATIONS = 0         # first layers that keep activations in CPU memory; -1: all
 OFFLOAD_OPTIMIZER = False       # keep parameters and optimizer states in CPU memory
 MLP_CHUNK = 0                   # tokens per pass through an MLP; 0: all; lower to save memory
 LOSS_CHUNK = 8192               # tokens whose logits exist at a time; lower to save memory
@@ -224,6 +223,9 @@ class StepSums(NamedTuple):
 
 def main():
     """Train MODEL on DATA as the constants say, and export it to RUN_DIR."""
+    # Chunks, gathers and copies leave gaps between what is kept on a GPU, which these segments fill.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
     # Plan. Wrong constants are reported before any process waits for another.
     world = parallel.world_size()
     folder, config, sp, _ = plan(world)
@@ -243,9 +245,6 @@ def main():
     agreed = {**notes["constants"], "the sequence-parallel size": sp,
               "the attention kernel": kernel_name, **facts_of_files(notes, rows, eval_rows)}
     grid = parallel.init(REPLICAS, sp, agreed)
-    if (grid.device.type == "cuda" and expands_segments(current_settings())
-            and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ):
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     execution = execution_settings(config, device_type)
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")
     print_once(grid, describe_context(folder, config, rows))
@@ -361,9 +360,6 @@ def check_constants():
     if OFFLOAD_ACTIVATIONS < -1:
         raise ValueError(f"OFFLOAD_ACTIVATIONS {OFFLOAD_ACTIVATIONS} is not a number of layers: "
                          "use 0 for none, -1 for all, or the number of first layers to offload.")
-    if OFFLOAD_ACTIVATIONS != 0 and RECOMPUTE == "none":
-        raise ValueError(f"OFFLOAD_ACTIVATIONS {OFFLOAD_ACTIVATIONS} has no effect with RECOMPUTE "
-                         "'none': use RECOMPUTE 'all_but_attention', 'all' or 'pairs'.")
 
 
 def check_data_constants():
@@ -480,9 +476,7 @@ def choose_settings(config, world, gpu, host):
     sizes = possible_sizes(config, world)
     given = settings_by_hand(config)
     if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
-        offloads = given.get("offload_layers", 0) != 0 and "recompute" not in given
-        recompute = "all_but_attention" if offloads else "none"
-        return sizes[0], Settings(**{"recompute": recompute, **given})
+        return sizes[0], Settings(**{"recompute": "none", **given})
 
     # "pairs" is slow, and AdamW on the CPU slower: a larger size without them is better than a
     # smaller one with them.

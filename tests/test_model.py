@@ -1,4 +1,5 @@
 """RoPE against transformers, and a row of packed documents against the same documents alone."""
+import contextlib
 import dataclasses
 import gc
 import json
@@ -20,7 +21,6 @@ from costs import (
     attention_pairs,
     choose,
     crossing,
-    expands_segments,
     flops,
     host_memory,
     mean_attention_pairs,
@@ -86,6 +86,8 @@ EXECUTIONS = [
     Execution(recompute="pairs"),
     Execution(recompute="pairs", offload_layers=1),
     Execution(recompute="all_but_attention", mlp_chunk=5, loss_chunk=9),
+    Execution(offload_layers=1),
+    Execution(offload_layers=9, mlp_chunk=6),
     Execution(mlp_chunk=6),
     Execution(recompute="all_but_attention", keep_layers=1, offload_layers=9, mlp_chunk=31),
 ]
@@ -124,7 +126,7 @@ def test_weighted_loss_is_the_plain_formula():
 
 
 @pytest.mark.parametrize("recompute,offload,calls", [
-    ("none", False, 2), ("all_but_attention", False, 2), ("all_but_attention", True, 2),
+    ("none", False, 2), ("none", True, 2), ("all_but_attention", False, 2), ("all_but_attention", True, 2),
     ("all", False, 4), ("all", True, 4), ("pairs", False, 5), ("pairs", True, 5)])
 def test_how_often_the_attention_kernel_runs(monkeypatch, recompute, offload, calls):
     """In forward and backward of two layers: once a layer, unless everything is recomputed, and
@@ -143,40 +145,64 @@ def test_how_often_the_attention_kernel_runs(monkeypatch, recompute, offload, ca
     assert len(seen) == calls
 
 
-def test_pinned_buffers_serve_rows_of_all_lengths(monkeypatch):
-    """Rows that differ by a few tokens share their buffers. Longer ones replace them."""
-    pinned = weakref.WeakSet()
-    waited = []
+class Stream:
+    """A stream of a GPU whose work is done when it is queued."""
 
-    class Stream:
-        def synchronize(self):
-            waited.append(1)
+    def wait_stream(self, stream):
+        pass
 
-    monkeypatch.setattr(recompute, "pin", lambda tensor, owner: pinned.add(owner))
-    offload = recompute.Offload()
-    offload.stream = Stream()
+    def wait_event(self, event):
+        assert event == "done"
 
-    def sizes_after_step(tokens):
-        """A step takes a large and a small buffer of each of three blocks, and returns them."""
-        taken = []
-        for size in 3 * [tokens * 96, tokens * 48]:
-            taken.append(offload.take_buffer(size))
-            assert len(taken[-1]) >= size
-        offload.free_buffers.extend(taken)
-        return sorted(len(buffer) for buffer in pinned)
-
-    first = sizes_after_step(1000)
-    assert first == 3 * [48128] + 3 * [96256]
-    for tokens in (1002, 990, 700):
-        assert sizes_after_step(tokens) == first
-    assert not waited
-    longer = sizes_after_step(1100)
-    assert len(longer) == 6 and longer[3] >= 1100 * 96
-    assert waited       # a copy may be in progress from what is let go of
-    assert sizes_after_step(1000) == longer
+    def record_event(self):
+        return "done"
 
 
-def forward_of_a_block(execution, method):
+@pytest.fixture
+def pretend_streams(monkeypatch):
+    """Let Offload treat CPU tensors as those of a GPU, with small pieces."""
+    stream = Stream()
+    monkeypatch.setattr(recompute, "is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(recompute, "pin", lambda tensor, owner: None)
+    monkeypatch.setattr(recompute, "PIECE", 2**8)
+    monkeypatch.setattr(recompute, "SLAB", 2**12)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+
+
+def gradients_of(model, lengths):
+    ids, positions, cu_seqlens, max_seqlen, labels = row(lengths)
+    model.zero_grad()
+    model(ids, positions, cu_seqlens, max_seqlen, labels).backward()
+    return [p.grad for p in model.parameters()]
+
+
+OFFLOADS = [execution for execution in EXECUTIONS if execution.offload_layers > 0] + [
+    Execution(recompute="all_but_attention", keep_layers=3, offload_layers=4),
+    Execution(recompute="pairs", keep_layers=2, offload_layers=5),
+]
+
+
+@pytest.mark.parametrize("execution", OFFLOADS, ids=str)
+def test_offloaded_tensors_come_back(pretend_streams, execution):
+    """In steps whose rows and documents have other lengths, with the pinned memory of the longest."""
+    plain = tiny_model(num_hidden_layers=6)
+    model = tiny_model(num_hidden_layers=6, execution=execution)
+    sizes = []
+    for lengths in ([20, 30], [50], [17, 2, 5], [49, 1]):
+        expected = gradients_of(plain, lengths)
+        for found, gradient in zip(gradients_of(model, lengths), expected):
+            largest = gradient.abs().max().item()
+            assert_close(found, gradient, "gradient", atol=1e-5 * largest, rtol=1e-5)
+        assert model.offload.groups == []
+        sizes.append(len(model.offload.slabs))
+        pieces = len(model.offload.free_pieces)
+        assert pieces == sizes[-1] * recompute.SLAB // recompute.PIECE
+    assert 0 < sizes[-1] <= sizes[0] + 1
+
+
+def forward_of_a_block(execution, method, offload=None):
     """Forward of one block -> its output, and weak references to the storages of the tensors that
     its method `method` received and returned."""
     block = tiny_model(execution=execution).model["layers"][0]
@@ -195,7 +221,7 @@ def forward_of_a_block(execution, method):
     cos, sin = rope_cos_sin(tiny_config(), positions)
     x = torch.randn(16, 48, requires_grad=True) * 1.0       # not a leaf, which would stay alive
     segments = parallel.segments_of_rank(cu_seqlens, None, x.device)
-    return block(x, cos, sin, segments), storages
+    return block(x, cos, sin, segments, offload), storages
 
 
 @pytest.mark.parametrize("recompute,kept", [("all", [0, 1, 2, 3, 4]), ("pairs", [0, 2, 4])])
@@ -225,6 +251,47 @@ def test_recomputation_frees_q_k_v(recompute):
     assert len(alive) == 3
     assert any(alive) == (recompute == "none")
     assert y.requires_grad
+
+
+@pytest.mark.parametrize("method", ["pre_attention", "post_attention"])
+def test_a_block_that_recomputes_nothing_offloads_all(method):
+    offload = recompute.Offload()
+    stored = []
+    store = offload.store
+    offload.store = lambda tensor: stored.append(tensor.nbytes) or store(tensor)
+    y, storages = forward_of_a_block(Execution(), method, offload)
+    gc.collect()
+    smallest_weight = 4 * 48 * 32   # of k_proj
+    assert 0 < max(stored) < smallest_weight
+    output = y.untyped_storage().data_ptr()
+    alive = [shape for shape, storage in storages
+             if storage() is not None and storage().data_ptr() != output]
+    assert set(alive) <= {(16, 1, 4)}   # cos and sin, which all blocks have
+    y.sum().backward()
+
+
+def groups_of(*arguments):
+    return [tuple(group) for group in recompute.divide_blocks(*arguments)]
+
+
+def test_which_blocks_recompute_and_offload():
+    """The last number: while the group runs, so many first groups have nothing on the GPU."""
+    assert groups_of(3, "none", 0, 0) == [([i], "none", False, 0) for i in range(3)]
+    # All offload: the copies of one group are under way while the next one computes.
+    assert groups_of(3, "all", 0, 9) == [
+        ([0], "all", True, 0), ([1], "all", True, 0), ([2], "all", True, 1)]
+    assert groups_of(5, "all_but_attention", 2, 1) == [
+        ([0], "all_but_attention", True, 0), ([1], "all_but_attention", False, 0),
+        ([2], "all_but_attention", False, 0), ([3], "none", False, 1), ([4], "none", False, 1)]
+    # More offload than recompute. They have the memory of blocks 5 to 8 until it is needed.
+    assert groups_of(9, "all", 7, 5) == [
+        ([0], "none", True, 0), ([1], "none", True, 0), ([2], "none", True, 0),
+        ([3], "all", True, 0), ([4], "all", True, 1),
+        ([5], "none", False, 2), ([6], "none", False, 3), ([7], "none", False, 5),
+        ([8], "none", False, 5)]
+    assert groups_of(6, "pairs", 1, 3) == [
+        ([0, 1], "pairs", True, 0), ([2, 3], "pairs", True, 0), ([4], "pairs", False, 2),
+        ([5], "none", False, 2)]
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
@@ -408,8 +475,12 @@ def test_the_fastest_settings_that_fit_are_chosen():
     """Where nothing has to be recomputed nothing is; otherwise what was found best by hand."""
     assert choose_for(8192) == Settings()
     assert choose_for(32768) == Settings()
-    assert choose_for(131072) == Settings("all_but_attention", keep_layers=5)
-    assert choose_for(131072, gpu_memory=120).recompute == "all_but_attention"
+    offloaded = choose_for(131072)
+    assert offloaded.recompute == "all_but_attention"
+    assert offloaded.offload_layers + offloaded.keep_layers > 28    # some do both
+    assert choose_for(131072, host=3).offload_layers == 0
+    smaller = choose_for(131072, gpu_memory=120)
+    assert smaller.keep_layers < offloaded.keep_layers
     long = choose_for(524288, document=8192)
     assert long.offload_layers > 0
     without_host = choose_for(524288, document=8192, host=3)
@@ -431,7 +502,7 @@ def test_a_window_saves_no_exchange():
     assert crossing(work) == 1
     settings = choose(config, gpu, work, Execution(), {}, host=128)
     parts = memory(config, 65536, 4, settings.execution(Execution()), settings.zero_stage, sp=4)
-    assert sum(parts.values()) <= 0.97 * gpu.memory
+    assert sum(parts.values()) <= 0.95 * gpu.memory
 
 
 @pytest.mark.parametrize("length", [8192, 65536, 131072, 262144])
@@ -441,8 +512,7 @@ def test_what_is_chosen_fits(length, size):
     if settings is not None:
         parts = memory(LLAMA_3B, length, 1, settings.execution(Execution()), settings.zero_stage,
                        offload_optimizer=settings.offload_optimizer)
-        usable = 0.97 if expands_segments(settings) else 0.92
-        assert sum(parts.values()) <= usable * size
+        assert sum(parts.values()) <= 0.95 * size
 
 
 def test_settings_that_are_given_stay():

@@ -561,8 +561,6 @@ WRONG_CONSTANTS = [
     ({"ATTENTION": "flash_attn_2"}, "is not available for torch.float32"),
     ({"OFFLOAD_ACTIVATIONS": -2},
      "OFFLOAD_ACTIVATIONS -2 is not a number of layers: .* -1 for all"),
-    ({"OFFLOAD_ACTIVATIONS": -1, "RECOMPUTE": "none"},
-     "OFFLOAD_ACTIVATIONS -1 has no effect with RECOMPUTE 'none': use"),
     ({"OFFLOAD_OPTIMIZER": True}, "OFFLOAD_OPTIMIZER True needs a GPU"),
     ({"MAX_POSITION_EMBEDDINGS": 10**30}, "MAX_POSITION_EMBEDDINGS 10*0 is out of range"),
     ({"GLOBAL_BATCH_SIZE": 10**30}, "GLOBAL_BATCH_SIZE 10*0 is out of range: use a number from 1"),
@@ -705,6 +703,8 @@ def test_memory_settings_choose_themselves(large_folder, monkeypatch):
 
     pretend_gpu(monkeypatch, 79)
     _, chosen = planned(settings, 1)
+    assert chosen["KEEP_LAYERS"] + chosen["OFFLOAD_ACTIVATIONS"] > 28   # some do both
+    _, chosen = planned({**settings, "OFFLOAD_ACTIVATIONS": 0}, 1, ["OFFLOAD_ACTIVATIONS"])
     assert chosen["RECOMPUTE"] == "all_but_attention"
     assert 0 < chosen["KEEP_LAYERS"] < 28
 
@@ -852,13 +852,13 @@ def test_a_plan_for_other_machines(large_folder, plan_for):
 
 def test_a_plan_says_why_a_run_does_not_fit(large_folder, plan_for):
     folder = large_folder(max_position_embeddings=8192)
-    lines, table = plan_for(f"MODEL={folder}", "MAX_LENGTH=2097152", "GPUS=2", "HOST_MEMORY=100")
+    lines, table = plan_for(f"MODEL={folder}", "MAX_LENGTH=1048576", "GPUS=2", "HOST_MEMORY=100")
     assert "is beyond the model's 8,192 positions: also set MAX_POSITION_EMBEDDINGS=" in lines[2]
     assert table["fits"]["the plan"] == "NO"
     assert table["seconds a step"]["the plan"] == "-"
     on_gpu = float(table["GPU, of 79 GiB"]["the plan"])
     on_host = float(table["CPU, of 42 usable GiB"]["the plan"])
-    assert on_gpu > 0.97 * 79 or on_host > 42
+    assert on_gpu > 0.95 * 79 or on_host > 42
     assert any(line.startswith("the plan: does not fit; the least memory has ") for line in lines)
 
     lines, table = plan_for(f"MODEL={folder}", "GPUS=16", "GLOBAL_BATCH_SIZE=2")

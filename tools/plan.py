@@ -141,7 +141,7 @@ def host_memory_of_gpu(options):
 
 
 def memory_cells(config, options, work, execution, settings):
-    """-> what a GPU and its process need in GiB. 3 or 6% of a GPU's memory stay free."""
+    """-> what a GPU and its process need in GiB. 5% of a GPU's memory stay free."""
     usable_host = USABLE_HOST_MEMORY * host_memory_of_gpu(options)
     parts = memory_of(config, work, execution, settings)
     host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
