@@ -265,13 +265,17 @@ def kept_by_groups(config, work, execution):
     and of the log-sum-exps, float32, that stay on the GPU."""
     chunked = 0 < execution.mlp_chunk < work.tokens
     log_sum_exp = 4 * config.num_attention_heads * work.tokens
-    sizes = {}
-    for recompute in ("none", execution.recompute):
-        sizes[recompute] = (work.tokens * kept_by_block(config, recompute, chunked, work), 0)
-    sizes["none"] = (sizes["none"][0] + log_sum_exp, 0)
-    if execution.recompute == "all_but_attention":
-        sizes["all_but_attention"] = (sizes["all_but_attention"][0], log_sum_exp)
-    return [sizes[group.recompute] for group in execution.groups(config.num_hidden_layers)]
+
+    def kept(recompute):
+        size = work.tokens * kept_by_block(config, recompute, chunked, work)
+        if recompute == "none":
+            return size + log_sum_exp, 0
+        if recompute == "all_but_attention":
+            return size, log_sum_exp
+        return size, 0      # the kernels run again
+
+    of_kind = {"none": kept("none"), execution.recompute: kept(execution.recompute)}
+    return [of_kind[group.recompute] for group in execution.groups(config.num_hidden_layers)]
 
 
 def kept_on_gpu(config, work, execution):

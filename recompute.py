@@ -301,6 +301,7 @@ class OffloadedTensor:
 
 
 def is_on_gpu(tensor):
+    """Whether a tensor is copied to CPU memory at all. Tests say so of CPU tensors, too."""
     return tensor.is_cuda
 
 
