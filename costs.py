@@ -38,8 +38,8 @@ GPUS_PER_HOST = 8
 NETWORK = 40e9              # bytes/s of a GPU to another host (400 Gbit/s, less its overhead)
 HOST_BANDWIDTH = 20e9       # bytes/s of CPU memory for each rank, when AdamW runs on the CPU
 ALIKE = 1.01                # steps that differ by less are as good: the simplest settings win
-WAITS_FOR_SAVES = 1.02      # how much longer a run takes whose CPU memory has no space for the copy of a
-                            # checkpoint: 30 s every half an hour
+WAITS_FOR_SAVES = 1.02      # how much longer a run takes if CPU memory has no space for the copy of
+                            # a checkpoint: 30 s every half an hour
 ADAMW_STATES = 3 * 4        # bytes a parameter: float32 weight and two moments
 ADAMW_TRAFFIC = 32          # bytes a parameter: 16 read, 12 written, and 4 read for the norm. With
                             # one_rank.py 14 or 16 read, 14 written, 2 or 4 for the norm
@@ -173,8 +173,8 @@ def mlp_widths(config):
 
 
 def kept_by_block(config, recompute, chunked, work):
-    """-> bytes a token that a block, or a pair, keeps for backward, except the log-sum-exp. They are
-    bfloat16.
+    """-> bytes a token, in bfloat16, that a block or a pair keeps for backward, except the
+    log-sum-exp.
 
     chunked: the MLP runs in chunks, so that it keeps its inputs only."""
     C = config.hidden_size
@@ -261,8 +261,8 @@ def recomputed_layers(config, execution):
 
 
 def kept_by_groups(config, work, execution):
-    """-> [(bytes, bytes)] of each Group of the execution: of what it keeps, which can be offloaded,
-    and of the log-sum-exps, float32, that stay on the GPU."""
+    """-> for each Group of the execution: bytes that it keeps and that can be offloaded, and bytes
+    of log-sum-exps, float32, that stay on the GPU."""
     chunked = 0 < execution.mlp_chunk < work.tokens
     log_sum_exp = 4 * config.num_attention_heads * work.tokens
 
@@ -286,7 +286,7 @@ def kept_on_gpu(config, work, execution):
     n_offloaded = sum(group.offload for group in groups)
     in_backward = []
     for i, group in enumerate(groups):
-        offloaded = sum(sizes[group.away:min(i + 1, n_offloaded)])
+        offloaded = sum(sizes[group.n_released:min(i + 1, n_offloaded)])
         kept = offloaded + sum(sizes[n_offloaded:i + 1]) + sum(stay[:i + 1])
         in_backward += [kept] * len(group.blocks)
     return sum(sizes[n_offloaded:]) + sum(stay), in_backward
@@ -434,9 +434,10 @@ def offloaded_bytes(config, work, execution):
     return sum(size for group, (size, _) in zip(groups, kept) if group.offload)
 
 
-def host_memory(config, tokens, ranks, execution, offload_optimizer=False, sp=1):
-    """-> GiB of CPU memory of one rank's process."""
-    size = PROCESS + offloaded_bytes(config, Work(tokens, pairs=0, sp=sp), execution)
+def host_memory(config, tokens, ranks, execution, offload_optimizer=False, sp=1, document=None):
+    """-> GiB of CPU memory of one rank's process. The arguments are those of memory()."""
+    work = Work(tokens, pairs=0, sp=sp, document=document or tokens * sp)
+    size = PROCESS + offloaded_bytes(config, work, execution)
     if offload_optimizer:
         size += (ADAMW_STATES + 4) * total_parameters(config) / ranks  # and float32 gradients
     return size / 2**30
@@ -502,10 +503,39 @@ def exchange_seconds(config, gpu, work):
 
 
 def offloading_seconds(config, gpu, work, execution, forward, backward):
-    """-> seconds that copies to and from CPU memory take longer than the blocks' forward and
-    backward, which hide them."""
-    copy = offloaded_bytes(config, work, execution) / gpu.host_link
-    return max(copy - forward, 0) + max(copy - backward, 0)
+    """-> seconds in which blocks wait for copies to and from CPU memory.
+
+    forward, backward: seconds of a block. A copy begins when its group ends, or when it may come
+    back, and after the copy before it; n_released says which copies a group waits for."""
+    groups = execution.groups(config.num_hidden_layers)
+    copies = [size / gpu.host_link if group.offload else 0
+              for group, (size, _) in zip(groups, kept_by_groups(config, work, execution))]
+    n_offloaded = sum(group.offload for group in groups)
+
+    now = 0             # of the blocks
+    copied = 0          # when the last copy that was queued is complete
+    complete = {}       # index of a group: when its copy is
+    for i, group in enumerate(groups):
+        if group.n_released > 0:
+            now = max(now, complete[group.n_released - 1])
+        now += forward * len(group.blocks)
+        if group.offload:
+            copied = max(copied, now) + copies[i]
+            complete[i] = copied
+    now = max(now, copied)
+    waits = now - forward * config.num_hidden_layers
+
+    now = copied = 0
+    queued = n_offloaded    # the first group whose copy back has been queued
+    for i, group in reversed(list(enumerate(groups))):
+        while queued > group.n_released:
+            queued -= 1
+            copied = max(copied, now) + copies[queued]
+            complete[queued] = copied
+        if group.offload:
+            now = max(now, complete[i])
+        now += backward * len(group.blocks)
+    return waits + now - backward * config.num_hidden_layers
 
 
 def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
@@ -551,9 +581,9 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
         exchanges += recomputed / 2
     exchange = exchanges * exchange_seconds(config, gpu, work)
     compute = products + recomputation + attention + exchange
-    forward_of_blocks = 2 * work.tokens * L * block_parameters(config) / gpu.products + L * forward
+    forward_of_block = 2 * work.tokens * block_parameters(config) / gpu.products + forward
     offloading = offloading_seconds(
-        config, gpu, work, execution, forward_of_blocks, 2 * forward_of_blocks)
+        config, gpu, work, execution, forward_of_block, 2 * forward_of_block)
     sharding = sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute)
     bandwidth = HOST_BANDWIDTH if offload_optimizer else gpu.bandwidth
     optimizer = ADAMW_TRAFFIC * total_parameters(config) / work.ranks / bandwidth
@@ -576,7 +606,7 @@ def needs(config, work, execution, settings):
                    work.accumulate, work.sp, settings.offload_optimizer, mean_document(work),
                    work.replicas)
     on_host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
-                          work.sp)
+                          work.sp, mean_document(work))
     return sum(parts.values()), on_host
 
 
@@ -605,8 +635,8 @@ def candidates(config, work, given):
 
 
 def choose(config, gpu, work, execution, given, host):
-    """-> the Settings with the shortest step that fit, the simplest of those that are alike; or
-    None if none fits.
+    """-> the Settings that fit with the shortest step, the simplest of those that are alike in all
+    but attention; or None if none fits.
 
     given: see candidates. host: GiB of CPU memory for each rank."""
     usable = USABLE_MEMORY * gpu.memory

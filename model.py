@@ -104,7 +104,6 @@ class Execution:
         return divide_blocks(n_blocks, self.recompute, self.keep_layers, self.offload_layers)
 
 
-
 # ------------------------------------------------------------------------------ attention kernels
 # All kernels share one signature: q (T, H, D), k and v (T, G, D), cu_seqlens (n+1,) int32 on the
 # device, max_seqlen int, window int or None -> out (T, H, D), causal within each segment.
@@ -573,8 +572,8 @@ class Block(nn.Module):
     Outside the attention kernel every token is computed by itself. So a block has two halves,
     before and after the kernel, that are compiled, recomputed and cut into chunks of tokens.
 
-    Without recomputation, autograd keeps what it needs: x, q, k, v, attention's output, the input of
-    the MLP's norm, gate and up.
+    Without recomputation, autograd keeps or offloads what it needs: x, q, k, v, attention's output,
+    the input of the MLP's norm, gate and up.
 
     With recompute "all_but_attention", one block in forward and backward:
 
@@ -650,7 +649,7 @@ class Block(nn.Module):
 
         kept = Kept(offload)
         if self.recompute == "none":
-            with kept.all_that_is_saved(but=[cos, sin, *self.parameters()]):
+            with kept.offload_all_saved(except_for=[cos, sin, *self.parameters()]):
                 return self.compute(x, cos, sin, segments)
         with kept.saved_by_reference():
             kept.add("x", x)
@@ -727,7 +726,7 @@ class Transformer(nn.Module):
         x = self.embed(input_ids)                                               # (t, C)
         for group in self.groups:
             x = self.run_group(group, x, ropes, segments, caches)
-        self.offload.let_go()
+        self.offload.release()
         if caches is not None:
             x = x[-1:]                                                          # (1, C)
         # Not compiled, the norm would keep and compute float32 copies of x: 12 GiB each at t = 1M.
@@ -755,7 +754,7 @@ class Transformer(nn.Module):
         offload = self.offload.begin_group(group) if torch.is_grad_enabled() else None
         x = self.run_blocks(group.blocks, x, ropes, segments, offload, caches)
         if x.requires_grad and self.groups[0].offload:
-            x.register_hook(functools.partial(self.offload.bring_back, group))
+            x.register_hook(functools.partial(self.offload.prefetch, group))
         return x
 
     def run_blocks(self, blocks, x, ropes, segments, offload, caches):

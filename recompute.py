@@ -1,12 +1,14 @@
 """What a block keeps for backward: where it lies until then, and what is recomputed from it.
 
 The class Block of model.py draws it: with RECOMPUTE a block keeps its input and the outputs of
-attention, and recomputes the rest. Kept holds these tensors by name, and Offload moves them to CPU
-memory. AttendWithRecompute runs the attention kernel's backward on recomputed q, k and v, so that
-its forward runs only once. divide_blocks says which blocks recompute, and which offload.
+attention, and recomputes the rest. Otherwise it keeps all that autograd saves. Kept holds either,
+and Offload moves it to CPU memory. AttendWithRecompute runs the attention kernel's backward on
+recomputed q, k and v, so that its forward runs only once. divide_blocks says which blocks recompute,
+and which offload.
 """
 import contextlib
 import functools
+import itertools
 import mmap
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +19,15 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 PIECE = 2**24   # bytes of pinned memory that are copied at a time
 SLAB = 2**28    # bytes that are pinned at a time
+SMALL = 2**20   # bytes of a tensor that is not worth a piece
+
 
 class Group(NamedTuple):
     """Blocks that share what they keep for backward: a single one, or a pair."""
     blocks: list        # their indices
     recompute: str      # "none", "all_but_attention", "all" or "pairs"
     offload: bool       # whether what they keep goes to CPU memory
-    away: int           # first groups that have nothing on the GPU while this one runs
+    n_released: int     # so many first groups have nothing on the GPU while this one runs
 
 
 @functools.lru_cache
@@ -43,32 +47,35 @@ def divide_blocks(n_blocks, recompute, keep_layers, offload_layers):
     offloaded = min(offload_layers, n_blocks)
     begin = max(offloaded - recomputed, 0)
     end = begin + recomputed
-    size = 2 if recompute == "pairs" else 1
-    recomputed_groups = [list(range(i, min(i + size, end))) for i in range(begin, end, size)]
-    groups = [[i] for i in range(begin)] + recomputed_groups + [[i] for i in range(end, n_blocks)]
+    group_size = 2 if recompute == "pairs" else 1
+    groups = [[i] for i in range(begin)]
+    groups += [list(range(i, min(i + group_size, end))) for i in range(begin, end, group_size)]
+    groups += [[i] for i in range(end, n_blocks)]
 
-    # Copies of blocks that keep everything take longer than their computation. They may be under way
-    # as long as they take no more memory than the groups to come will: these have not filled it yet
-    # in forward, and have freed it in backward. In units of which a block that keeps everything has
-    # five, and others one or less.
+    # How far copies may lag behind the blocks in forward, and run ahead of them in backward, is
+    # counted in units of memory. A block that keeps everything has 5, others about 1.
     n_offloaded = sum(blocks[0] < offloaded for blocks in groups)
-    sizes = [1 if begin <= blocks[0] < end else 5 for blocks in groups]
+    units = [1 if begin <= blocks[0] < end else 5 for blocks in groups]
     divided = []
     for i, blocks in enumerate(groups):
+        # Memory that the groups to come will fill, and that they have freed in backward; less that
+        # of one, for what the blocks compute.
         to_come = len(groups) - max(i + 1, n_offloaded)     # groups that stay on the GPU
-        room = 5 * (to_come - 1)
-        if begin == 0:
-            room = min(room, 1)
-        if 0 < i < n_offloaded:
-            room = max(room, sizes[i - 1])
-        away = min(i, n_offloaded)
-        while away > 0 and sum(sizes[away - 1:min(i, n_offloaded)]) <= room:
-            away -= 1
+        capacity = 5 * (to_come - 1)
+        if begin == 0:          # copies are short where all that offload recompute
+            capacity = min(capacity, 1)
+        if 0 < i < n_offloaded:     # the group before is copied while this one runs
+            capacity = max(capacity, units[i - 1])
+
+        before = min(i, n_offloaded)    # offloaded groups before this one
+        n_released = before
+        while n_released > 0 and sum(units[n_released - 1:before]) <= capacity:
+            n_released -= 1
         divided.append(Group(
             blocks=blocks,
             recompute=recompute if begin <= blocks[0] < end else "none",
             offload=i < n_offloaded,
-            away=away))
+            n_released=n_released))
     return divided
 
 
@@ -200,7 +207,9 @@ class AttendWithRecompute(torch.autograd.Function):
 
 
 class Kept:
-    """What a block keeps for backward, by name. With `offload` it goes to CPU memory."""
+    """What a block keeps for backward, on the GPU or, with `offload`, in CPU memory.
+
+    A block that recomputes adds tensors by name. For others it is all that autograd saves."""
 
     def __init__(self, offload):
         self.offload = offload
@@ -221,21 +230,23 @@ class Kept:
         return self.getters[name]()
 
     @contextlib.contextmanager
-    def all_that_is_saved(self, but):
+    def offload_all_saved(self, except_for):
         """The context of the forward of a block that recomputes nothing. With `offload`, all that
-        autograd saves goes to CPU memory, except for the tensors `but`, which others have, too."""
+        autograd saves goes to CPU memory, except for the tensors that are shared with other blocks,
+        and small ones."""
         if self.offload is None:
             yield
             return
 
         offload = self.offload
-        elsewhere = {tensor.untyped_storage().data_ptr() for tensor in but}
+        shared = {tensor.untyped_storage().data_ptr() for tensor in except_for}
         stored = {}     # address of a storage: the storage, and the getter of its bytes
 
         def pack(saved):
             storage = saved.untyped_storage()
             address = storage.data_ptr()
-            if address in elsewhere or not saved.is_floating_point():
+            if (address in shared or storage.nbytes() < SMALL
+                    or not saved.is_floating_point()):
                 return saved
             if address not in stored:
                 content = torch.empty(0, dtype=torch.uint8, device=saved.device).set_(storage)
@@ -284,19 +295,19 @@ class OffloadedTensor:
     """A tensor on its way to CPU memory and back."""
 
     def __init__(self, tensor, pieces):
-        self.tensor = tensor    # until let_go
-        self.pieces = pieces    # of pinned memory, which hold its bytes
+        self.tensor = tensor        # until it is released
+        self.pieces = pieces        # of pinned memory, which hold its bytes
         self.shape = tensor.shape
         self.dtype = tensor.dtype
         self.device = tensor.device
-        self.left = None        # CUDA event: the copy to CPU memory is complete
-        self.copy = None        # on the GPU again, once it is being copied back
-        self.returned = None    # CUDA event: that is complete
+        self.copied_out = None      # CUDA event: the copy to CPU memory is complete
+        self.copy = None            # on the GPU again, once it is being copied back
+        self.copied_back = None     # CUDA event: that is complete
 
-    def let_go(self):
+    def release(self):
         """Let kernels that are queued from here on reuse the tensor's memory, after its copy."""
         if self.tensor is not None:
-            torch.cuda.current_stream().wait_event(self.left)
+            torch.cuda.current_stream().wait_event(self.copied_out)
             self.tensor = None
 
 
@@ -314,8 +325,11 @@ class Offload:
     """Moves tensors to pinned CPU memory during forward, and back during backward.
 
     Copies run on a stream of their own, while blocks compute. When they have to be complete is what
-    Group.away says. The pinned memory is divided into pieces of one size, which the next step uses
-    again, whatever lengths its rows and its documents have."""
+    Group.n_released says. The pinned memory is divided into pieces of one size, which the next step
+    uses again, whatever lengths its rows and its documents have.
+
+    Backward has to come before the next forward, and to load all that comes back: `load` lets the
+    main stream wait for a copy, whose memory it may reuse later."""
 
     def __init__(self):
         self.stream = None
@@ -326,18 +340,21 @@ class Offload:
     def begin_group(self, group):
         """Called in forward before a Group. -> where it offloads to: this object, or None."""
         if group.blocks[0] == 0:
+            # Of a forward without a backward: its tensors cannot come back any more.
+            for offloaded in itertools.chain(*self.groups):
+                self.free_pieces.extend(offloaded.pieces)
             self.groups = []
-        self.let_go(group.away)
+        self.release(group.n_released)
         if not group.offload:
             return None
         self.groups.append([])
         return self
 
-    def let_go(self, n_groups=None):
-        """Let go of the tensors of the first n_groups groups, or of all."""
+    def release(self, n_groups=None):
+        """Release the GPU memory of the first n_groups groups, or of all."""
         for group in self.groups[:n_groups]:
             for offloaded in group:
-                offloaded.let_go()
+                offloaded.release()
 
     def store(self, tensor):
         """Queue the copy of a contiguous tensor to CPU memory. -> OffloadedTensor for `load`."""
@@ -354,21 +371,21 @@ class Offload:
         with torch.cuda.stream(self.stream):
             for piece, part in zip(offloaded.pieces, parts):
                 piece[:len(part)].copy_(part, non_blocking=True)
-        offloaded.left = self.stream.record_event()
+        offloaded.copied_out = self.stream.record_event()
         self.groups[-1].append(offloaded)
         return offloaded
 
-    def bring_back(self, group, grad):
-        """Called when backward comes to a Group: queue copies of what it needs, and of what the
-        groups before it need as far as `away` says. grad: that of the group's output."""
-        while len(self.groups) > group.away:
+    def prefetch(self, group, grad):
+        """Called when backward comes to a Group: queue copies of what it needs, and of what groups
+        before it need as far as n_released says. grad is not used: a tensor's hook is given it."""
+        while len(self.groups) > group.n_released:
             for offloaded in reversed(self.groups.pop()):
                 self.queue_copy_back(offloaded)
 
     def load(self, offloaded):
         """-> the tensor on its device, for kernels that are queued from here on."""
-        if offloaded.returned is not None:
-            torch.cuda.current_stream().wait_event(offloaded.returned)
+        if offloaded.copied_back is not None:
+            torch.cuda.current_stream().wait_event(offloaded.copied_back)
         return offloaded.copy
 
     def queue_copy_back(self, offloaded):
@@ -378,8 +395,8 @@ class Offload:
         with torch.cuda.stream(self.stream):
             for piece, part in zip(offloaded.pieces, in_pieces(offloaded.copy)):
                 part.copy_(piece[:len(part)], non_blocking=True)
-        offloaded.returned = self.stream.record_event()
-        # Safe although the copies have not run: the next ones into the pieces are queued behind them.
+        offloaded.copied_back = self.stream.record_event()
+        # Safe although the copies have not run: the next ones into the pieces are queued behind.
         self.free_pieces.extend(offloaded.pieces)
         offloaded.pieces = []
 

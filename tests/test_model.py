@@ -1,5 +1,5 @@
 """RoPE against transformers, and a row of packed documents against the same documents alone."""
-import contextlib
+import collections
 import dataclasses
 import gc
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_close, row, tiny_config, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import parallel
 import recompute
@@ -26,6 +27,8 @@ from costs import (
     mean_attention_pairs,
     mean_document,
     memory,
+    offloaded_bytes,
+    offloading_seconds,
     step_seconds,
 )
 from model import Config, Execution, rope_cos_sin, rope_frequencies
@@ -145,30 +148,64 @@ def test_how_often_the_attention_kernel_runs(monkeypatch, recompute, offload, ca
     assert len(seen) == calls
 
 
-class Stream:
-    """A stream of a GPU whose work is done when it is queued."""
+class LazyStream(TorchDispatchMode):
+    """A stream of a GPU that copies nothing before it is waited for.
+
+    As on a GPU, a tensor that is copied must not be freed until then. What is copied back is not a
+    number before."""
+
+    def __init__(self):
+        super().__init__()
+        self.queued = collections.deque()   # copies, as `later` returns them
+        self.n_done = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function != torch.ops.aten.copy_.default:
+            return function(*args, **(kwargs or {}))
+        target, source = args[:2]
+        if target.untyped_storage().nbytes() != recompute.SLAB:
+            target.fill_(255)       # as bytes of a float, not a number
+        self.queued.append((self.later(target), self.later(source)))
+        return target
+
+    def later(self, tensor):
+        """-> a function that returns the tensor, whose memory it does not keep."""
+        storage = weakref.ref(tensor.untyped_storage())
+        view = tensor.storage_offset(), tensor.shape, tensor.stride()
+
+        def get():
+            assert storage() is not None, "freed before it was copied"
+            return torch.empty(0, dtype=torch.uint8).set_(storage(), *view)
+
+        return get
 
     def wait_stream(self, stream):
-        pass
+        """The computing stream has always done its work."""
 
-    def wait_event(self, event):
-        assert event == "done"
+    def wait_event(self, n_copies):
+        """Copies up to an event of record_event are done."""
+        while self.n_done < n_copies:
+            target, source = self.queued.popleft()
+            target().copy_(source())
+            self.n_done += 1
 
     def record_event(self):
-        return "done"
+        return self.n_done + len(self.queued)
 
 
 @pytest.fixture
-def pretend_streams(monkeypatch):
-    """Let Offload treat CPU tensors as those of a GPU, with small pieces."""
-    stream = Stream()
+def lazy_stream(monkeypatch):
+    """Let Offload treat CPU tensors as those of a GPU, with small pieces. -> its stream."""
+    stream = LazyStream()
     monkeypatch.setattr(recompute, "is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(recompute, "pin", lambda tensor, owner: None)
     monkeypatch.setattr(recompute, "PIECE", 2**8)
     monkeypatch.setattr(recompute, "SLAB", 2**12)
+    monkeypatch.setattr(recompute, "SMALL", 2**6)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    return stream
 
 
 def gradients_of(model, lengths):
@@ -185,7 +222,7 @@ OFFLOADS = [execution for execution in EXECUTIONS if execution.offload_layers > 
 
 
 @pytest.mark.parametrize("execution", OFFLOADS, ids=str)
-def test_offloaded_tensors_come_back(pretend_streams, execution):
+def test_offloaded_tensors_come_back(lazy_stream, execution):
     """In steps whose rows and documents have other lengths, with the pinned memory of the longest."""
     plain = tiny_model(num_hidden_layers=6)
     model = tiny_model(num_hidden_layers=6, execution=execution)
@@ -196,6 +233,7 @@ def test_offloaded_tensors_come_back(pretend_streams, execution):
             largest = gradient.abs().max().item()
             assert_close(found, gradient, "gradient", atol=1e-5 * largest, rtol=1e-5)
         assert model.offload.groups == []
+        assert not lazy_stream.queued       # all that came back was waited for
         sizes.append(len(model.offload.slabs))
         pieces = len(model.offload.free_pieces)
         assert pieces == sizes[-1] * recompute.SLAB // recompute.PIECE
@@ -254,7 +292,8 @@ def test_recomputation_frees_q_k_v(recompute):
 
 
 @pytest.mark.parametrize("method", ["pre_attention", "post_attention"])
-def test_a_block_that_recomputes_nothing_offloads_all(method):
+def test_a_block_that_recomputes_nothing_offloads_all(monkeypatch, method):
+    monkeypatch.setattr(recompute, "SMALL", 2**6)
     offload = recompute.Offload()
     stored = []
     store = offload.store
@@ -268,6 +307,42 @@ def test_a_block_that_recomputes_nothing_offloads_all(method):
              if storage() is not None and storage().data_ptr() != output]
     assert set(alive) <= {(16, 1, 4)}   # cos and sin, which all blocks have
     y.sum().backward()
+
+
+@pytest.mark.parametrize("execution", OFFLOADS, ids=str)
+def test_groups_are_released_and_prefetched_in_time(lazy_stream, execution):
+    """While a group runs, only groups from n_released on have offloaded tensors on the GPU."""
+    seen = []
+
+    class Observed(recompute.Offload):
+        def begin_group(self, group):
+            offload = super().begin_group(group)
+            for released in self.groups[:group.n_released]:
+                assert all(offloaded.tensor is None for offloaded in released)
+                seen.append("forward")
+            return offload
+
+        def prefetch(self, group, grad):
+            super().prefetch(group, grad)
+            assert len(self.groups) <= group.n_released
+            for away in self.groups:
+                assert all(offloaded.copy is None for offloaded in away)
+                seen.append("backward")
+
+    model = tiny_model(num_hidden_layers=6, execution=execution)
+    model.offload = Observed()
+    gradients_of(model, [20, 30])
+    assert set(seen) == {"forward", "backward"}
+
+
+def test_a_forward_without_backward_returns_its_pinned_memory(lazy_stream):
+    model = tiny_model(execution=Execution(offload_layers=9))
+    ids, positions, cu_seqlens, max_seqlen, labels = row([20, 30])
+    sizes = []
+    for _ in range(3):
+        model(ids, positions, cu_seqlens, max_seqlen, labels)
+        sizes.append(len(model.offload.slabs))
+    assert sizes[0] == sizes[2]
 
 
 def groups_of(*arguments):
@@ -430,7 +505,8 @@ def test_memory_is_what_was_measured():
         if "MAX_STEPS=1" in result["row"].split():
             total -= parts["optimizer states"] * 2 / 3  # the first step has no moments yet
         assert_close(total, result["peak_memory_gib"], f"{result['row']}: {parts}", rtol=0.05)
-        host = host_memory(config, work.tokens, work.ranks, execution, sp=work.sp)
+        host = host_memory(config, work.tokens, work.ranks, execution, sp=work.sp,
+                           document=mean_document(work))
         measured_host = result["peak_host_memory_gib"]
         assert_close(host, measured_host, f"{result['row']}: CPU memory", atol=0.2, rtol=0.05)
         errors.append(abs(total / result["peak_memory_gib"] - 1))
@@ -491,6 +567,29 @@ def test_the_fastest_settings_that_fit_are_chosen():
     assert longest.offload_layers > 0
     assert choose_for(2**20, document=8192, host=3) is None
     assert choose_for(2**24) is None
+
+
+def test_how_long_blocks_wait_for_copies():
+    """Blocks of 1 s in forward and 2 s in backward, whose copies take 3 s."""
+    config = tiny_config()      # two blocks
+    work = Work(100, pairs=0)
+    execution = Execution(offload_layers=2)
+    link = offloaded_bytes(config, work, execution) / 2 / 3
+    gpu = GPUS["H200"]._replace(host_link=link)
+    assert offloading_seconds(config, gpu, work, Execution(), 1, 2) == 0
+    # Forward ends after 2 s, and the copies after 1 + 3 + 3. In backward the second block begins
+    # after 3 s, and the first after 6.
+    assert offloading_seconds(config, gpu, work, execution, 1, 2) == pytest.approx(5 + 4)
+    faster = gpu._replace(host_link=6 * link)
+    assert offloading_seconds(config, faster, work, execution, 1, 2) == pytest.approx(0.5 + 0.5)
+
+
+def test_host_memory_is_that_of_the_exchanged_outputs_too():
+    """Where ranks share a document, as memory() has it."""
+    execution = Execution(offload_layers=28)
+    sizes = [host_memory(LLAMA_3B, 65536, sp, execution, sp=sp) for sp in (1, 2)]
+    output = 28 * 65536 * 2 * 24 * 128 / 2**30
+    assert sizes[1] - sizes[0] == pytest.approx(output)
 
 
 def test_a_window_saves_no_exchange():
