@@ -705,7 +705,10 @@ def save_weights(model, source_folder, out_folder):
         exported = export_config(source_config, model.config, embedding_dtype)
         (part / "config.json").write_text(json.dumps(exported, indent=2))
         _copy_tokenizer(source, part)
+        for path in [*part.rglob("*"), part]:
+            parallel.fsync(path)
         _replace_folder(out, part)
+        parallel.fsync(out.parent)
 
 
 def _any_rank(flag, world):
@@ -790,6 +793,7 @@ def _write_shards(model, dtypes, shards, files, out):
                 path = out / files[start + rank]
                 save_file(tensors, path, metadata={"format": "pt"})
                 path.chmod(out.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+                parallel.fsync(path)
         except (OSError, SafetensorError) as e:
             # The next rounds need all ranks: without this one, the others would wait forever.
             if error is None:

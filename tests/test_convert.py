@@ -1743,6 +1743,33 @@ def test_export_replaces_one_of_other_shards(hf_folder, tmp_path, monkeypatch):
         assert (out / "model-mine.safetensors.txt").exists()
 
 
+def test_an_export_is_on_disk_before_it_has_its_name(
+        hf_folder, tokenizer_files, tmp_path, monkeypatch):
+    folder, _ = hf_folder()
+    tokenizer_files(folder)
+    synchronized = []
+    write_shards = convert._write_shards
+    replace_folder = convert._replace_folder
+
+    def write(model, dtypes, shards, files, out):
+        error = write_shards(model, dtypes, shards, files, out)
+        assert {out / file for file in files} == set(synchronized)  # by the rank that wrote them
+        return error
+
+    def replace(out, part):
+        files = [path for path in part.rglob("*") if path.is_file()]
+        assert len(files) > 4   # two shards, their index, config.json and the tokenizer
+        assert {*files, part} <= set(synchronized)
+        replace_folder(out, part)
+
+    monkeypatch.setattr(convert, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(convert, "_write_shards", write)
+    monkeypatch.setattr(convert, "_replace_folder", replace)
+    monkeypatch.setattr(parallel, "fsync", synchronized.append)
+    convert.save_weights(load(folder), folder, tmp_path / "out")
+    assert synchronized[-1] == tmp_path
+
+
 @pytest.mark.parametrize("stored,written", [
     (torch.float32, "bfloat16"), (torch.bfloat16, "float16"), (torch.float16, "float32"),
 ])
