@@ -44,6 +44,7 @@ WARM_UP_STEPS = 3
 # deviation from it. Unlike mean and standard deviation, earlier spikes hardly change these.
 SPIKE_WINDOW = 100
 SPIKE_DEVIATIONS = 8
+SMALLEST_DEVIATION = 1e-3   # of the median: losses that are all the same deviate by nothing
 
 # Seconds between two drawings of loss.png, which takes about one.
 PLOT_SECONDS = 300
@@ -99,6 +100,7 @@ class Log:
         if len(self.losses) >= SPIKE_WINDOW // 4:
             median = np.median(self.losses)
             deviation = np.median(np.abs(self.losses - median))
+            deviation = max(deviation, SMALLEST_DEVIATION * median)
             spike = loss > median + SPIKE_DEVIATIONS * deviation
         if math.isfinite(loss):
             self.losses.append(loss)

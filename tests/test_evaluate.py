@@ -220,6 +220,14 @@ def test_spikes_are_marked(log, tmp_path):
     assert [line["step"] for line in metrics_of(tmp_path)[1:] if line["spike"]] == [50]
 
 
+def test_equal_losses_make_no_small_difference_a_spike(log, tmp_path):
+    log, _ = log
+    for step in range(3, 60):
+        loss = {50: 3.01, 55: 3.1}.get(step, 3.0)
+        log.step(step_line(step, loss=loss))
+    assert [line["step"] for line in metrics_of(tmp_path)[1:] if line["spike"]] == [55]
+
+
 def test_metrics_go_to_all_recorders(log, tmp_path):
     log, recorders = log
     log.step(step_line(3, mfu=None))
