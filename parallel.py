@@ -748,6 +748,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo")
         together("checking the space for checkpoints", self.check_space, model, only=0)
         self.in_foreground = None   # decided by the first save
+        self.seconds = 0.0          # that the last complete save took
         self.copies = {}            # name: tensor in CPU memory, which the next save uses again
 
     def check_space(self, model):
@@ -766,10 +767,12 @@ class Saver:
         """Begin to save a step, see save_checkpoint. RuntimeError if the previous save failed."""
         self.wait()
         together("checking the space for a checkpoint", self.check_space, model, only=0)
+        began = time.monotonic()
         if self.in_foreground is None:
             self.in_foreground = self.memory_is_short(model)
         if self.in_foreground:
             save_checkpoint(self.root, step, model, optimizer, self.notes, keep)
+            self.seconds = time.monotonic() - began
             return
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = self.copy_to_cpu({"model": model_state, "optimizer": optimizer_state})
@@ -781,6 +784,7 @@ class Saver:
             sys.setswitchinterval(SWITCH_SECONDS)
             try:
                 write_checkpoint(self.root, step, state, self.notes, keep, self.group)
+                self.seconds = time.monotonic() - began
             except BaseException as e:
                 self.error = e
             finally:
@@ -807,8 +811,8 @@ class Saver:
     def copy_to_cpu(self, value, name=""):
         """A state, of dicts, lists and tensors -> its copy in CPU memory.
 
-        The first copy of a tensor is pinned, and all later ones use its memory. For these it is the
-        caller who waits for the GPU."""
+        The first copy of a tensor is pinned, and all later ones use its memory. It is the caller
+        who waits for the GPU."""
         if isinstance(value, dict):
             return {key: self.copy_to_cpu(x, f"{name}/{key}") for key, x in value.items()}
         if isinstance(value, (list, tuple)):

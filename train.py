@@ -45,7 +45,7 @@ from costs import (
     step_seconds,
 )
 from model import Config, Execution, Transformer, attention_kernel
-from metrics import Log, describe_environment, remove_lines, show
+from metrics import Log, describe_environment, remove_lines, show, warn_once
 from one_rank import AdamW
 
 # What to train, on what data, and where the results go
@@ -1059,13 +1059,16 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         stop_if_diverged(step, not_finite, saver)
         if step == steps_done + 2:  # the first step compiles
             parallel.shorten_timeouts(grid, seconds)
-            warn_of_long_steps(seconds / len(batches), grid)
+            if saver is not None:
+                warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
 
         if eval_rows is not None and eval_due(step, steps):
             evaluate(model, eval_rows, grid, step, log, stop_requests)
             began = time.time()  # nor is evaluation, nor saving
-        if saver is not None and (step == steps or save_due(step, saved, saver)):
+        if saver is not None and (step == steps or save_due(step, saved, saver, grid)):
             save(saver, step, model, optimizer, not_finite, grid)
+            if step > steps_done + 1:
+                warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
             saved = time.time()
             began = time.time()
     if saver is not None and steps_done < steps:
@@ -1115,7 +1118,7 @@ def evaluation_is_missing(steps_done, steps, log):
     return MAX_STEPS == 0 or (eval_due(steps_done, steps) and parallel.any_rank(missing))
 
 
-def save_due(step, saved, saver):
+def save_due(step, saved, saver, grid):
     """Return whether to save after this step: the last time was at `saved`, on rank 0's clock.
 
     A save that the disk takes longer to write than SAVE_MINUTES is not waited for.
@@ -1123,7 +1126,14 @@ def save_due(step, saved, saver):
     if SAVE_EVERY > 0 and step % SAVE_EVERY == 0:
         return True
     late = 0 < SAVE_MINUTES < (time.time() - saved) / 60
-    return parallel.any_rank(late) and not parallel.any_rank(saver.is_writing())
+    if not parallel.any_rank(late):
+        return False
+    is_writing = parallel.any_rank(saver.is_writing())
+    if is_writing and grid.rank == 0:
+        warn_once(f"the last checkpoint is not completely written after SAVE_MINUTES "
+                  f"{SAVE_MINUTES:g}, so there are fewer checkpoints than it asks for: set RUN_DIR "
+                  "to a faster disk, or raise SAVE_MINUTES")
+    return not is_writing
 
 
 def save(saver, step, model, optimizer, not_finite, grid):
@@ -1167,19 +1177,21 @@ def command_line():
     return shlex.join([*program, *constants.values()])
 
 
-def warn_of_long_steps(seconds, grid):
-    """Say so if torchrun would kill a run before it could stop between micro-batches.
+def warn_of_long_stops(micro_batch_seconds, save_seconds, grid):
+    """Say so if torchrun would kill a run before it could save: it completes a micro-batch first.
 
-    seconds: the time of a micro-batch.
+    save_seconds: what the last complete save took, or 0 if there is none yet.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     given = re.search(r"--shutdown[-_]timeout[= ](\d+)", command_line())
     patience = int(given[1] if given else os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
-    if seconds > patience:
-        print_once(grid, f"WARNING: a micro-batch takes {seconds:.0f} s, but torchrun kills the run "
-                         f"{patience} s after it is told to stop, so that no checkpoint would be "
-                         f"saved: start it with --shutdown-timeout {round(3 * seconds) + 60}.")
+    seconds = micro_batch_seconds + save_seconds
+    if seconds > patience and grid.rank == 0:
+        warn_once(f"a micro-batch takes {micro_batch_seconds:.0f} s and a save {save_seconds:.0f} "
+                  f"s, but torchrun kills the run {patience} s after it is told to stop, so that "
+                  "no checkpoint would be saved: start it with --shutdown-timeout "
+                  f"{round(3 * seconds) + 60}")
 
 
 @contextlib.contextmanager

@@ -463,21 +463,39 @@ def test_the_printed_command_has_each_constant_once(setup, tmp_path):
                            *arguments]
 
 
-def test_long_micro_batches_are_warned_of(monkeypatch, capsys):
+def test_long_micro_batches_and_saves_are_warned_of(monkeypatch, capsys):
     grid = parallel.Grid(0, 1, 1, 0, 1, 0, None, None, torch.device("cpu"))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    for given, seconds, warned in (
-            ("", 29, False), ("", 31, True), ("--shutdown-timeout=90", 80, False),
-            ("--shutdown_timeout 90", 100, True)):
+    for given, micro_batch, save, warned in (
+            ("", 29, 0, False), ("", 31, 0, True), ("", 15, 16, True),
+            ("--shutdown-timeout=90", 60, 20, False), ("--shutdown_timeout 90", 60, 40, True)):
         monkeypatch.setattr(train, "command_line", f"torchrun {given} train.py".strip)
-        train.warn_of_long_steps(seconds, grid)
+        train.warn_of_long_stops(micro_batch, save, grid)
         out = capsys.readouterr().out
-        assert ("start it with --shutdown-timeout" in out) == warned, (given, seconds)
+        assert ("start it with --shutdown-timeout" in out) == warned, (given, micro_batch, save)
 
     monkeypatch.setattr(train, "command_line", "torchrun train.py".strip)
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "90")
-    train.warn_of_long_steps(80, grid)
+    train.warn_of_long_stops(60, 20, grid)
     assert capsys.readouterr().out == ""
+
+
+def slow_saves_of_a_torchrun():
+    """A micro-batch takes no time, but a save takes longer than torchrun waits."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "1"
+    write = parallel.write_checkpoint
+
+    def write_slowly(*args):
+        time.sleep(1.5)
+        write(*args)
+    parallel.write_checkpoint = write_slowly
+
+
+def test_long_saves_of_a_run_are_warned_of(setup, tmp_path, capfd):
+    settings = setup("run", MAX_STEPS=3, SAVE_EVERY=1)
+    on_ranks(2, run, settings, slow_saves_of_a_torchrun, tmp_path=tmp_path)
+    assert capfd.readouterr().out.count("and a save 2 s, but torchrun kills the run 1 s after") == 1
 
 
 def shorten_times():

@@ -1205,10 +1205,15 @@ def test_lines_are_at_most_120_columns():
 
 @pytest.mark.parametrize("minutes_ago,is_writing,due", [
     (2, False, True), (2, True, False), (0.5, False, False)])
-def test_a_save_that_is_being_written_is_not_waited_for(minutes_ago, is_writing, due, monkeypatch):
+def test_a_save_that_is_being_written_is_not_waited_for(
+        minutes_ago, is_writing, due, monkeypatch, capsys):
     monkeypatch.setattr(parallel, "any_rank", bool)
     monkeypatch.setattr(train, "SAVE_MINUTES", 1.0)
     monkeypatch.setattr(train, "SAVE_EVERY", 10)
     saver = types.SimpleNamespace(is_writing=lambda: is_writing)
-    assert train.save_due(7, time.time() - 60 * minutes_ago, saver) == due
-    assert train.save_due(10, time.time(), saver)    # SAVE_EVERY says exactly when
+    grid = types.SimpleNamespace(rank=0)
+    train.warn_once.cache_clear()
+    assert train.save_due(7, time.time() - 60 * minutes_ago, saver, grid) == due
+    warned = "not completely written after SAVE_MINUTES 1" in capsys.readouterr().out
+    assert warned == (minutes_ago == 2 and is_writing)
+    assert train.save_due(10, time.time(), saver, grid)     # SAVE_EVERY says exactly when
