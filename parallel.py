@@ -820,15 +820,13 @@ class Saver:
             return type(value)(items)
         if not torch.is_tensor(value):
             return value
+        rows, _ = local_rows(value)
         if name not in self.copies:
-            copy = value.detach().cpu() if value.is_cuda else value.detach().clone()
-            rows, _ = local_rows(copy)
+            self.copies[name] = torch.empty_like(value, device="cpu", requires_grad=False)
             if value.is_cuda and rows.nbytes >= PINNED_BYTES:
-                pin(rows, owner=copy)
-            self.copies[name] = copy
-        else:
-            rows, _ = local_rows(value)
-            local_rows(self.copies[name])[0].copy_(rows, non_blocking=True)
+                pin(local_rows(self.copies[name])[0], owner=self.copies[name])
+        copy, _ = local_rows(self.copies[name])
+        copy.copy_(rows, non_blocking=True)
         return self.copies[name]
 
     def is_writing(self):
