@@ -502,11 +502,18 @@ def exchange_seconds(config, gpu, work):
     return exchanged / link_of(gpu, work.sp)
 
 
-def offloading_seconds(config, gpu, work, execution, forward, backward):
-    """-> seconds in which blocks wait for copies to and from CPU memory.
+def products_of_block(config, gpu, work):
+    """-> seconds of the matrix products of a block in forward."""
+    return 2 * work.tokens * block_parameters(config) / gpu.products
 
-    forward, backward: seconds of a block. A copy begins when its group ends, or when it may come
-    back, and after the copy before it; n_released says which copies a group waits for."""
+
+def offloading_seconds(config, gpu, work, execution, forward):
+    """-> seconds in which the blocks of a micro-batch wait for copies to and from CPU memory.
+
+    forward: seconds of a block, of which backward takes twice as many. A copy begins when its group
+    ends, or when it may come back, and after the copy before it; n_released says which copies a
+    group waits for."""
+    backward = 2 * forward
     groups = execution.groups(config.num_hidden_layers)
     copies = [size / gpu.host_link if group.offload else 0
               for group, (size, _) in zip(groups, kept_by_groups(config, work, execution))]
@@ -581,9 +588,8 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
         exchanges += recomputed / 2
     exchange = exchanges * exchange_seconds(config, gpu, work)
     compute = products + recomputation + attention + exchange
-    forward_of_block = 2 * work.tokens * block_parameters(config) / gpu.products + forward
     offloading = offloading_seconds(
-        config, gpu, work, execution, forward_of_block, 2 * forward_of_block)
+        config, gpu, work, execution, products_of_block(config, gpu, work) + forward)
     sharding = sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute)
     bandwidth = HOST_BANDWIDTH if offload_optimizer else gpu.bandwidth
     optimizer = ADAMW_TRAFFIC * total_parameters(config) / work.ranks / bandwidth
@@ -635,12 +641,15 @@ def candidates(config, work, given):
 
 
 def choose(config, gpu, work, execution, given, host):
-    """-> the Settings that fit with the shortest step, the simplest of those that are alike in all
-    but attention; or None if none fits.
+    """-> the Settings that fit with the shortest step, the simplest of those that are alike; or None
+    if none fits.
 
+    Steps are compared without attention. It takes the same time with all Settings, and if the
+    documents of a row are shorter than `work` says, it hides no copies to CPU memory.
     given: see candidates. host: GiB of CPU memory for each rank."""
     usable = USABLE_MEMORY * gpu.memory
     usable_host = USABLE_HOST_MEMORY * host
+    forward_of_block = products_of_block(config, gpu, work)
     copy_of_checkpoint = ADAMW_STATES * total_parameters(config) / work.ranks / 2**30
     fitting = []
     for settings in candidates(config, work, given):
@@ -657,11 +666,12 @@ def choose(config, gpu, work, execution, given, host):
                 break   # nor does it fit if more layers keep everything
             parts = step_seconds(config, gpu, work, settings.execution(execution),
                                  settings.zero_stage, settings.offload_optimizer)
+            del parts["attention"]
+            parts["offloading"] = work.accumulate * offloading_seconds(
+                config, gpu, work, settings.execution(execution), forward_of_block)
             seconds = sum(parts.values())
             if on_host + copy_of_checkpoint > usable_host:
                 seconds *= WAITS_FOR_SAVES
-            # Attention takes the same time with all settings, and may take less than `work` says.
-            seconds -= parts["attention"]
             if best is None or seconds < best[0]:
                 best = seconds, settings
         if best is not None:

@@ -576,12 +576,23 @@ def test_how_long_blocks_wait_for_copies():
     execution = Execution(offload_layers=2)
     link = offloaded_bytes(config, work, execution) / 2 / 3
     gpu = GPUS["H200"]._replace(host_link=link)
-    assert offloading_seconds(config, gpu, work, Execution(), 1, 2) == 0
+    assert offloading_seconds(config, gpu, work, Execution(), 1) == 0
     # Forward ends after 2 s, and the copies after 1 + 3 + 3. In backward the second block begins
     # after 3 s, and the first after 6.
-    assert offloading_seconds(config, gpu, work, execution, 1, 2) == pytest.approx(5 + 4)
+    assert offloading_seconds(config, gpu, work, execution, 1) == pytest.approx(5 + 4)
     faster = gpu._replace(host_link=6 * link)
-    assert offloading_seconds(config, faster, work, execution, 1, 2) == pytest.approx(0.5 + 0.5)
+    assert offloading_seconds(config, faster, work, execution, 1) == pytest.approx(0.5 + 0.5)
+
+
+def test_copies_need_not_hide_behind_attention():
+    """The documents may be shorter than those that the settings are chosen for."""
+    for document in (1024, 131072):
+        settings = choose_for(131072, document, host=1000)
+        assert settings.offload_layers > 0
+        short = Work(131072, pairs=131072 * 1024 / 2, document=131072)
+        parts = step_seconds(
+            LLAMA_3B, GPUS["H200"], short, settings.execution(Execution()), settings.zero_stage)
+        assert parts["offloading"] < 0.01 * sum(parts.values())
 
 
 def test_host_memory_is_that_of_the_exchanged_outputs_too():
