@@ -9,7 +9,6 @@ and which offload.
 import contextlib
 import ctypes
 import functools
-import itertools
 import mmap
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-PIECE = 2**24   # bytes of pinned memory that are copied at a time
 SLAB = 2**28    # bytes that are pinned at a time
-SMALL = 2**20   # bytes of a tensor that is not worth a piece
+SMALL = 2**20   # bytes of a tensor that is not worth two copies
+ALIGNMENT = 2**9    # bytes: copies begin at multiples of it
+TOUCHED = 2**24     # bytes of new memory that a thread touches at a time
 
 
 class Group(NamedTuple):
@@ -295,9 +295,9 @@ class Kept:
 class OffloadedTensor:
     """A tensor on its way to CPU memory and back."""
 
-    def __init__(self, tensor, pieces):
+    def __init__(self, tensor, parts):
         self.tensor = tensor        # until it is released
-        self.pieces = pieces        # of pinned memory, which hold its bytes
+        self.parts = parts          # of pinned memory, which hold its bytes
         self.shape = tensor.shape
         self.dtype = tensor.dtype
         self.device = tensor.device
@@ -317,17 +317,17 @@ def is_on_gpu(tensor):
     return tensor.is_cuda
 
 
-def in_pieces(tensor):
-    """-> views of a tensor's bytes, PIECE each but the last."""
-    return tensor.view(-1).view(torch.uint8).split(PIECE)
+def split_as(tensor, parts):
+    """-> views of a tensor's bytes, as many in each as in that of `parts`."""
+    return tensor.view(-1).view(torch.uint8).split([len(part) for part in parts])
 
 
 class Offload:
     """Moves tensors to pinned CPU memory during forward, and back during backward.
 
     Copies run on a stream of their own, while blocks compute. When they have to be complete is what
-    Group.n_released says. The pinned memory is divided into pieces of one size, which the next step
-    uses again, whatever lengths its rows and its documents have.
+    Group.n_released says. Each forward fills the pinned memory from its beginning, whatever lengths
+    its row and its documents have.
 
     Backward has to come before the next forward, and to load all that comes back: `load` lets the
     main stream wait for a copy, whose memory it may reuse later."""
@@ -335,16 +335,16 @@ class Offload:
     def __init__(self):
         self.stream = None
         self.slabs = []             # pinned memory, which is never given back
-        self.free_pieces = []       # parts of the slabs that are not in use
+        self.n_used = 0             # bytes of the slabs that hold tensors of this forward
         self.groups = []            # OffloadedTensors of each group that has not been brought back
 
     def begin_group(self, group):
         """Called in forward before a Group. -> where it offloads to: this object, or None."""
         if group.blocks[0] == 0:
-            # Of a forward without a backward: its tensors cannot come back any more.
-            for offloaded in itertools.chain(*self.groups):
-                self.free_pieces.extend(offloaded.pieces)
+            # What an earlier forward offloaded is not needed any more. Copies of it may still run.
+            # Those that overwrite it are queued behind.
             self.groups = []
+            self.n_used = 0
         self.release(group.n_released)
         if not group.offload:
             return None
@@ -360,18 +360,17 @@ class Offload:
     def store(self, tensor):
         """Queue the copy of a contiguous tensor to CPU memory. -> OffloadedTensor for `load`."""
         if not is_on_gpu(tensor):  # for tests: a copy that autograd does not know
-            offloaded = OffloadedTensor(tensor, pieces=[])
+            offloaded = OffloadedTensor(tensor, parts=[])
             offloaded.copy = tensor.clone()
             offloaded.tensor = None
             return offloaded
         if self.stream is None:
             self.stream = torch.cuda.Stream()
-        parts = in_pieces(tensor)
-        offloaded = OffloadedTensor(tensor, self.take_pieces(len(parts)))
+        offloaded = OffloadedTensor(tensor, self.take_memory(tensor.nbytes))
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for piece, part in zip(offloaded.pieces, parts):
-                piece[:len(part)].copy_(part, non_blocking=True)
+            for part, source in zip(offloaded.parts, split_as(tensor, offloaded.parts)):
+                part.copy_(source, non_blocking=True)
         offloaded.copied_out = self.stream.record_event()
         self.groups[-1].append(offloaded)
         return offloaded
@@ -394,19 +393,25 @@ class Offload:
             offloaded.shape, dtype=offloaded.dtype, device=offloaded.device)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for piece, part in zip(offloaded.pieces, in_pieces(offloaded.copy)):
-                part.copy_(piece[:len(part)], non_blocking=True)
+            for part, target in zip(offloaded.parts, split_as(offloaded.copy, offloaded.parts)):
+                target.copy_(part, non_blocking=True)
         offloaded.copied_back = self.stream.record_event()
-        # Safe although the copies have not run: the next ones into the pieces are queued behind.
-        self.free_pieces.extend(offloaded.pieces)
-        offloaded.pieces = []
 
-    def take_pieces(self, n):
-        """-> n pieces of pinned CPU memory. RuntimeError if no more can be pinned."""
-        while len(self.free_pieces) < n:
-            self.slabs.append(pinned_memory(SLAB))
-            self.free_pieces.extend(self.slabs[-1].split(PIECE))
-        return [self.free_pieces.pop() for _ in range(n)]
+    def take_memory(self, size):
+        """-> parts of the pinned memory with together `size` bytes, in as few slabs as possible.
+
+        RuntimeError if no more memory can be pinned."""
+        self.n_used = -(-self.n_used // ALIGNMENT) * ALIGNMENT
+        parts = []
+        while size > 0:
+            index, offset = divmod(self.n_used, SLAB)
+            if index == len(self.slabs):
+                self.slabs.append(pinned_memory(SLAB))
+            part = self.slabs[index][offset:offset + size]
+            parts.append(part)
+            self.n_used += len(part)
+            size -= len(part)
+        return parts
 
 
 def pinned_memory(size):
@@ -440,4 +445,4 @@ def touch(tensor):
     ctypes.CDLL(None).madvise(
         ctypes.c_void_p(begin), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_HUGEPAGE))
     with ThreadPoolExecutor(max_workers=8) as pool:
-        list(pool.map(torch.Tensor.zero_, in_pieces(tensor)))
+        list(pool.map(torch.Tensor.zero_, tensor.view(-1).view(torch.uint8).split(TOUCHED)))
