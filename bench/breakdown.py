@@ -5,12 +5,15 @@
 Arguments are constants of train.py, and four more: SHAPE, a model of bench/run.py, instead of
 MODEL; NUM_LAYERS=n, to keep only the first n layers of that shape; MEDIAN_DOCUMENT=n, as in
 bench/run.py; and MEMORY=1, to list what is allocated at the peak of memory instead of the kernels.
-Needs a GPU. Rank 0 prints.
+Needs a GPU. Rank 0 prints. Where the GPU was idle for long, it says what the CPU did meanwhile.
 """
 import collections
+import gc
 import os
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,10 +54,62 @@ class Kernel(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """A time in which the GPU ran nothing."""
-    duration: float     # microseconds
+    """A time in which the GPU ran no kernel, but at most copies. Times are in microseconds."""
+    duration: float
+    start: float
     before: str         # name of the last kernel before it
     after: str          # name of the first kernel after it
+
+
+class CpuSampler:
+    """Records every few milliseconds where the Python threads are that queue kernels."""
+    INTERVAL = 0.005    # seconds
+
+    def __init__(self):
+        self.samples = []   # (microseconds since 1970, as in Kernel; text)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def start(self):
+        gc.callbacks.append(self.record_collection)
+        self.thread.start()
+
+    def stop(self):
+        gc.callbacks.remove(self.record_collection)
+        self.stopped.set()
+        self.thread.join()
+
+    def run(self):
+        while not self.stopped.wait(self.INTERVAL):
+            # Of autograd, whose threads call our hooks, threading knows nothing.
+            others = {thread.ident for thread in threading.enumerate()}
+            others.remove(threading.main_thread().ident)
+            for thread, frame in sys._current_frames().items():
+                if thread not in others:
+                    self.samples.append((time.time() * 1e6, describe_stack(frame)))
+
+    def record_collection(self, phase, info):
+        """Python calls it at the start and the end of a garbage collection."""
+        text = f"garbage collection of generation {info['generation']}: {phase}"
+        self.samples.append((time.time() * 1e6, text))
+
+    def describe(self, gap):
+        """Returns what the threads did most of the time in a Gap."""
+        during = [text for moment, text in self.samples
+                  if gap.start <= moment <= gap.start + gap.duration]
+        if not during:
+            return "no sample: no Python thread ran"
+        counted = collections.Counter(during).most_common(3)
+        return "; ".join(f"{n} of {len(during)} samples: {text}" for text, n in counted)
+
+
+def describe_stack(frame, depth=5):
+    """Returns the innermost lines of a thread."""
+    lines = []
+    while frame is not None and len(lines) < depth:
+        lines.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(lines)
 
 
 class Allocation(NamedTuple):
@@ -81,7 +136,7 @@ def recorded_kernels(profiler):
 
 
 def find_gaps(kernels):
-    """Returns the microseconds in which any kernel ran, and the Gaps between them."""
+    """Returns the microseconds in which any of `kernels` ran, and the Gaps between them."""
     kernels = sorted(kernels)
     busy = 0.0
     gaps = []
@@ -89,7 +144,7 @@ def find_gaps(kernels):
     last = ""
     for kernel in kernels:
         if kernel.start > busy_until:
-            gaps.append(Gap(kernel.start - busy_until, last, kernel.name))
+            gaps.append(Gap(kernel.start - busy_until, busy_until, last, kernel.name))
         # Streams overlap: only the part of a kernel after all earlier ones adds to the busy time.
         if kernel.end > busy_until:
             busy += kernel.end - max(kernel.start, busy_until)
@@ -98,18 +153,21 @@ def find_gaps(kernels):
     return busy, gaps
 
 
-def print_kernels(kernels):
+def print_kernels(kernels, sampler):
     """Print the time from first to last kernel, where the GPU was idle, and each class's time."""
-    busy, gaps = find_gaps(kernels)
+    busy, _ = find_gaps(kernels)
+    computing, gaps = find_gaps([k for k in kernels if kernel_class(k.name) != "copies"])
     first_start = min(kernel.start for kernel in kernels)
     last_end = max(kernel.end for kernel in kernels)
     span = last_end - first_start
     print(
         f"step: {span / 1e3:.1f} ms from first to last kernel,"
-        f" {busy / 1e3:.1f} ms with one running"
+        f" {busy / 1e3:.1f} ms with one running,"
+        f" {(busy - computing) / 1e3:.1f} ms of these only copies"
     )
     for gap in sorted(gaps, reverse=True)[:8]:
         print(f"{gap.duration / 1e3:9.2f} ms  idle: {gap.before[:60]} -> {gap.after[:60]}")
+        print(f"              {sampler.describe(gap)}")
     idle_before = collections.Counter()
     number_before = collections.Counter()
     for gap in gaps:
@@ -211,6 +269,7 @@ def main(arguments):
     options = set_constants(arguments)
     show_memory = "MEMORY" in options
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    sampler = CpuSampler()
     original_step = metrics.Log.step
 
     def step(log, line):
@@ -223,11 +282,13 @@ def main(arguments):
             torch.cuda.synchronize()
             if not show_memory:
                 profiler.start()
+                sampler.start()
         if line["step"] == train.MAX_STEPS - 1:
             torch.cuda.synchronize()
             if show_memory:
                 print_memory()
             else:
+                sampler.stop()
                 profiler.stop()
 
     metrics.Log.step = step
@@ -237,7 +298,7 @@ def main(arguments):
     train.main()
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 and not show_memory:
-        print_kernels(recorded_kernels(profiler))
+        print_kernels(recorded_kernels(profiler), sampler)
 
 
 if __name__ == "__main__":
