@@ -44,6 +44,9 @@ OTHERS_MIXED = {"transformers + Liger": {32768: 0.558, 131072: 0.464}}
 # A row with one of these constants is in the table, but not in the plot of one document per row.
 NOT_PLOTTED = {"SYNTHETIC_DOCUMENT", "MEDIAN_DOCUMENT", "ATTENTION", "GLOBAL_BATCH_SIZE",
                "OFFLOAD_ACTIVATIONS"}
+# What RECOMPUTE=auto may choose is only shown where it differs.
+UNSET = {"RECOMPUTE": "auto", "KEEP_LAYERS": 0, "ZERO_STAGE": 2, "MLP_CHUNK": 0,
+         "OFFLOAD_ACTIVATIONS": 0, "OFFLOAD_OPTIMIZER": False}
 HEADER = [
     "| row (shape, GPUs, tokens, settings) | runs | seconds a step | tokens/s a GPU | mfu | roof "
     "| GPU, GiB | host, GiB a rank |",
@@ -65,6 +68,14 @@ def is_unchanged(result):
     return "note" not in result
 
 
+def with_chosen_settings(result):
+    """Returns the row of a result, which says after RECOMPUTE=auto what that chose."""
+    chosen = result.get("memory_settings", {})
+    unlike = [f"{name}={value}" for name, value in chosen.items() if value != UNSET[name]]
+    text = f"RECOMPUTE=auto (chose {' '.join(unlike)})"
+    return result["row"].replace("RECOMPUTE=auto", text)
+
+
 def load_results():
     """Returns one result for all runs that differ in MAX_STEPS only, by GPUs, shape and length.
 
@@ -73,7 +84,7 @@ def load_results():
     runs_of = {}
     for result in read_lines(HERE / "results.jsonl"):
         if result["mfu"]:  # not measured on a CPU
-            row = re.sub(" MAX_STEPS=[0-9]+", "", result["row"])
+            row = re.sub(" MAX_STEPS=[0-9]+", "", with_chosen_settings(result))
             runs_of.setdefault(row, []).append(result)
 
     results = []
@@ -162,7 +173,7 @@ def write_table(results, path):
         # Results of earlier code lack the memory of the host.
         host = result.get("peak_host_memory_gib")
         cells = [
-            result["row"],
+            with_chosen_settings(result),
             f"{result['runs']}",
             f"{result['seconds']:.2f}",
             f"{result['tokens_per_second_per_gpu']:,.0f}",
