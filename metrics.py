@@ -35,6 +35,7 @@ LOG_FORMAT = {
     "seconds_left": "left {}",
     "skipped": "SKIPPED",
     "spike": "SPIKE",
+    "memory_full": "MEMORY FULL",
 }
 
 # The time left is estimated without the first steps of a process, in which kernels are compiled.

@@ -1354,8 +1354,13 @@ def speed_and_memory(config, sums, seconds, grid):
         hfu = hardware_flops / seconds / grid.world / peak
 
     gpu_memory = None
+    memory_full = False
     if grid.device.type == "cuda":
         gpu_memory = torch.cuda.max_memory_allocated() / 2**30
+        # An allocation failed, and succeeded after torch had given what it did not use back to the
+        # GPU. It will take it again. Both take time, up to a second.
+        memory_full = torch.cuda.memory_stats()["num_alloc_retries"] > 0
+        torch.cuda.reset_accumulated_memory_stats()
     cpu_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
     return {
         "tokens": int(sums.tokens),
@@ -1365,6 +1370,7 @@ def speed_and_memory(config, sums, seconds, grid):
         "hfu": hfu,
         "peak_memory_gib": gpu_memory,
         "peak_host_memory_gib": cpu_memory,
+        "memory_full": memory_full,
     }
 
 

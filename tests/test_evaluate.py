@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, on_ranks, write_jsonl
+from conftest import assert_close, on_ranks, tiny_config, write_jsonl
 from test_train import metrics_of, run, set_constants, setup  # noqa: F401
 
 import convert
@@ -226,6 +226,22 @@ def test_equal_losses_make_no_small_difference_a_spike(log, tmp_path):
         loss = {50: 3.01, 55: 3.1}.get(step, 3.0)
         log.step(step_line(step, loss=loss))
     assert [line["step"] for line in metrics_of(tmp_path)[1:] if line["spike"]] == [55]
+
+
+def test_steps_that_ran_out_of_cached_memory_are_marked(log, capsys, monkeypatch):
+    """On a pretended GPU whose allocator had to begin again in the second of three steps."""
+    log, _ = log
+    retries = iter([0, 2, 0])
+    monkeypatch.setattr(train, "peak_flops", lambda grid: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": next(retries)})
+    monkeypatch.setattr(torch.cuda, "reset_accumulated_memory_stats", lambda: None)
+    grid = SimpleNamespace(device=torch.device("cuda"), world=1)
+    sums = train.StepSums(1, 1, 10, 10, 0)
+    for step in (3, 4, 5):
+        log.step(step_line(step, **train.speed_and_memory(tiny_config(), sums, 1, grid)))
+    lines = capsys.readouterr().out.splitlines()
+    assert ["MEMORY FULL" in line for line in lines] == [False, True, False]
 
 
 def test_metrics_go_to_all_recorders(log, tmp_path):
