@@ -31,7 +31,9 @@ GPUS = {
     "H200": GPU(139.8, 989e12, 630e12, 630e12, 590e12, 3.4e12, 278e9, 55e9),
     "B200": GPU(178.0, 2250e12, 1350e12, 1300e12, 1110e12, 5.6e12, 550e9, 55e9),
 }
-USABLE_MEMORY = 0.95        # of a GPU: the rest is for CUDA, NCCL and fragmentation
+USABLE_MEMORY = 0.95        # of a GPU: the rest is for CUDA and fragmentation
+NCCL_MEMORY = 2.5           # GiB of a GPU. An estimate: on four H200s, KEEP_LAYERS beyond 130 GiB gained
+                            # nothing
 USABLE_HOST_MEMORY = 0.85   # of a host: the rest is for the system and the page cache
 HALF_RATE_LENGTH = 1200     # tokens of a document with which attention reaches half of its rate
 GPUS_PER_HOST = 8
@@ -83,6 +85,11 @@ class Settings(NamedTuple):
     mlp_chunk: int = 0
     offload_layers: int = 0
     offload_optimizer: bool = False
+
+    @property
+    def attends_again(self):
+        """Whether backward computes attention again."""
+        return self.recompute in KEEP_INPUTS
 
     def execution(self, given):
         """-> a copy of the Execution `given` with these settings."""
@@ -616,10 +623,18 @@ def needs(config, work, execution, settings):
     return sum(parts.values()), on_host
 
 
+def usable_memory(gpu, work):
+    """-> GiB of a GPU that a step may take, by memory().
+
+    If more is in use, the allocator still serves it, but by giving memory back to the GPU and taking
+    it again in every step."""
+    return USABLE_MEMORY * gpu.memory - (NCCL_MEMORY if work.world > 1 else 0)
+
+
 def fits(config, gpu, work, execution, settings, host):
     """-> whether a step with these Settings fits in the GPU and `host` GiB of CPU memory a rank."""
     on_gpu, on_host = needs(config, work, execution, settings)
-    return on_gpu <= USABLE_MEMORY * gpu.memory and on_host <= USABLE_HOST_MEMORY * host
+    return on_gpu <= usable_memory(gpu, work) and on_host <= USABLE_HOST_MEMORY * host
 
 
 def candidates(config, work, given):
@@ -647,7 +662,7 @@ def choose(config, gpu, work, execution, given, host):
     Steps are compared without attention. It takes the same time with all Settings, and if the
     documents of a row are shorter than `work` says, it hides no copies to CPU memory.
     given: see candidates. host: GiB of CPU memory for each rank."""
-    usable = USABLE_MEMORY * gpu.memory
+    usable = usable_memory(gpu, work)
     usable_host = USABLE_HOST_MEMORY * host
     forward_of_block = products_of_block(config, gpu, work)
     copy_of_checkpoint = ADAMW_STATES * total_parameters(config) / work.ranks / 2**30

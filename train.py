@@ -470,7 +470,8 @@ def choose_settings(config, world, gpu, host):
     """Return the sequence-parallel size and the Settings of a run of `world` processes.
 
     The size is the smallest of possible_sizes with which a step fits in the costs.GPU and `host`
-    GiB of CPU memory a process. The Settings are the fastest that fit. What is set by hand stays.
+    GiB of CPU memory a process, without computing attention again if any size allows that. The
+    Settings are the fastest that fit. What is set by hand stays.
     Raises ValueError if nothing fits.
     """
     sizes = possible_sizes(config, world)
@@ -478,17 +479,20 @@ def choose_settings(config, world, gpu, host):
     if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
         return sizes[0], Settings(**{"recompute": "none", **given})
 
-    # "pairs" is slow, and AdamW on the CPU slower: a larger size without them is better than a
-    # smaller one with them.
     execution = execution_settings(config, "cuda")
-    for pairs, offload_optimizer in ((False, False), (True, False), (True, True)):
-        limited = {"offload_optimizer": offload_optimizer, **given}
+    for offload_optimizer in (False, True):
+        fitting = []
         for sp in sizes:
             work = work_of_gpu(config, world, sp)
+            limited = {"offload_optimizer": offload_optimizer, **given}
             settings = choose(config, gpu, work, execution, limited, host)
-            if settings is None or (settings.recompute == "pairs" and not pairs):
-                continue
-            return sp, settings
+            if settings is not None:
+                fitting.append((sp, settings))
+                if not settings.attends_again:
+                    break
+        if fitting:
+            fastest_first = CHOICES["RECOMPUTE"]
+            return min(fitting, key=lambda size: fastest_first.index(size[1].recompute))
     if RECOMPUTE != "auto":  # everything was set by hand, and is tried
         return sizes[-1], Settings(**given)
     raise ValueError(

@@ -703,7 +703,6 @@ def test_memory_settings_choose_themselves(large_folder, monkeypatch):
 
     pretend_gpu(monkeypatch, 79)
     _, chosen = planned(settings, 1)
-    assert chosen["RECOMPUTE"] == "none"
     assert 0 < chosen["OFFLOAD_ACTIVATIONS"] < 28
     _, chosen = planned({**settings, "OFFLOAD_ACTIVATIONS": 0}, 1, ["OFFLOAD_ACTIVATIONS"])
     assert chosen["RECOMPUTE"] == "all_but_attention"
@@ -726,7 +725,7 @@ def test_memory_settings_choose_themselves(large_folder, monkeypatch):
 
 @pytest.mark.parametrize("length,batch,changes,sp", [
     (8192, 8, {}, 1),
-    (262144, 8, {}, 2),         # with one it fits by the slowest means only, as tested below
+    (262144, 8, {}, 4),         # with one or two it fits by slow means only, as tested below
     (8192, 2, {}, 4),           # two rows for eight GPUs
     (8192, 8, {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 1152}, 1),
 ])
@@ -737,9 +736,20 @@ def test_the_smallest_sequence_parallel_size_that_fits(
     settings = {"MODEL": large_folder(**changes), "MAX_LENGTH": length, "GLOBAL_BATCH_SIZE": batch}
     plan, _ = planned(settings, 8)
     assert plan.sp == sp
-    if sp == 2:
-        _, chosen = planned({**settings, "SEQUENCE_PARALLEL_SIZE": 1}, 8)
-        assert chosen["RECOMPUTE"] == "pairs"
+    if length == 262144:
+        for size, recompute in ((1, "pairs"), (2, "all")):
+            _, chosen = planned({**settings, "SEQUENCE_PARALLEL_SIZE": size}, 8)
+            assert chosen["RECOMPUTE"] == recompute
+
+
+def test_if_attention_runs_again_with_all_sizes_the_faster_means_are_taken(
+        large_folder, monkeypatch):
+    """One rank needs "pairs", two "all"."""
+    pretend_gpu(monkeypatch, 74)
+    monkeypatch.setattr(train, "host_memory_per_process", lambda: 3.0)
+    settings = {"MODEL": large_folder(), "MAX_LENGTH": 262144, "GLOBAL_BATCH_SIZE": 2}
+    plan, chosen = planned(settings, 2)
+    assert (plan.sp, chosen["RECOMPUTE"]) == (2, "all")
 
 
 def test_a_plan_is_for_one_document_whatever_its_window():
