@@ -94,6 +94,8 @@ ROPE_KEYS = (
     "high_freq_factor", "truncate", "beta_fast", "beta_slow", "attention_factor",
     "partial_rotary_factor")
 
+MAY_BE_ZERO = ("partial_rotary_factor", "mscale", "mscale_all_dim", "llama_4_scaling_beta")
+
 REQUIRED = object()  # stands for a default that does not exist
 REQUIRED_FIELDS = (
     "num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
@@ -286,7 +288,8 @@ def _rope_fields(source, family):
 def _checked_scaling(given, more_keys=()):
     """rope_scaling (a dict or None) -> a copy in which "type", its older key, is "rope_type".
 
-    ValueError names a key that is misspelt or not supported: neither in ROPE_KEYS nor more_keys.
+    ValueError names a key that is misspelt or not supported: neither in ROPE_KEYS nor more_keys. And
+    a value that is no number greater than 0, or a factor below 1.
     """
     scaling = {}
     for key, value in (given or {}).items():
@@ -301,6 +304,12 @@ def _checked_scaling(given, more_keys=()):
         if key not in ROPE_KEYS and key not in more_keys:
             raise ValueError(f"rope_scaling's {key} {value!r} is not supported: "
                              f"use {', '.join(sorted(ROPE_KEYS))}")
+        if key not in ("rope_type", "truncate") and value is not None:
+            least = 1 if key == "factor" else 0
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            if not is_number or value < least or (value == 0 and key not in MAY_BE_ZERO):
+                rule = "a number of at least 1" if key == "factor" else "a number greater than 0"
+                raise ValueError(f"rope_scaling's {key} {value!r} is not {rule}: correct it")
         scaling[key] = value
     return scaling
 
@@ -696,19 +705,25 @@ def save_weights(model, source_folder, out_folder):
 
     # one rank publishes, once all have written
     failed = _any_rank(error is not None, world)
-    if error is not None:
-        raise OSError(f"{part}: {error}") from error
     if rank == 0 and not failed:
-        if len(shards) > 1:
-            _write_index(part / INDEX, shards, files, sum(sizes.values()))
         embedding_dtype = dtypes[their_name(model.config, "model.embed_tokens.weight")]
         exported = export_config(source_config, model.config, embedding_dtype)
-        (part / "config.json").write_text(json.dumps(exported, indent=2))
-        _copy_tokenizer(source, part)
-        for path in [*part.rglob("*"), part]:
-            parallel.fsync(path)
-        _replace_folder(out, part)
-        parallel.fsync(out.parent)
+        try:
+            if len(shards) > 1:
+                _write_index(part / INDEX, shards, files, sum(sizes.values()))
+            (part / "config.json").write_text(json.dumps(exported, indent=2))
+            _copy_tokenizer(source, part)
+            for path in [*part.rglob("*"), part]:
+                parallel.fsync(path)
+            _replace_folder(out, part)
+            parallel.fsync(out.parent)
+        except OSError as e:
+            error = e
+    if rank == 0 and (failed or error is not None):
+        shutil.rmtree(part, ignore_errors=True)  # it may have filled the disk
+    if error is not None:
+        raise OSError(f"{part}: {error}. It is removed. Free space there or make the folder "
+                      "writable, and start again: checkpoints are complete") from error
 
 
 def _any_rank(flag, world):

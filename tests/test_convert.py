@@ -1743,6 +1743,21 @@ def test_export_replaces_one_of_other_shards(hf_folder, tmp_path, monkeypatch):
         assert (out / "model-mine.safetensors.txt").exists()
 
 
+@pytest.mark.parametrize("scaling", [
+    {"rope_type": "yarn", "factor": -1}, {"rope_type": "linear", "factor": 0.5},
+    {"rope_type": "yarn", "factor": math.inf}, {"rope_type": "yarn", "factor": 4, "beta_fast": -3},
+    {"rope_type": "llama3", "factor": 8, "low_freq_factor": math.nan},
+    {"rope_type": "linear", "factor": "4"},
+])
+def test_numbers_of_a_rope_scaling_are_checked(hf_folder, scaling):
+    folder, _ = hf_folder()
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
+    with pytest.raises(ValueError, match="rope_scaling's .* is not a number"):
+        convert.load_config(folder)
+
+
 def test_an_export_is_on_disk_before_it_has_its_name(
         hf_folder, tokenizer_files, tmp_path, monkeypatch):
     folder, _ = hf_folder()
@@ -1826,8 +1841,9 @@ def export_where_one_cannot_write(folder, out):
     convert.SHARD_BYTES = 10_000  # several files, so that both ranks write
     if grid.rank == 1:
         out = folder / "config.json" / "out"  # below a file
-    with pytest.raises(RuntimeError, match="export: rank 1: OSError: .*Not a directory"):
+    with pytest.raises(RuntimeError, match="export: rank 1: OSError: .*Not a directory.* Free space"):
         parallel.together("export", convert.save_weights, model, folder, out)
+    assert grid.rank != 0 or not out.with_name("out.part").exists()
 
 
 def test_a_rank_that_cannot_write_leaves_no_other_waiting(hf_folder, tmp_path):
