@@ -64,6 +64,35 @@ def test_attention_packages_agree(name, window):
         assert error < 1.5 * plain_error + 1e-4, f"{what}: error {error}, plain {plain_error}"
 
 
+def attend_to_last(name, dtype, tensors, n):
+    """-> output and gradients of q, k, v for the last of documents of n tokens. The gradient of the
+    output is the last of `tensors`."""
+    _, kernel = attention_kernel(name, "cuda", dtype)
+    *inputs, grad_out = [x.to(dtype) for x in tensors]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    cu_seqlens = torch.arange(0, len(grad_out) + 1, n, dtype=torch.int32, device="cuda")
+    out = kernel(*inputs, cu_seqlens, n, None)
+    out.backward(grad_out)
+    results = [out.detach(), *[x.grad for x in inputs]]
+    return {name: x[-n:] for name, x in zip(("output", "q", "k", "v"), results)}
+
+
+def test_attention_beyond_32_bits():
+    """The last document of a row of 2^31 elements and more, and the same alone."""
+    n = 8192
+    generator = torch.Generator("cuda").manual_seed(0)
+    tensors = [torch.randn(86 * n, heads, 128, device="cuda", dtype=torch.bfloat16,
+                           generator=generator) for heads in (24, 8, 8, 24)]
+    assert tensors[0].numel() > 2**31
+    found = attend_to_last("auto", torch.bfloat16, tensors, n)
+    last = [x[-n:] for x in tensors]
+    truth = attend_to_last("sdpa", torch.float32, last, n)
+    plain = attend_to_last("sdpa", torch.bfloat16, last, n)
+    for what, expected in truth.items():
+        error = relative_error(found[what], expected)
+        assert error < 1.5 * relative_error(plain[what], expected) + 1e-4, f"{what}: error {error}"
+
+
 def wide_model(execution, dtype, **changes):
     model = tiny_model(execution=execution, **WIDE, **changes).to("cuda", dtype)
     with torch.no_grad():
