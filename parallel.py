@@ -133,6 +133,8 @@ def adopt_slurm():
     }
     for name, value in variables.items():
         environment.setdefault(name, value)
+    if environment["RANK"] == "0":
+        print(f"task 0 of {n_tasks}: srun has to start the others, too", flush=True)
 
 
 def first_host(hosts):
@@ -219,13 +221,13 @@ def refuse_differences(agreed):
                          "constants and files")
 
 
-def shorten_timeouts(grid, step_seconds):
+def shorten_timeouts(grid, step_seconds, more_groups=()):
     """From here on, collectives wait for TRAINING_TIMEOUT only, or for the time of three steps.
 
     NCCL counts from the moment when the CPU queued a collective, which may be a step earlier than
     when the GPU comes to it."""
     timeout = max(TRAINING_TIMEOUT, timedelta(seconds=3 * step_seconds))
-    groups = [dist.group.WORLD, *grid.mesh.get_all_groups()]
+    groups = [dist.group.WORLD, *grid.mesh.get_all_groups(), *more_groups]
     if grid.sp_group is not None:
         groups.append(grid.sp_group)
     for group in groups:
@@ -700,10 +702,7 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
         fsync(folder.parent)
         if keep >= 0:
             for old in published(folder.parent)[:-keep]:
-                # Where the process is killed meanwhile, no half of a checkpoint has its name.
-                leftover = old.with_suffix(".part")
-                old.rename(leftover)
-                shutil.rmtree(leftover)
+                remove_checkpoint(old)
 
     def attempt(function, *args):
         try:
@@ -727,6 +726,13 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
     together(f"publishing {folder}", attempt, publish, files_of_ranks, only=0, group=group)
 
 
+def remove_checkpoint(folder):
+    """Remove a checkpoint. If the process is killed meanwhile, no half of it has its name."""
+    leftover = folder.with_suffix(".part")
+    folder.rename(leftover)
+    shutil.rmtree(leftover)
+
+
 def remove_leftovers(root):
     """Remove what saves have left that did not complete. No save may be in progress."""
     for leftover in Path(root).glob(f"{STEP}.part"):
@@ -739,34 +745,48 @@ class Saver:
     Training waits only while this rank's shards are copied to CPU memory, and for the previous
     save, if it is not complete. Where CPU memory is short, it waits for the whole save."""
 
-    def __init__(self, root, model, notes):
+    def __init__(self, root, notes):
         self.root = Path(root)
         self.notes = notes
         self.thread = None
         self.error = None
         # The thread's collectives must not mix with those of training.
         self.group = dist.new_group(backend="gloo")
-        together("checking the space for checkpoints", self.check_space, model, only=0)
         self.in_foreground = None   # decided by the first save
         self.seconds = 0.0          # that the last complete save took
         self.copies = {}            # name: tensor in CPU memory, which the next save uses again
 
-    def check_space(self, model):
-        """OSError if the disk has no space for another checkpoint."""
+    def make_space(self, model, keep):
+        """Remove checkpoints, but for the newest one, if the disk has no space for another one.
+
+        keep: see save_checkpoint; -1: none is removed. RuntimeError on all ranks if there is no
+        space."""
+        together("making space for a checkpoint", self.make_space_on_disk, model, keep, only=0)
+
+    def make_space_on_disk(self, model, keep):
         self.root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.root)  # they may have filled the disk
         needed = CHECKPOINT_BYTES * sum(p.numel() for p in model.parameters())
-        free = shutil.disk_usage(self.root).free
-        if free < needed:
+
+        def free():
+            return shutil.disk_usage(self.root).free
+
+        removable = published(self.root)[:-1] if keep > 0 else []
+        while free() < needed and removable:
+            oldest = removable.pop(0)
+            print(f"WARNING: {self.root} has no space for another checkpoint: {oldest.name} is "
+                  "removed.", flush=True)
+            remove_checkpoint(oldest)
+        if free() < needed:
             raise OSError(
-                f"{self.root} has {free / 2**30:,.1f} GiB of free space and a checkpoint takes "
-                f"{needed / 2**30:,.1f} GiB: free space, lower KEEP_CHECKPOINTS, or set another "
+                f"{self.root} has {free() / 2**30:,.1f} GiB of free space and a checkpoint takes "
+                f"{needed / 2**30:,.1f} GiB, besides the one before it: free space, or set another "
                 "RUN_DIR. Earlier checkpoints are intact")
 
     def save(self, step, model, optimizer, keep):
         """Begin to save a step, see save_checkpoint. RuntimeError if the previous save failed."""
         self.wait()
-        together("checking the space for a checkpoint", self.check_space, model, only=0)
+        self.make_space(model, keep)
         began = time.monotonic()
         if self.in_foreground is None:
             self.in_foreground = self.memory_is_short(model)

@@ -9,6 +9,7 @@ line; with the environment variable DEBUG=1 its traceback is printed.
 import ast
 import contextlib
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -110,8 +111,8 @@ EVAL_EVERY = 0                  # steps between evaluations; 0: before the first
 WANDB = ""                      # Weights & Biases project for the metrics; "": none
 SAMPLE_PROMPTS = []             # texts to continue at the end of a run
 SAMPLE_TOKENS = 80              # tokens to sample after each of SAMPLE_PROMPTS
-SAVE_EVERY = 200                # steps between checkpoints; 0: last step only; -1: none, no hf/
-SAVE_MINUTES = 30.0             # minutes between checkpoints, besides SAVE_EVERY; 0: not by time
+SAVE_EVERY = 0                  # steps between checkpoints; 0: not by step; -1: none, no hf/
+SAVE_MINUTES = 30.0             # minutes between checkpoints; 0: not by time
 KEEP_CHECKPOINTS = 2            # number of newest checkpoints to keep; -1: all
 RESUME = "auto"                 # "auto": newest checkpoint in RUN_DIR; "never"; or a checkpoint
 
@@ -127,6 +128,7 @@ DEMO = {
     "LEARNING_RATE": 4e-3,
     "MIN_LEARNING_RATE_RATIO": 0.05,
     "MAX_STEPS": 400,
+    "SAVE_EVERY": 200,
     # They do not end with a newline, which is one token with the indentation that follows it.
     "SAMPLE_PROMPTS": [
         "def __init__(self, name):", "import os\nimport sys", "class Error(Exception):"],
@@ -260,18 +262,21 @@ def main():
     saver = None
     try:
         parallel.together("RUN_DIR", lock_run, run_lock, only=0)
+        refuse_separate_folders()
         steps_done = resume(notes, model, optimizer, grid)
         parallel.together("RUN_DIR", open_run, notes, steps_done, rows.accounting(), only=0)
         if SAVE_EVERY >= 0:
-            saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", model, notes)
+            saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", notes)
+        if saver is not None and steps_done < steps:
+            saver.make_space(model, KEEP_CHECKPOINTS)
         if grid.rank == 0:
             log = Log(Path(RUN_DIR), steps, steps_done, WANDB, notes["constants"])
-        with (explain_out_of_memory(config, grid, execution), parallel.naming_lost_ranks(),
-              receive_signals() as stop_requests):
-            stopped = training_loop(model, optimizer, grid, rows, eval_rows, total_rows,
-                                    steps_done, saver, log, stop_requests)
-        if not stopped:
-            finish(model, folder, grid)
+        with explain_out_of_memory(config, grid, execution), parallel.naming_lost_ranks():
+            with receive_signals() as stop_requests:
+                stopped = training_loop(model, optimizer, grid, rows, eval_rows, total_rows,
+                                        steps_done, saver, log, stop_requests)
+            if not stopped:
+                finish(model, folder, grid)
     finally:
         if saver is not None:
             saver.close()
@@ -617,7 +622,8 @@ def open_corpus(source, folder, config):
     Files are tokenized with the tokenizer of `folder` unless they are in CACHE_DIR already.
     """
     if source == "demo" and MODEL != "demo":
-        raise ValueError(f"DATA 'demo' is for MODEL 'demo' only, not for {MODEL!r}: set DATA to "
+        name = "DATA" if source == DATA else "EVAL_DATA"
+        raise ValueError(f"{name} 'demo' is for MODEL 'demo' only, not for {MODEL!r}: set it to "
                          "your files.")
     if source == "synthetic":
         return synthetic_corpus(config.vocab_size)
@@ -965,6 +971,23 @@ def lock_run(lock):
     owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
 
 
+def refuse_separate_folders():
+    """Raise ValueError on all ranks if RUN_DIR is not one folder for all of them.
+
+    Each writes its part of a checkpoint. Rank 0 has just written the file that lock_run describes.
+    """
+    def read_owner():
+        owner = Path(RUN_DIR) / "owner"
+        return owner.read_text() if owner.exists() else None
+
+    owners = parallel.together("RUN_DIR", read_owner)
+    others = [str(rank) for rank, owner in enumerate(owners) if owner != owners[0]]
+    if others:
+        raise ValueError(
+            f"RUN_DIR {RUN_DIR} is not the same folder on rank 0 and on rank {', '.join(others)}: set "
+            "it to one on a disk that all hosts share.")
+
+
 def resume(notes, model, optimizer, grid):
     """Load the checkpoint that RESUME selects and return how many steps it has done, or 0.
 
@@ -1021,6 +1044,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
     if eval_rows is not None and evaluation_is_missing(steps_done, steps, log):
         evaluate(model, eval_rows, grid, steps_done, log, stop_requests)
     not_finite = 0  # consecutive steps
+    save_seconds = 0.0  # that training has waited for the save after the last step
     saved = time.time()
     began = time.time()
     if steps_done < steps:
@@ -1055,14 +1079,16 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
             log.step({
                 "step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss,
                 "grad_norm": grad_norm, "learning_rate": lr, "seconds": seconds, "skipped": skip,
-                "rows": rows_of_step(step) if skip else None,
+                "rows": rows_of_step(step) if skip else None, "save_seconds": save_seconds,
                 **speed_and_memory(model.config, sums, seconds, grid)})
             if log.draw_if_due():
                 began = time.time()  # drawing is not part of the next step's time
+        save_seconds = 0.0
         not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
         stop_if_diverged(step, not_finite, saver)
         if step == steps_done + 2:  # the first step compiles
-            parallel.shorten_timeouts(grid, seconds)
+            more_groups = [] if saver is None else [saver.group]
+            parallel.shorten_timeouts(grid, seconds, more_groups)
             if saver is not None:
                 warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
 
@@ -1070,11 +1096,13 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
             evaluate(model, eval_rows, grid, step, log, stop_requests)
             began = time.time()  # nor is evaluation, nor saving
         if saver is not None and (step == steps or save_due(step, saved, saver, grid)):
+            before = time.time()
             save(saver, step, model, optimizer, not_finite, grid)
             if step > steps_done + 1:
                 warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
             saved = time.time()
             began = time.time()
+            save_seconds = saved - before
     if saver is not None and steps_done < steps:
         with timed(grid, "saving the last checkpoint"):
             saver.wait()
@@ -1123,21 +1151,24 @@ def evaluation_is_missing(steps_done, steps, log):
 
 
 def save_due(step, saved, saver, grid):
-    """Return whether to save after this step: the last time was at `saved`, on rank 0's clock.
+    """Return whether to save after this step: the last time was at `saved`.
 
-    A save that the disk takes longer to write than SAVE_MINUTES is not waited for.
+    A save that the disk takes longer to write than SAVE_MINUTES is not waited for, but one that it
+    takes longer to write than SAVE_EVERY steps is.
     """
-    if SAVE_EVERY > 0 and step % SAVE_EVERY == 0:
-        return True
+    at_step = SAVE_EVERY > 0 and step % SAVE_EVERY == 0
     late = 0 < SAVE_MINUTES < (time.time() - saved) / 60
-    if not parallel.any_rank(late):
+    if not at_step and not parallel.any_rank(late):
         return False
     is_writing = parallel.any_rank(saver.is_writing())
     if is_writing and grid.rank == 0:
-        warn_once(f"the last checkpoint is not completely written after SAVE_MINUTES "
-                  f"{SAVE_MINUTES:g}, so there are fewer checkpoints than it asks for: set RUN_DIR "
-                  "to a faster disk, or raise SAVE_MINUTES")
-    return not is_writing
+        if at_step:
+            name, consequence = f"SAVE_EVERY {SAVE_EVERY}", "training waits"
+        else:
+            name, consequence = f"SAVE_MINUTES {SAVE_MINUTES:g}", "there are fewer checkpoints"
+        warn_once(f"the disk takes longer to write a checkpoint than {name} allows, so that "
+                  f"{consequence}: raise it, or set RUN_DIR to a faster disk")
+    return at_step or not is_writing
 
 
 def save(saver, step, model, optimizer, not_finite, grid):
@@ -1161,16 +1192,19 @@ def stop(saver, step, saved_step, model, optimizer, not_finite, grid):
             save(saver, step, model, optimizer, not_finite, grid)
             saver.wait()
     saver.wait()  # for an earlier save
-    again = command_line()
-    print_once(grid, f"stopped by a signal after step {step}. This continues the run:\n{again}")
+    how = "This, or the same batch script," if "SLURM_JOB_ID" in os.environ else "This"
+    print_once(
+        grid, f"stopped by a signal after step {step}. {how} continues the run:\n{command_line()}")
 
 
 def command_line():
-    """Return the command that continues this run: that of torchrun, if torchrun started it."""
+    """Return the command that continues this run, with torchrun or srun if it started this one."""
     words = sys.orig_argv
     launcher = Path(f"/proc/{os.getppid()}/cmdline")
     if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():
         words = launcher.read_text().split("\0")[:-1]
+    elif "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        words = ["srun", f"--ntasks={os.environ['SLURM_NTASKS']}", *words]
 
     # It ends with the arguments of train.py, of which a later one replaces an earlier one.
     arguments = sys.argv[1:]
@@ -1476,9 +1510,7 @@ def report(error):
     if os.environ.get("DEBUG") == "1":
         raise error
 
-    text = str(error)
-    if type(error) is not ValueError:
-        text = f"{type(error).__name__}: {text} (DEBUG=1 shows where)"
+    text = describe_error(error)
     if sys.stderr.isatty():
         text = f"\033[31m{text}\033[0m"  # red
     if error_file:
@@ -1490,6 +1522,20 @@ def report(error):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)  # at once: other threads, as of NCCL, may wait for ranks that are gone
+
+
+def describe_error(error):
+    """Return the line about an error that ends a run."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text += (f": free space on the disks of CACHE_DIR {CACHE_DIR} and RUN_DIR {RUN_DIR}, and start "
+                 "again")
+    elif isinstance(error, PermissionError):
+        text += (f": set CACHE_DIR {CACHE_DIR} and RUN_DIR {RUN_DIR} to folders in which this user can "
+                 "write all files")
+    if type(error) is not ValueError:
+        text = f"{type(error).__name__}: {text} (DEBUG=1 shows where)"
+    return text
 
 
 def exit_quietly(signal_number, frame):
@@ -1505,3 +1551,6 @@ if __name__ == "__main__":
         main()
     except Exception as error:
         report(error)
+    except KeyboardInterrupt:  # training itself saves first, see receive_signals
+        print("stopped by Ctrl-C while it was not training: start it again", file=sys.stderr, flush=True)
+        os._exit(130)

@@ -496,6 +496,8 @@ def test_long_saves_of_a_run_are_warned_of(setup, tmp_path, capfd):
     settings = setup("run", MAX_STEPS=3, SAVE_EVERY=1)
     on_ranks(2, run, settings, slow_saves_of_a_torchrun, tmp_path=tmp_path)
     assert capfd.readouterr().out.count("and a save 2 s, but torchrun kills the run 1 s after") == 1
+    waited = [line["save_seconds"] for line in metrics_of(tmp_path / "run") if "loss" in line]
+    assert waited[0] == 0 < waited[1] < 1 < waited[2]   # the second save waited for the first
 
 
 def shorten_times():
@@ -517,6 +519,24 @@ def test_a_rank_that_is_stuck_is_named(setup, tmp_path, sp):
     assert "rank 1 does not answer: it is stuck or gone" in messages
     assert "rank 0 waited for others at " in messages
     assert "rank 0 does not answer" not in messages
+
+
+def hang_in(name):
+    """Rank 1 hangs in the export, or in the thread that saves."""
+    parallel.TRAINING_TIMEOUT = parallel.timedelta(seconds=4)
+    if own_rank() == 1:
+        module = {"save_weights": convert, "write_checkpoint": parallel}[name]
+        setattr(module, name, lambda *args: time.sleep(1000))
+
+
+@pytest.mark.parametrize("name", ["save_weights", "write_checkpoint"])
+def test_a_rank_that_is_stuck_after_the_last_step_is_named(setup, tmp_path, name):
+    settings = setup("run", MAX_STEPS=3)
+    ranks = Ranks(2, run_with, settings, hang_in, name, tmp_path=tmp_path)
+    wait_for(lambda: not ranks.processes[0].is_alive())
+    codes, messages = ranks.end(seconds=0)
+    assert codes == [1, -signal.SIGKILL]
+    assert "rank 1 does not answer: it is stuck or gone" in messages
 
 
 def hang_while_the_gpu_waits():
@@ -870,6 +890,51 @@ def test_too_little_space_is_told_before_the_first_step(setup, tmp_path):
     with pytest.raises(AssertionError, match="has 0.0 GiB of free space and a checkpoint takes"):
         on_ranks(1, run, setup("run"), report_little_space, tmp_path=tmp_path)
     assert steps_of(tmp_path / "run") == []
+
+
+def report_space_for_two():
+    """The disk has space for two checkpoints."""
+    def usage(path):
+        n = len(parallel.published(Path(train.RUN_DIR) / "checkpoints"))
+        return shutil._ntuple_diskusage(10**9, 0, 10**9 if n < 2 else 1000)
+    shutil.disk_usage = usage
+
+
+def test_where_a_disk_has_no_space_for_another_checkpoint_the_oldest_goes(setup, tmp_path, capfd):
+    settings = setup("run", MAX_STEPS=4, SAVE_EVERY=1, KEEP_CHECKPOINTS=2)
+    on_ranks(2, run, settings, report_space_for_two, tmp_path=tmp_path)
+    assert checkpoints(tmp_path / "run") == ["step-00000003", "step-00000004"]
+    assert "no space for another checkpoint: step-00000001 is removed" in capfd.readouterr().out
+    parallel.read_manifest(tmp_path / "run/checkpoints/step-00000003")
+
+    settings = setup("all", MAX_STEPS=4, SAVE_EVERY=1, KEEP_CHECKPOINTS=-1)
+    with pytest.raises(AssertionError, match="besides the one before it: free space"):
+        on_ranks(2, run, settings, report_space_for_two, tmp_path=tmp_path)
+    assert checkpoints(tmp_path / "all") == ["step-00000001", "step-00000002"]
+
+
+def test_a_run_whose_steps_are_done_needs_no_space_for_a_checkpoint(setup, tmp_path):
+    settings = setup("run", MAX_STEPS=2, SAVE_EVERY=0)
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    shutil.rmtree(tmp_path / "run/hf")
+    on_ranks(1, run, settings, report_little_space, tmp_path=tmp_path)
+    assert (tmp_path / "run/hf/config.json").exists()
+
+
+def be_on_another_host():
+    """Rank 1 works in a folder of its own."""
+    folder = Path(train.CACHE_DIR).parent / f"host-{own_rank()}"
+    folder.mkdir()
+    os.chdir(folder)
+
+
+def test_a_folder_that_is_not_shared_is_refused(setup, tmp_path):
+    """Rank 0's checkpoint would lack the shards of rank 1."""
+    settings = {**setup("run"), "RUN_DIR": "run"}
+    codes, messages = Ranks(2, run, settings, be_on_another_host, tmp_path=tmp_path).end()
+    assert codes == [1, 1]
+    assert "RUN_DIR run is not the same folder on rank 0 and on rank 1: set it to one" in messages
+    assert not list(tmp_path.glob("host-*/run/checkpoints"))
 
 
 def report_space_without_leftovers():

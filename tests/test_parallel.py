@@ -297,7 +297,7 @@ def copy_a_state_twice(folder):
     grid = parallel.init(1, 1)
     model = sharded_model(grid, Execution(), zero_stage=2)
     model.init_weights(seed=5)
-    saver = parallel.Saver(folder, model, notes={})
+    saver = parallel.Saver(folder, notes={})
     parameters = dict(model.named_parameters())
     state = {"model": parameters, "groups": [{"betas": (0.9, 0.95), "step": torch.tensor(1.0)}]}
     first = saver.copy_to_cpu(state)

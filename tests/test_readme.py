@@ -49,7 +49,8 @@ def commands(block):
             nodes, per_node = tasks.groups()
             words[:2] = ["torchrun", "--nnodes", nodes, "--nproc_per_node", per_node]
         elif words[:1] == ["srun"]:
-            words = words[1:]
+            nodes, _ = tasks.groups()
+            words = [word.replace("$SLURM_JOB_NUM_NODES", nodes) for word in words[1:]]
         if "MODEL=" in line or "tools/evaluate.py" in line:
             found.append(words)
     return found
@@ -160,6 +161,8 @@ def test_recipes(folder, block, capfd):
             evaluate_folders(folder, ranks, options.training_script_args)
             continue
         assert options.training_script == "train.py"
+        if "srun" not in block:     # for a micro-batch and a save
+            assert options.shutdown_timeout >= 600
         arguments = [smaller(argument) for argument in options.training_script_args]
         on_ranks(ranks, run_training, folder, [*arguments, *SHORT], tmp_path=folder)
         check_run(folder, dict(argument.split("=", 1) for argument in arguments))
@@ -201,7 +204,8 @@ def test_the_batch_script_starts_torchrun_on_the_first_host(tmp_path):
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     result = subprocess.run(["bash", "-eu", "-c", script], capture_output=True, text=True,
-                            env={"PATH": path, "SLURM_JOB_NODELIST": "host[1-2]"}, check=True)
+                            env={"PATH": path, "SLURM_JOB_NODELIST": "host[1-2]",
+                                 "SLURM_JOB_NUM_NODES": "2"}, check=True)
     words = result.stdout.splitlines()
     options = get_args_parser().parse_args(words[1:])
     assert options.rdzv_endpoint == "host1:29500"

@@ -1,6 +1,7 @@
 """train.py as its users run it: the same numbers on any number of ranks, exact resuming, and errors
 before any process waits for another. Also how the files of the project may import each other."""
 import ast
+import errno
 import json
 import math
 import os
@@ -555,6 +556,7 @@ WRONG_CONSTANTS = [
     ({"BETAS": ("a", "b")}, "BETAS .'a', 'b'. are not two numbers"),
     ({"ROPE_SCALING": 5}, "ROPE_SCALING 5 is neither a name nor a dict: use None, 'yarn'"),
     ({"DATA": "demo"}, "DATA 'demo' is for MODEL 'demo' only"),
+    ({"EVAL_DATA": "demo"}, "EVAL_DATA 'demo' is for MODEL 'demo' only"),
     ({"MAX_LENGTH": 1024},
      "MAX_LENGTH 1024 is beyond the model's 512 positions: .* MAX_POSITION_EMBEDDINGS=1024 and"),
     ({"ATTENTION": "fast"}, "ATTENTION 'fast' is not known: use auto, flash_attn_4"),
@@ -811,6 +813,34 @@ def test_an_extension_that_few_tokens_use_is_told(setup, tmp_path, capfd):
     out = capfd.readouterr().out
     assert "74.4% of the tokens are beyond" in out
     assert "WARNING" not in out
+
+
+@pytest.mark.parametrize("error,text", [
+    (OSError(errno.ENOSPC, "No space left on device"), "free space on the disks of CACHE_DIR"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x/hashes.lock"), "in which this user can write"),
+])
+def test_errors_of_the_system_say_what_to_do(error, text):
+    assert text in train.describe_error(error)
+
+
+def test_ctrl_c_before_training_is_one_line():
+    """As while the data are tokenized."""
+    code = (f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import parallel\n"
+            "def interrupt(): raise KeyboardInterrupt\n"
+            "parallel.world_size = interrupt; sys.argv = ['train.py']\n"
+            f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "stopped by Ctrl-C while it was not training: start it again\n"
+
+
+def test_the_command_that_continues_a_job_starts_all_its_tasks(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "SEED=1"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "SEED=1"])
+    assert train.command_line() == "python train.py SEED=1"
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    assert train.command_line() == "srun --ntasks=16 python train.py SEED=1"
 
 
 def test_help_shows_the_constants(capsys):
@@ -1224,6 +1254,8 @@ def test_a_save_that_is_being_written_is_not_waited_for(
     grid = types.SimpleNamespace(rank=0)
     train.warn_once.cache_clear()
     assert train.save_due(7, time.time() - 60 * minutes_ago, saver, grid) == due
-    warned = "not completely written after SAVE_MINUTES 1" in capsys.readouterr().out
+    warned = "than SAVE_MINUTES 1 allows, so that there are fewer" in capsys.readouterr().out
     assert warned == (minutes_ago == 2 and is_writing)
     assert train.save_due(10, time.time(), saver, grid)     # SAVE_EVERY says exactly when
+    warned = "than SAVE_EVERY 10 allows, so that training waits" in capsys.readouterr().out
+    assert warned == is_writing
