@@ -631,12 +631,6 @@ def usable_memory(gpu, work):
     return USABLE_MEMORY * gpu.memory - (NCCL_MEMORY if work.world > 1 else 0)
 
 
-def fits(config, gpu, work, execution, settings, host):
-    """-> whether a step with these Settings fits in the GPU and `host` GiB of CPU memory a rank."""
-    on_gpu, on_host = needs(config, work, execution, settings)
-    return on_gpu <= usable_memory(gpu, work) and on_host <= USABLE_HOST_MEMORY * host
-
-
 def candidates(config, work, given):
     """Yields Settings that recompute without keep_layers, the simplest first.
 

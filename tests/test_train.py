@@ -895,12 +895,16 @@ def test_a_plan_says_why_a_run_does_not_fit(large_folder, plan_for):
     folder = large_folder(max_position_embeddings=8192)
     lines, table = plan_for(f"MODEL={folder}", "MAX_LENGTH=1048576", "GPUS=2", "HOST_MEMORY=100")
     assert "is beyond the model's 8,192 positions: also set MAX_POSITION_EMBEDDINGS=" in lines[2]
-    assert table["fits"]["the plan"] == "NO"
+    assert table["fits"]["the plan"] == "NO:GPU"
     assert table["seconds a step"]["the plan"] == "-"
     on_gpu = float(table["GPU, of 79 GiB"]["the plan"])
     on_host = float(table["CPU, of 42 usable GiB"]["the plan"])
     assert on_gpu > 0.95 * 79 or on_host > 42
-    assert any(line.startswith("the plan: does not fit; the least memory has ") for line in lines)
+    assert any(line.startswith("the plan: does not fit; nearest to it is ") for line in lines)
+
+    # The settings of the least GPU memory would offload all to a CPU memory that is short.
+    lines, table = plan_for(f"MODEL={folder}", "MAX_LENGTH=1048576", "GPUS=2", "HOST_MEMORY=10")
+    assert float(table["CPU, of 4 usable GiB"]["the plan"]) < 4
 
     lines, table = plan_for(f"MODEL={folder}", "GPUS=16", "GLOBAL_BATCH_SIZE=2")
     assert table["fits"]["sp 4"] == "no"

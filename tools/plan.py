@@ -6,9 +6,10 @@ Only config.json of MODEL is read. GPU is a name in costs.GPUS; GPUS is their nu
 the CPU memory of a host of 8 GPUs in GiB; DOCUMENT is the length of the documents in tokens, by
 default one fills a row; TOKENS is how many the run trains. The other names are constants of
 train.py. The first column of the table is the plan. The others have half and twice the length, and
-other sequence-parallel sizes. Where a run does not fit, its column shows the settings that take the
-least memory of a GPU. The parts of the memory are those at its peak, when some of them are zero.
-Rates were measured on H200s and are estimates for other GPUs.
+other sequence-parallel sizes. Where a run does not fit, its column shows the settings that come
+nearest to it, and whether the memory of the GPU or of the CPU is short. The parts of the memory are
+those at its peak, when some of them are zero. Rates were measured on H200s and are estimates for
+other GPUs.
 """
 import ast
 import sys
@@ -25,12 +26,13 @@ from costs import (  # noqa: E402
     USABLE_HOST_MEMORY,
     candidates,
     count_parameters,
-    fits,
     flops,
     host_memory,
     mean_attention_pairs,
     memory,
+    needs,
     step_seconds,
+    usable_memory,
 )
 from model import Execution  # noqa: E402
 
@@ -94,23 +96,28 @@ def make_column(title, config, options, length, sp):
         sp, settings = train.choose_settings(config, world, gpu, host_of_gpu)
     except ValueError:
         sp = sizes[-1]
-        settings = least_memory(config, train.work_of_gpu(config, world, sp), execution)
+        settings = nearest_settings(
+            config, gpu, train.work_of_gpu(config, world, sp), execution, host_of_gpu)
     execution = settings.execution(execution)
 
     work = train.work_of_gpu(config, world, sp)
-    it_fits = fits(config, gpu, work, execution, settings, host_of_gpu)
+    gpu_overrun, host_overrun = overruns(config, gpu, work, execution, settings, host_of_gpu)
+    it_fits = gpu_overrun <= 1 and host_overrun <= 1
     row = work.tokens * sp
     document = min(options["DOCUMENT"] or row, row)
     pairs = row / document * mean_attention_pairs(config, [0, document])
     work = work._replace(pairs=pairs)
     cells["sequence parallel"] = f"{sp}"
-    cells["fits"] = "yes" if it_fits else "NO"
+    if it_fits:
+        cells["fits"] = "yes"
+    else:
+        cells["fits"] = "NO:GPU" if gpu_overrun > 1 else "NO:CPU"
     cells.update(memory_cells(config, options, work, execution, settings))
     if it_fits:
         cells.update(time_cells(config, options, work, execution, settings))
     note = train.format_settings(settings, sp)
     if not it_fits:
-        note = f"does not fit; the least memory has {note}"
+        note = f"does not fit; nearest to it is {note}"
     if sp > GPUS_PER_HOST:
         note += f" (rows are exchanged between hosts of {GPUS_PER_HOST} GPUs, which is slow)"
     return Column(title, cells, note)
@@ -123,16 +130,18 @@ def memory_of(config, work, execution, settings):
                   replicas=work.replicas)
 
 
-def least_memory(config, work, execution):
-    """-> the Settings with which a GPU needs the least memory."""
-    best = None
-    least = float("inf")
-    for settings in candidates(config, work, train.settings_by_hand(config)):
-        size = sum(memory_of(config, work, execution, settings).values())
-        if size < least:
-            best = settings
-            least = size
-    return best
+def overruns(config, gpu, work, execution, settings, host):
+    """-> what a step needs over what it may take, of a GPU and of `host` GiB of CPU memory."""
+    on_gpu, on_host = needs(config, work, execution, settings)
+    return on_gpu / usable_memory(gpu, work), on_host / (USABLE_HOST_MEMORY * host)
+
+
+def nearest_settings(config, gpu, work, execution, host):
+    """-> the Settings that come nearest to fitting, where none fit."""
+    def overrun(settings):
+        return max(overruns(config, gpu, work, execution, settings, host))
+
+    return min(candidates(config, work, train.settings_by_hand(config)), key=overrun)
 
 
 def host_memory_of_gpu(options):
@@ -141,7 +150,7 @@ def host_memory_of_gpu(options):
 
 
 def memory_cells(config, options, work, execution, settings):
-    """-> what a GPU and its process need in GiB. 5% of a GPU's memory stay free."""
+    """-> what a GPU and its process need in GiB. Not all of a GPU's memory is usable."""
     usable_host = USABLE_HOST_MEMORY * host_memory_of_gpu(options)
     parts = memory_of(config, work, execution, settings)
     host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
