@@ -715,15 +715,16 @@ def save_weights(model, source_folder, out_folder):
             _copy_tokenizer(source, part)
             for path in [*part.rglob("*"), part]:
                 parallel.fsync(path)
-            _replace_folder(out, part)
-            parallel.fsync(out.parent)
         except OSError as e:
             error = e
     if rank == 0 and (failed or error is not None):
         shutil.rmtree(part, ignore_errors=True)  # it may have filled the disk
     if error is not None:
-        raise OSError(f"{part}: {error}. It is removed. Free space there or make the folder "
-                      "writable, and start again: checkpoints are complete") from error
+        raise OSError(f"{part}: {error}. Free space there or make the folder writable, and start "
+                      "again") from error
+    if rank == 0 and not failed:
+        _replace_folder(out, part)
+        parallel.fsync(out.parent)
 
 
 def _any_rank(flag, world):

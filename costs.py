@@ -87,8 +87,8 @@ class Settings(NamedTuple):
     offload_optimizer: bool = False
 
     @property
-    def attends_again(self):
-        """Whether backward computes attention again."""
+    def recomputes_attention(self):
+        """Whether backward computes attention once more."""
         return self.recompute in KEEP_INPUTS
 
     def execution(self, given):
@@ -653,8 +653,8 @@ def choose(config, gpu, work, execution, given, host):
     """-> the Settings that fit with the shortest step, the simplest of those that are alike; or None
     if none fits.
 
-    Steps are compared without attention. It takes the same time with all Settings, and if the
-    documents of a row are shorter than `work` says, it hides no copies to CPU memory.
+    Steps are compared without the attention that all Settings have in common. If the documents of a
+    row are shorter than `work` says, it takes little time, and hides no copies to CPU memory.
     given: see candidates. host: GiB of CPU memory for each rank."""
     usable = usable_memory(gpu, work)
     usable_host = USABLE_HOST_MEMORY * host
@@ -675,12 +675,12 @@ def choose(config, gpu, work, execution, given, host):
                 break   # nor does it fit if more layers keep everything
             parts = step_seconds(config, gpu, work, settings.execution(execution),
                                  settings.zero_stage, settings.offload_optimizer)
-            del parts["attention"]
+            attention = parts.pop("attention")
             parts["offloading"] = work.accumulate * offloading_seconds(
                 config, gpu, work, settings.execution(execution), forward_of_block)
             seconds = sum(parts.values())
             if on_host + copy_of_checkpoint > usable_host:
-                seconds *= WAITS_FOR_SAVES
+                seconds += (WAITS_FOR_SAVES - 1) * (seconds + attention)
             if best is None or seconds < best[0]:
                 best = seconds, settings
         if best is not None:

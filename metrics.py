@@ -3,7 +3,6 @@ import collections
 import contextlib
 import datetime
 import errno
-import functools
 import importlib.metadata
 import json
 import math
@@ -46,6 +45,8 @@ WARM_UP_STEPS = 3
 SPIKE_WINDOW = 100
 SPIKE_DEVIATIONS = 8
 SMALLEST_DEVIATION = 1e-3   # of the median: losses that are all the same deviate by nothing
+
+WARNED = set()  # the subjects of warn_once
 
 # Seconds between two drawings of loss.png, which takes about one.
 PLOT_SECONDS = 300
@@ -181,10 +182,12 @@ def warning_if_not_written():
         warn_once(f"{error}: training goes on without it")
 
 
-@functools.cache
-def warn_once(text):
-    """Print a warning, but not a second time."""
-    show(f"WARNING: {text}")
+def warn_once(text, subject=None):
+    """Print a warning, but not a second one of the same subject, by default the text."""
+    subject = subject or text
+    if subject not in WARNED:
+        WARNED.add(subject)
+        show(f"WARNING: {text}")
 
 
 def show(text, end="\n"):

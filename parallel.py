@@ -221,13 +221,13 @@ def refuse_differences(agreed):
                          "constants and files")
 
 
-def shorten_timeouts(grid, step_seconds, more_groups=()):
+def shorten_timeouts(grid, step_seconds):
     """From here on, collectives wait for TRAINING_TIMEOUT only, or for the time of three steps.
 
     NCCL counts from the moment when the CPU queued a collective, which may be a step earlier than
     when the GPU comes to it."""
     timeout = max(TRAINING_TIMEOUT, timedelta(seconds=3 * step_seconds))
-    groups = [dist.group.WORLD, *grid.mesh.get_all_groups(), *more_groups]
+    groups = [dist.group.WORLD, *grid.mesh.get_all_groups()]
     if grid.sp_group is not None:
         groups.append(grid.sp_group)
     for group in groups:
@@ -636,6 +636,7 @@ torch.serialization.set_crc32_options(False)
 STEP = "step-" + 8 * "[0-9]"    # names of published checkpoints; nothing else is touched
 CHECKPOINT_BYTES = 12           # per parameter: a float32 weight and two float32 moments
 PINNED_BYTES = 2**20            # smaller tensors are not worth pinning
+SAVE_TIMEOUT = timedelta(minutes=30)    # by which one rank may write its shards later than another
 CLOSE_SECONDS = 120.0           # that a failed run waits for its last save
 # A thread that saves needs Python's lock for each of many short calls. The main thread would keep
 # it for the default of 5 ms each time, and longer while it waits to queue another kernel.
@@ -751,19 +752,19 @@ class Saver:
         self.thread = None
         self.error = None
         # The thread's collectives must not mix with those of training.
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self.in_foreground = None   # decided by the first save
+        self.step = 0               # of the last save that was begun
         self.seconds = 0.0          # that the last complete save took
         self.copies = {}            # name: tensor in CPU memory, which the next save uses again
 
-    def make_space(self, model, keep):
-        """Remove checkpoints, but for the newest one, if the disk has no space for another one.
+    def check_space(self, model, keep):
+        """RuntimeError on all ranks if the disk has no space for a checkpoint, and no older ones to
+        remove for it. Their space counts unless keep is -1."""
+        together("checking the space for checkpoints", self.make_space, model, keep, True, only=0)
 
-        keep: see save_checkpoint; -1: none is removed. RuntimeError on all ranks if there is no
-        space."""
-        together("making space for a checkpoint", self.make_space_on_disk, model, keep, only=0)
-
-    def make_space_on_disk(self, model, keep):
+    def make_space(self, model, keep, check_only=False):
+        """Remove checkpoints, but for the newest one, if the disk has no space for another one."""
         self.root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.root)  # they may have filled the disk
         needed = CHECKPOINT_BYTES * sum(p.numel() for p in model.parameters())
@@ -772,6 +773,8 @@ class Saver:
             return shutil.disk_usage(self.root).free
 
         removable = published(self.root)[:-1] if keep > 0 else []
+        if check_only and removable:
+            return
         while free() < needed and removable:
             oldest = removable.pop(0)
             print(f"WARNING: {self.root} has no space for another checkpoint: {oldest.name} is "
@@ -786,7 +789,11 @@ class Saver:
     def save(self, step, model, optimizer, keep):
         """Begin to save a step, see save_checkpoint. RuntimeError if the previous save failed."""
         self.wait()
-        self.make_space(model, keep)
+        folder = self.root / f"step-{step:08d}"
+        if together(f"looking for {folder}", folder.exists, only=0)[0]:
+            return
+        together("making space for a checkpoint", self.make_space, model, keep, only=0)
+        self.step = step
         began = time.monotonic()
         if self.in_foreground is None:
             self.in_foreground = self.memory_is_short(model)

@@ -268,11 +268,12 @@ def main():
         if SAVE_EVERY >= 0:
             saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", notes)
         if saver is not None and steps_done < steps:
-            saver.make_space(model, KEEP_CHECKPOINTS)
+            saver.check_space(model, KEEP_CHECKPOINTS)
         if grid.rank == 0:
             log = Log(Path(RUN_DIR), steps, steps_done, WANDB, notes["constants"])
-        with explain_out_of_memory(config, grid, execution), parallel.naming_lost_ranks():
-            with receive_signals() as stop_requests:
+        with parallel.naming_lost_ranks():
+            with (explain_out_of_memory(config, grid, execution),
+                  receive_signals() as stop_requests):
                 stopped = training_loop(model, optimizer, grid, rows, eval_rows, total_rows,
                                         steps_done, saver, log, stop_requests)
             if not stopped:
@@ -475,8 +476,9 @@ def choose_settings(config, world, gpu, host):
     """Return the sequence-parallel size and the Settings of a run of `world` processes.
 
     The size is the smallest of possible_sizes with which a step fits in the costs.GPU and `host`
-    GiB of CPU memory a process, without computing attention again if any size allows that. The
-    Settings are the fastest that fit. What is set by hand stays.
+    GiB of CPU memory a process, without recomputing attention. If all sizes need that, it is the
+    smallest with RECOMPUTE=all, or else with "pairs". The Settings are the fastest that fit. What
+    is set by hand stays.
     Raises ValueError if nothing fits.
     """
     sizes = possible_sizes(config, world)
@@ -493,7 +495,7 @@ def choose_settings(config, world, gpu, host):
             settings = choose(config, gpu, work, execution, limited, host)
             if settings is not None:
                 fitting.append((sp, settings))
-                if not settings.attends_again:
+                if not settings.recomputes_attention:
                     break
         if fitting:
             fastest_first = CHOICES["RECOMPUTE"]
@@ -1087,8 +1089,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
         stop_if_diverged(step, not_finite, saver)
         if step == steps_done + 2:  # the first step compiles
-            more_groups = [] if saver is None else [saver.group]
-            parallel.shorten_timeouts(grid, seconds, more_groups)
+            parallel.shorten_timeouts(grid, seconds)
             if saver is not None:
                 warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
 
@@ -1162,12 +1163,13 @@ def save_due(step, saved, saver, grid):
         return False
     is_writing = parallel.any_rank(saver.is_writing())
     if is_writing and grid.rank == 0:
-        if at_step:
-            name, consequence = f"SAVE_EVERY {SAVE_EVERY}", "training waits"
-        else:
-            name, consequence = f"SAVE_MINUTES {SAVE_MINUTES:g}", "there are fewer checkpoints"
-        warn_once(f"the disk takes longer to write a checkpoint than {name} allows, so that "
-                  f"{consequence}: raise it, or set RUN_DIR to a faster disk")
+        slow = "the disk takes longer to write a checkpoint than"
+        remedy = "raise it, or set RUN_DIR to a faster disk"
+        if not at_step:
+            warn_once(f"{slow} SAVE_MINUTES {SAVE_MINUTES:g} allows, so that there are fewer "
+                      f"checkpoints: {remedy}")
+        elif step - saver.step >= SAVE_EVERY:
+            warn_once(f"{slow} SAVE_EVERY {SAVE_EVERY} allows, so that training waits: {remedy}")
     return at_step or not is_writing
 
 
@@ -1226,10 +1228,11 @@ def warn_of_long_stops(micro_batch_seconds, save_seconds, grid):
     patience = int(given[1] if given else os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
     seconds = micro_batch_seconds + save_seconds
     if seconds > patience and grid.rank == 0:
-        warn_once(f"a micro-batch takes {micro_batch_seconds:.0f} s and a save {save_seconds:.0f} "
-                  f"s, but torchrun kills the run {patience} s after it is told to stop, so that "
-                  "no checkpoint would be saved: start it with --shutdown-timeout "
-                  f"{round(3 * seconds) + 60}")
+        save = f" and a save {save_seconds:.0f} s" if save_seconds > 0 else ""
+        warn_once(f"a micro-batch takes {micro_batch_seconds:.0f} s{save}, but torchrun kills the "
+                  f"run {patience} s after it is told to stop, so that no checkpoint would be "
+                  f"saved: start it with --shutdown-timeout {round(3 * seconds) + 60}",
+                  subject="long stops")
 
 
 @contextlib.contextmanager
@@ -1531,8 +1534,13 @@ def describe_error(error):
         text += (f": free space on the disks of CACHE_DIR {CACHE_DIR} and RUN_DIR {RUN_DIR}, and start "
                  "again")
     elif isinstance(error, PermissionError):
-        text += (f": set CACHE_DIR {CACHE_DIR} and RUN_DIR {RUN_DIR} to folders in which this user can "
-                 "write all files")
+        path = Path(error.filename or "").absolute()
+        folders = {"CACHE_DIR": CACHE_DIR, "RUN_DIR": RUN_DIR}
+        ours = [name for name, folder in folders.items() if Path(folder).absolute() in path.parents]
+        if ours:
+            text += f": set {ours[0]} to a folder in which this user can write all files"
+        else:
+            text += ": let this user read it"
     if type(error) is not ValueError:
         text = f"{type(error).__name__}: {text} (DEBUG=1 shows where)"
     return text

@@ -97,8 +97,10 @@ class CpuSampler:
         """Returns what the threads did most of the time in a Gap."""
         during = [text for moment, text in self.samples
                   if gap.start <= moment <= gap.start + gap.duration]
+        if not during and gap.duration < 2e6 * self.INTERVAL:
+            return "too short for a sample"
         if not during:
-            return "no sample: no Python thread ran"
+            return "no sample: a thread held Python's lock"
         counted = collections.Counter(during).most_common(3)
         return "; ".join(f"{n} of {len(during)} samples: {text}" for text, n in counted)
 

@@ -3,6 +3,7 @@ import collections
 import dataclasses
 import gc
 import json
+import math
 import statistics
 import weakref
 from pathlib import Path
@@ -205,6 +206,14 @@ def lazy_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     return stream
+
+
+@pytest.mark.parametrize("n", [1, 5000, 3 * 10**6])
+def test_memory_to_be_pinned_is_touched(n):
+    tensor = torch.full((n + 3,), math.nan)
+    recompute.touch(tensor[3:])
+    assert tensor[:3].isnan().all()
+    assert torch.equal(tensor[3:], torch.zeros(n))
 
 
 def gradients_of(model, lengths):

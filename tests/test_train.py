@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 import convert
 import data
+import metrics
 import parallel
 import train
 from costs import GPUS
@@ -817,9 +818,12 @@ def test_an_extension_that_few_tokens_use_is_told(setup, tmp_path, capfd):
 
 @pytest.mark.parametrize("error,text", [
     (OSError(errno.ENOSPC, "No space left on device"), "free space on the disks of CACHE_DIR"),
-    (PermissionError(errno.EACCES, "Permission denied", "/x/hashes.lock"), "in which this user can write"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x/hashes.lock"),
+     "set CACHE_DIR to a folder in which this user can write"),
+    (PermissionError(errno.EACCES, "Permission denied", "/books/1.txt"), "let this user read it"),
 ])
-def test_errors_of_the_system_say_what_to_do(error, text):
+def test_errors_of_the_system_say_what_to_do(monkeypatch, error, text):
+    monkeypatch.setattr(train, "CACHE_DIR", "/x")
     assert text in train.describe_error(error)
 
 
@@ -1254,12 +1258,16 @@ def test_a_save_that_is_being_written_is_not_waited_for(
     monkeypatch.setattr(parallel, "any_rank", bool)
     monkeypatch.setattr(train, "SAVE_MINUTES", 1.0)
     monkeypatch.setattr(train, "SAVE_EVERY", 10)
-    saver = types.SimpleNamespace(is_writing=lambda: is_writing)
+    saver = types.SimpleNamespace(is_writing=lambda: is_writing, step=0)
     grid = types.SimpleNamespace(rank=0)
-    train.warn_once.cache_clear()
+    monkeypatch.setattr(metrics, "WARNED", set())
     assert train.save_due(7, time.time() - 60 * minutes_ago, saver, grid) == due
     warned = "than SAVE_MINUTES 1 allows, so that there are fewer" in capsys.readouterr().out
     assert warned == (minutes_ago == 2 and is_writing)
     assert train.save_due(10, time.time(), saver, grid)     # SAVE_EVERY says exactly when
     warned = "than SAVE_EVERY 10 allows, so that training waits" in capsys.readouterr().out
     assert warned == is_writing
+    saver.step = 15     # by time, so that the disk is not slower than SAVE_EVERY
+    monkeypatch.setattr(metrics, "WARNED", set())
+    assert train.save_due(20, time.time(), saver, grid)
+    assert "WARNING" not in capsys.readouterr().out
