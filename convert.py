@@ -562,15 +562,22 @@ def load_weights(model, folder):
     ValueError names tensors that are missing, not expected, or of another shape. The parameters are
     unchanged then.
     """
-    files = _open_weights(Path(folder))
-    slices, shapes = layout(model)
-    _check_tensors(folder, model.config, files, shapes)
+    files = check_weights(model, folder)
+    slices, _ = layout(model)
     for ours, local, first in parallel.progress(list(model.local_parameters()), "loading weights"):
         place = slices[ours]
         file, stored_name = files[place.name]
         tensor = file.get_tensor(stored_name)  # memory-mapped: nothing is read yet
         full = place.view(tensor).flatten(0, 1)  # the shape of the whole parameter
         local.copy_(full[first:first + len(local)])
+
+
+def check_weights(model, folder):
+    """ValueError as load_weights raises it. The model may be on the meta device. -> the open files."""
+    files = _open_weights(Path(folder))
+    _, shapes = layout(model)
+    _check_tensors(folder, model.config, files, shapes)
+    return files
 
 
 def _open_weights(folder):

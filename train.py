@@ -745,6 +745,8 @@ def build_model(folder, config, grid, execution, dtype):
     """Return the model, sharded over the ranks, with its first weights."""
     with torch.device("meta"):  # a rank allocates memory for its own shard only
         model = Transformer(config, grid.sp_group, execution)
+    if INIT == "weights":
+        convert.check_weights(model, folder)  # before memory is taken for sizes that may be wrong
     parallel.shard(model, model.block_groups(), grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
     if INIT == "weights":
         convert.load_weights(model, folder)

@@ -478,6 +478,18 @@ def test_a_run_that_diverges_ends(setup, tmp_path):
 # -------------------------------------------------------------------------------- what a run leaves
 
 
+def test_sizes_that_are_not_those_of_the_weights_are_refused_before_memory_is_taken(
+        hf_folder, monkeypatch):
+    folder, _ = hf_folder()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 2**40}))
+    monkeypatch.setattr(parallel, "shard", lambda *args: pytest.fail("memory is taken"))
+    grid = types.SimpleNamespace(sp_group=None)
+    with pytest.raises(ValueError, match="tensors differ: .*1099511627776"):
+        train.build_model(
+            folder, convert.load_config(folder), grid, train.Execution(), torch.float32)
+
+
 def test_zero_steps_export_the_weights_untouched(setup, tmp_path):
     settings = setup("none", MAX_STEPS=0)
     on_ranks(2, run, settings, tmp_path=tmp_path)
