@@ -31,9 +31,11 @@ GPUS = {
     "H200": GPU(139.8, 989e12, 630e12, 630e12, 590e12, 3.4e12, 278e9, 55e9),
     "B200": GPU(178.0, 2250e12, 1350e12, 1300e12, 1110e12, 5.6e12, 550e9, 55e9),
 }
-USABLE_MEMORY = 0.95        # of a GPU: the rest is for CUDA and fragmentation
-NCCL_MEMORY = 2.5           # GiB of a GPU. An estimate: on four H200s, KEEP_LAYERS beyond 130 GiB gained
-                            # nothing
+USABLE_MEMORY = 0.95        # of a GPU, for tensors: the rest is for CUDA and what memory() misses
+NCCL_MEMORY = 1.5           # GiB of a GPU. An estimate
+RESERVABLE_MEMORY = 0.96    # of a GPU, that the allocator can take
+MEMORY_FULL = 0.5           # seconds a step in which the allocator gives memory back to the GPU and
+                            # takes it again, since it cannot take more. Measured: 0.2 to 1
 USABLE_HOST_MEMORY = 0.85   # of a host: the rest is for the system and the page cache
 HALF_RATE_LENGTH = 1200     # tokens of a document with which attention reaches half of its rate
 GPUS_PER_HOST = 8
@@ -340,19 +342,31 @@ def gradients_of_earlier(config, work, zero_stage, offload_optimizer):
 class Moment(NamedTuple):
     """Bytes on a GPU at a moment that can be the peak of a step, besides the optimizer states."""
     weights: float = 0
-    gradients: float = 0
+    gradients: float = 0    # that are not yet reduced
+    reduced: float = 0      # gradients that are, of this micro-batch and earlier ones
     kept: float = 0
     transient: float = 0
     loss: float = 0
+
+
+def divide_gradients(earlier, reduced, zero_stage):
+    """-> bytes of the gradients that are not reduced, and of those that are. earlier: bytes of
+    those of earlier micro-batches, which ZeRO 1 does not reduce; reduced: of this one's."""
+    if zero_stage == 1:
+        return max(earlier - reduced, 0), reduced
+    return 0, max(earlier, reduced)
 
 
 def end_of_forward(kept, config, work, execution, zero_stage, offload_optimizer):
     """-> the Moment of the loss. kept: bytes that blocks keep on the GPU."""
     L = config.num_hidden_layers
     gathered = L if zero_stage < 3 else gathered_together(execution)
+    earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
+    gradients, reduced = divide_gradients(earlier, 0, zero_stage)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
-        gradients=gradients_of_earlier(config, work, zero_stage, offload_optimizer),
+        gradients=gradients,
+        reduced=reduced,
         kept=kept,
         loss=loss_memory(config, work.tokens, execution.loss_chunk))
 
@@ -374,10 +388,12 @@ def backward_of_block(i, kept, transient, config, work, execution, zero_stage, o
     head = 2 * config.vocab_size * config.hidden_size
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
     size = gradient_bytes(work, zero_stage, offload_optimizer)
-    reduced = size * (L - 1 - i) * block / work.ranks
+    gradients, reduced = divide_gradients(
+        earlier, size * (L - 1 - i) * block / work.ranks, zero_stage)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
-        gradients=max(earlier, reduced) + head + 2 * block,
+        gradients=gradients + head + 2 * block,
+        reduced=reduced,
         kept=kept,
         transient=transient)
 
@@ -388,13 +404,35 @@ def end_of_backward(config, work, zero_stage, offload_optimizer):
     _, embeddings = count_parameters(config)
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
     size = gradient_bytes(work, zero_stage, offload_optimizer)
-    step = size * total_parameters(config) / work.ranks
+    gradients, reduced = divide_gradients(
+        earlier, size * total_parameters(config) / work.ranks, zero_stage)
     weights = 0
     added = 4
     if does_without_fsdp(work.world, zero_stage, offload_optimizer):
         weights = gathered_weights(L, config, work.ranks)
         added = size
-    return Moment(weights=weights, gradients=max(earlier, step) + added * embeddings)
+    return Moment(weights=weights, gradients=gradients + added * embeddings, reduced=reduced)
+
+
+def moments_of_step(config, work, execution, zero_stage, offload_optimizer):
+    """-> the Moments in which a step's memory can be at its peak."""
+    given = (config, work, execution, zero_stage, offload_optimizer)
+    at_loss, in_backward = kept_on_gpu(config, work, execution)
+    moments = [end_of_forward(at_loss, *given)]
+    chunk = min(execution.mlp_chunk or work.tokens, work.tokens)
+    transient = {recompute: transient_of_block(config, recompute, chunk, work)
+                 for recompute in ("none", execution.recompute)}
+    for group in execution.groups(config.num_hidden_layers):
+        i = group.blocks[-1]
+        moments.append(
+            backward_of_block(i, in_backward[i], transient[group.recompute], *given))
+    moments.append(end_of_backward(config, work, zero_stage, offload_optimizer))
+    return moments
+
+
+def optimizer_states(config, ranks, offload_optimizer):
+    """-> bytes of them on a GPU."""
+    return 0 if offload_optimizer else ADAMW_STATES * total_parameters(config) / ranks
 
 
 def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
@@ -407,26 +445,11 @@ def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
     document = document or tokens * sp
     work = Work(tokens, pairs=0, sp=sp, ranks=ranks, replicas=replicas, accumulate=accumulate,
                 document=document)
-    given = (config, work, execution, zero_stage, offload_optimizer)
-
-    at_loss, in_backward = kept_on_gpu(config, work, execution)
-    moments = [end_of_forward(at_loss, *given)]
-    groups = execution.groups(config.num_hidden_layers)
-    chunk = min(execution.mlp_chunk or tokens, tokens)
-    transient = {recompute: transient_of_block(config, recompute, chunk, work)
-                 for recompute in ("none", execution.recompute)}
-    for group in groups:
-        i = group.blocks[-1]
-        moments.append(
-            backward_of_block(i, in_backward[i], transient[group.recompute], *given))
-    moments.append(end_of_backward(config, work, zero_stage, offload_optimizer))
-    peak = max(moments, key=sum)
-
-    states = 0 if offload_optimizer else ADAMW_STATES * total_parameters(config) / ranks
+    peak = max(moments_of_step(config, work, execution, zero_stage, offload_optimizer), key=sum)
     parts = {
-        "optimizer states": states,
+        "optimizer states": optimizer_states(config, ranks, offload_optimizer),
         "gathered weights": peak.weights,
-        "gradients": peak.gradients,
+        "gradients": peak.gradients + peak.reduced,
         "kept for backward": peak.kept,
         "transient activations": peak.transient,
         "loss": peak.loss,
@@ -623,11 +646,26 @@ def needs(config, work, execution, settings):
     return sum(parts.values()), on_host
 
 
-def usable_memory(gpu, work):
-    """-> GiB of a GPU that a step may take, by memory().
+def reserved_memory(config, work, execution, settings):
+    """-> GiB of a GPU that the allocator takes if there is enough. Less is allocated at any moment.
 
-    If more is in use, the allocator still serves it, but by giving memory back to the GPU and taking
-    it again in every step."""
+    FSDP2 allocates the gradients that it reduces on a stream of its own, and the allocator keeps the
+    memory of streams apart. So each step takes the memory of its gradients and that of its
+    activations, unless the allocator has to give back what the other stream does not use."""
+    work = work._replace(document=mean_document(work))
+    moments = moments_of_step(config, work, settings.execution(execution), settings.zero_stage,
+                              settings.offload_optimizer)
+    if does_without_fsdp(work.world, settings.zero_stage, settings.offload_optimizer):
+        peak = max(sum(moment) for moment in moments)
+    else:
+        reduced = max(moment.reduced for moment in moments)
+        peak = max(sum(moment) - moment.reduced for moment in moments) + reduced
+    states = optimizer_states(config, work.ranks, settings.offload_optimizer)
+    return (peak + states) / 2**30
+
+
+def usable_memory(gpu, work):
+    """-> GiB of a GPU that the tensors of a step may take, by memory()."""
     return USABLE_MEMORY * gpu.memory - (NCCL_MEMORY if work.world > 1 else 0)
 
 
@@ -667,9 +705,6 @@ def choose(config, gpu, work, execution, given, host):
             tries = [settings._replace(keep_layers=n) for n in range(config.num_hidden_layers)]
         best = None
         for settings in tries:
-            recomputed = recomputed_layers(config, settings.execution(execution))
-            if work.sp > 1 and settings.offload_layers > recomputed:
-                break   # slower where it was measured: 128k tokens of mixed lengths on two GPUs
             on_gpu, on_host = needs(config, work, execution, settings)
             if on_gpu > usable or on_host > usable_host:
                 break   # nor does it fit if more layers keep everything
@@ -679,6 +714,9 @@ def choose(config, gpu, work, execution, given, host):
             parts["offloading"] = work.accumulate * offloading_seconds(
                 config, gpu, work, settings.execution(execution), forward_of_block)
             seconds = sum(parts.values())
+            reserved = reserved_memory(config, work, execution, settings)
+            if reserved > RESERVABLE_MEMORY * gpu.memory:
+                seconds += MEMORY_FULL
             if on_host + copy_of_checkpoint > usable_host:
                 seconds += (WAITS_FOR_SAVES - 1) * (seconds + attention)
             if best is None or seconds < best[0]:

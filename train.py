@@ -1397,9 +1397,14 @@ def speed_and_memory(config, sums, seconds, grid):
         hfu = hardware_flops / seconds / grid.world / peak
 
     gpu_memory = None
+    reserved_memory = None
+    used_memory = None
     memory_full = False
     if grid.device.type == "cuda":
         gpu_memory = torch.cuda.max_memory_allocated() / 2**30
+        reserved_memory = torch.cuda.max_memory_reserved() / 2**30
+        free, total = torch.cuda.mem_get_info()
+        used_memory = (total - free) / 2**30    # with what CUDA and NCCL take, and other processes
         # An allocation failed, and succeeded after torch had given what it did not use back to the
         # GPU. It will take it again. Both take time, up to a second.
         memory_full = torch.cuda.memory_stats()["num_alloc_retries"] > 0
@@ -1412,6 +1417,8 @@ def speed_and_memory(config, sums, seconds, grid):
         "mfu": mfu,
         "hfu": hfu,
         "peak_memory_gib": gpu_memory,
+        "reserved_memory_gib": reserved_memory,
+        "used_memory_gib": used_memory,
         "peak_host_memory_gib": cpu_memory,
         "memory_full": memory_full,
     }

@@ -40,7 +40,10 @@ OTHERS = {
     },
 }
 # The same for documents of mixed lengths, MEDIAN_DOCUMENT=2048, which are not plotted.
-OTHERS_MIXED = {"transformers + Liger": {32768: 0.558, 131072: 0.464}}
+OTHERS_MIXED = {
+    ("llama3.2-3b", 1): {"transformers + Liger": {32768: 0.558, 131072: 0.464}},
+    ("llama2-7b", 2): {"DeepSpeed ALST + Liger": {131072: 0.355}},
+}
 # A row with one of these constants is in the table, but not in the plot of one document per row.
 NOT_PLOTTED = {"SYNTHETIC_DOCUMENT", "MEDIAN_DOCUMENT", "ATTENTION", "GLOBAL_BATCH_SIZE",
                "OFFLOAD_ACTIVATIONS"}
