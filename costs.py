@@ -127,29 +127,53 @@ def block_parameters(config):
     return attention + mlp_matrices * config.hidden_size * config.intermediate_size
 
 
-def flops(config, tokens, pairs, recompute="none", keep_layers=0):
+def recomputed_layers(config, recompute, keep_layers):
+    """-> blocks that do not keep everything."""
+    if recompute == "none":
+        return 0
+    return max(config.num_hidden_layers - keep_layers, 0)
+
+
+def recomputed_parameters(config, recompute, keep_layers, chunked):
+    """-> parameters of the matrix products of all blocks that backward computes again.
+
+    Of a block these are all but its last product. With "pairs" every second block is computed once
+    more. chunked: the MLP runs in chunks, which recompute themselves, once more than the block."""
+    n_recomputed = recomputed_layers(config, recompute, keep_layers)
+    block = block_parameters(config)
+    down_proj = config.hidden_size * config.intermediate_size
+    parameters = n_recomputed * (block - down_proj)
+    if recompute == "pairs":
+        parameters += n_recomputed / 2 * block
+    if chunked:
+        _, mlp_computed = mlp_widths(config)
+        o_proj = config.hidden_size * config.num_attention_heads * config.head_dim
+        post_attention = o_proj + config.hidden_size * mlp_computed
+        parameters += (config.num_hidden_layers - n_recomputed) * (post_attention - down_proj)
+        if recompute in KEEP_INPUTS:
+            parameters += n_recomputed * post_attention
+    return parameters
+
+
+def flops(config, tokens, pairs, recompute="none", keep_layers=0, chunked=False):
     """-> model FLOPs and hardware FLOPs of forward and backward over `tokens` tokens.
 
     Model FLOPs are 3 x forward. In forward a parameter of a matrix product takes 2 per token, and
     each of the `pairs` of attention, those of a layer on average, 4 x H x D. Hardware FLOPs add what
-    backward recomputes, which is all of a block but its last product, and the attention kernel only
-    with "all" and "pairs". With "pairs" every second block is computed once more."""
+    backward recomputes: see recomputed_parameters, and the attention kernel with "all" and "pairs".
+    """
     L = config.num_hidden_layers
-    block = block_parameters(config)
     lm_head = config.hidden_size * config.vocab_size
     attention = 4 * config.num_attention_heads * config.head_dim * pairs
-    forward = 2 * tokens * (L * block + lm_head) + L * attention
+    forward = 2 * tokens * (L * block_parameters(config) + lm_head) + L * attention
 
-    down_proj = config.hidden_size * config.intermediate_size
-    recomputed_block = 0
-    if recompute != "none":
-        recomputed_block = 2 * tokens * (block - down_proj)
+    n_recomputed = recomputed_layers(config, recompute, keep_layers)
+    recomputed = 2 * tokens * recomputed_parameters(config, recompute, keep_layers, chunked)
     if recompute in KEEP_INPUTS:
-        recomputed_block += attention
+        recomputed += n_recomputed * attention
     if recompute == "pairs":
-        recomputed_block += (2 * tokens * block + attention) / 2
-    recomputing_layers = max(L - keep_layers, 0)
-    return 3 * forward, 3 * forward + recomputing_layers * recomputed_block
+        recomputed += n_recomputed / 2 * attention
+    return 3 * forward, 3 * forward + recomputed
 
 
 def count_parameters(config):
@@ -260,13 +284,6 @@ def loss_memory(config, tokens, loss_chunk):
         head_gradient = 4 * V * C  # float32, the sum over chunks
         return norm + head_gradient + max(3 * logits, 2 * logits + product)
     return norm + 2 * logits + product
-
-
-def recomputed_layers(config, execution):
-    """-> blocks that do not keep everything."""
-    if execution.recompute == "none":
-        return 0
-    return max(config.num_hidden_layers - execution.keep_layers, 0)
 
 
 def kept_by_groups(config, work, execution):
@@ -477,25 +494,12 @@ def product_seconds(config, gpu, work, execution):
     """-> seconds of the matrix products of a micro-batch, and of those that are computed again.
 
     2 FLOPs a parameter and token in forward, 4 in backward, and 2 where they are recomputed."""
-    L = config.num_hidden_layers
     t = work.tokens
-    block, _ = count_parameters(config)
     head = config.hidden_size * config.vocab_size
-    down_proj = config.hidden_size * config.intermediate_size
-    recomputed = recomputed_layers(config, execution)
-
-    again = recomputed * (block - down_proj)
-    if execution.recompute == "pairs":
-        again += recomputed / 2 * block
-    if 0 < execution.mlp_chunk < t:
-        # A chunk of the MLP recomputes itself, once more than the block around it.
-        q, _ = attention_widths(config, work.sp)
-        _, mlp_computed = mlp_widths(config)
-        post_attention = config.hidden_size * (q + mlp_computed)
-        again += (L - recomputed) * (post_attention - down_proj)
-        if execution.recompute in KEEP_INPUTS:
-            again += recomputed * post_attention
-    return 6 * t * (L * block + head) / gpu.products, 2 * t * again / gpu.products
+    forward = config.num_hidden_layers * block_parameters(config) + head
+    again = recomputed_parameters(
+        config, execution.recompute, execution.keep_layers, 0 < execution.mlp_chunk < t)
+    return 6 * t * forward / gpu.products, 2 * t * again / gpu.products
 
 
 def attention_seconds(config, gpu, work):
@@ -604,7 +608,7 @@ def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
 def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=False):
     """-> {part: seconds} of one optimizer step. Within 10% of what was measured on H200s."""
     L = config.num_hidden_layers
-    recomputed = recomputed_layers(config, execution)
+    recomputed = recomputed_layers(config, execution.recompute, execution.keep_layers)
 
     products, recomputation = product_seconds(config, gpu, work, execution)
     forward, backward = attention_seconds(config, gpu, work)

@@ -242,7 +242,8 @@ class Rows:
         self.packing = packing
         self.max_length = max_length
         self.seed = seed
-        self.use_varlen_attn = use_varlen_attn
+        # Without packing, the documents of a row are only beside each other: each is a segment.
+        self.use_varlen_attn = use_varlen_attn or packing == "none"
         self.loss_weight = loss_weight
         if packing == "none":
             self.batch_size = batch_size

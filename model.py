@@ -360,7 +360,7 @@ class Norm(nn.Module):
 class KeyValueCache:
     """k and v (N, G, D) of the tokens of a text so far, in one layer, to generate the next ones.
 
-    With a sliding window only those are kept that the next token attends to."""
+    With a sliding window only those of the last `window` tokens are kept."""
 
     def __init__(self, window):
         self.window = window

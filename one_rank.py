@@ -163,9 +163,9 @@ def update_coefficients(group, step, factor):
 def update_(tensors_of_parameters, coefficients):
     """One step of AdamW (arXiv 1711.05101), in place.
 
-    tensors_of_parameters: (weight, copy, gradient, mean, square) of each, all of one shape. weight,
-    mean and square, the moments of the gradient, are float32. copy and gradient may have another
-    dtype."""
+    tensors_of_parameters: (weight, copy, gradient, mean, square) of each parameter, five tensors of
+    its shape. weight, mean and square, the moments of the gradient, are float32. copy and gradient
+    may have another dtype."""
     factor, beta1, beta2, decay, rate, root_correction2, eps = coefficients.unbind()
     for weight, copy, gradient, mean, square in tensors_of_parameters:
         gradient = gradient.float() * factor

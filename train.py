@@ -60,7 +60,7 @@ CACHE_DIR = "runs/cache"        # tokenized data and the demo; can be shared by 
 # How documents become rows
 MAX_LENGTH = 8192               # tokens per row, and at most per document or piece of one
 PACKING = "split"               # "split": concatenate and cut; "whole": uncut documents; "none"
-USE_VARLEN_ATTN = True          # attention within documents; False: within the whole row
+USE_VARLEN_ATTN = True          # attention within documents; False: within the whole packed row
 BATCH_SIZE = 1                  # documents per row, used with PACKING="none" only
 GROUP_BY_LENGTH = False         # with PACKING="none": steps of documents of similar length
 OVERLONG = "split"              # longer documents: "split", "truncate", "truncate_middle", "drop"
@@ -249,8 +249,8 @@ def main():
     grid = parallel.init(REPLICAS, sp, agreed)
     execution = execution_settings(config, device_type)
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")
-    print_once(grid, describe_context(folder, config, rows))
-    print_once(grid, describe_plan(config, grid, execution, rows, steps))
+    print_once(grid, describe_context(folder, config, rows) + describe_plan(
+        config, grid, execution, rows, steps))
     with timed(grid, "loading the model"), explain_out_of_memory(config, grid, execution):
         model = build_model(folder, config, grid, execution, dtype)
         optimizer = build_optimizer(model)
@@ -547,20 +547,24 @@ def host_memory_per_process():
 
 def work_of_gpu(config, world, sp, pairs=None):
     """Return the costs.Work of one GPU. `pairs` of a row; without it, a row is one document."""
-    row = MAX_LENGTH * BATCH_SIZE if PACKING == "none" else MAX_LENGTH  # tokens, at most
     document = None
     if pairs is None:
-        pairs = mean_attention_pairs(config, [0, row])
-        document = row
+        pairs = mean_attention_pairs(config, [0, row_length()])
+        document = row_length()
     dp = max(world // sp, 1)
     return Work(
-        tokens=ceil_div(row, sp),
+        tokens=ceil_div(row_length(), sp),
         pairs=pairs,
         sp=sp,
         ranks=max(world // REPLICAS, 1),
         replicas=REPLICAS,
         accumulate=ceil_div(GLOBAL_BATCH_SIZE, dp),
         document=document)
+
+
+def row_length():
+    """Return the tokens of a row, at most."""
+    return MAX_LENGTH * BATCH_SIZE if PACKING == "none" else MAX_LENGTH
 
 
 def check_machine(device_type):
@@ -648,7 +652,7 @@ def make_rows(corpus):
 def synthetic_corpus(vocab_size):
     """Documents of random tokens, all of the same length, enough for MAX_STEPS steps."""
     length = SYNTHETIC_DOCUMENT or MAX_LENGTH
-    n = ceil_div(max(MAX_STEPS, 1) * GLOBAL_BATCH_SIZE * MAX_LENGTH, length)
+    n = ceil_div(max(MAX_STEPS, 1) * GLOBAL_BATCH_SIZE * row_length(), length)
     offsets = np.arange(n + 1) * length
     lengths = np.full(n, length)
     sources = [(0, n, 1.0)]  # one source of n documents, seen once per epoch
@@ -835,11 +839,11 @@ def describe(model, kernel_name, grid):
         f"{grid.world} ranks = {REPLICAS} replicas x {grid.dp // REPLICAS} data parallel "
         f"x {grid.sp} sequence parallel\n"
         f"{GLOBAL_BATCH_SIZE} rows per step = {grid.dp} at a time x {accumulation} accumulated "
-        f"(accumulative_counts); at most {GLOBAL_BATCH_SIZE * MAX_LENGTH:,} tokens per step")
+        f"(accumulative_counts); at most {GLOBAL_BATCH_SIZE * row_length():,} tokens per step")
 
 
 def describe_context(folder, config, rows):
-    """Return how many tokens of the data use an extension of the context; "" if there is none."""
+    """Return a line: how many tokens of the data use an extension of the context; "" without one."""
     positions = convert.load_config(folder).max_position_embeddings
     if config.max_position_embeddings <= positions:
         return ""
@@ -848,19 +852,21 @@ def describe_context(folder, config, rows):
             f"{beyond:.1%} of the tokens are beyond the old context of their document")
     if beyond < 0.05:
         text += ". WARNING: with so few the model hardly learns to use the new one"
-    return text
+    return text + "\n"
 
 
 def describe_plan(config, grid, execution, rows, steps):
     """Return what the run is expected to take, and the constants that were chosen, to paste."""
     lines = [f"settings: {format_settings(current_settings(), grid.sp)}"]
-    works = parallel.sequence_parallel_sizes(
-        grid.world, config.num_attention_heads, config.num_key_value_heads)
-    if grid.world not in works:
-        sizes = ", ".join(str(size) for size in works)
+    largest = grid.world // REPLICAS
+    sizes = parallel.sequence_parallel_sizes(
+        largest, config.num_attention_heads, config.num_key_value_heads)
+    if largest not in sizes:
+        of_a_replica = " of a replica" if REPLICAS > 1 else ""
         lines.append(
             f"{config.num_attention_heads} attention heads and {config.num_key_value_heads} "
-            f"key/value heads allow SEQUENCE_PARALLEL_SIZE {sizes} with {grid.world} processes")
+            f"key/value heads allow SEQUENCE_PARALLEL_SIZE {', '.join(map(str, sizes))} with "
+            f"{largest} processes{of_a_replica}")
     gpu = this_gpu()
     if gpu is not None:
         work = work_of_gpu(config, grid.world, grid.sp, mean_pairs(config, rows))
@@ -868,7 +874,7 @@ def describe_plan(config, grid, execution, rows, steps):
             config, gpu, work, execution, ZERO_STAGE, OFFLOAD_OPTIMIZER).values())
         hours = steps * step / 3600
         host = host_memory(config, work.tokens, work.ranks, execution, OFFLOAD_OPTIMIZER, grid.sp)
-        speed = GLOBAL_BATCH_SIZE * MAX_LENGTH / step / grid.world
+        speed = GLOBAL_BATCH_SIZE * row_length() / step / grid.world
         lines += [
             f"expected peak memory of a GPU of {gpu.memory:.0f} GiB: "
             f"{describe_memory(config, grid, execution)}; "
@@ -884,7 +890,7 @@ def mean_pairs(config, rows, n=64):
     pairs = []
     for row in range(min(n, rows.per_epoch)):
         lengths = rows.find(row)["length"]
-        if not USE_VARLEN_ATTN:
+        if not rows.use_varlen_attn:
             lengths = [lengths.sum()]
         cu_seqlens = [0, *np.cumsum(lengths).tolist()]
         pairs.append(mean_attention_pairs(config, cu_seqlens))
@@ -919,7 +925,7 @@ def explain_out_of_memory(config, grid, execution):
             "RECOMPUTE=all_but_attention, KEEP_LAYERS=0, ZERO_STAGE=3, MLP_CHUNK=32768, "
             "OFFLOAD_ACTIVATIONS=-1, RECOMPUTE=all, RECOMPUTE=pairs, OFFLOAD_OPTIMIZER=True. If it "
             "still does not fit, raise SEQUENCE_PARALLEL_SIZE or lower MAX_LENGTH. "
-            "The last checkpoint is complete.") from error
+            "Checkpoints that are published are complete.") from error
 
 
 def less_memory(config, grid, execution):
@@ -1185,13 +1191,13 @@ def save(saver, step, model, optimizer, not_finite, grid):
     saver.save(step, model, optimizer, keep)
 
 
-def stop(saver, step, saved_step, model, optimizer, not_finite, grid):
-    """Save `step`, unless that is `saved_step`, and print how to continue."""
+def stop(saver, step, steps_done, model, optimizer, not_finite, grid):
+    """Save `step`, unless this process has done none after `steps_done`. Print how to continue."""
     if saver is None:
         print_once(grid, f"stopped by a signal after step {step}: nothing is saved, as SAVE_EVERY "
                          "is -1")
         return
-    if step > saved_step:
+    if step > steps_done:
         with timed(grid, "saving the last checkpoint"):
             save(saver, step, model, optimizer, not_finite, grid)
             saver.wait()
@@ -1387,7 +1393,8 @@ def quotients(names, sums):
 def speed_and_memory(config, sums, seconds, grid):
     """Return the entries of metrics.jsonl that tell how well a step used the hardware."""
     model_flops, hardware_flops = flops(
-        config, sums.tokens, sums.attention_pairs, RECOMPUTE, KEEP_LAYERS)
+        config, sums.tokens, sums.attention_pairs, RECOMPUTE, KEEP_LAYERS,
+        chunked=0 < MLP_CHUNK < row_length() / grid.sp)
     # MFU counts what the model needs, HFU also what backward recomputes.
     mfu = None
     hfu = None

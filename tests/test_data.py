@@ -1686,6 +1686,15 @@ def test_an_epoch_is_every_token_once(lengths, max_length, packing, batch_size, 
     assert counts["rows"] * capacity == counts["trained"] + counts["masked"] + counts["padding"]
 
 
+def test_unpacked_documents_are_segments_with_any_attention():
+    """A row of several documents may be longer than MAX_LENGTH, so positions restart in each."""
+    rows = data.Rows(corpus_of_tokens([5, 4, 6]), "none", 6, seed=0, batch_size=3,
+                     use_varlen_attn=False)
+    batch = rows.batch(0, 1, 0)
+    assert sorted(batch.cu_seqlens.diff().tolist()) == [4, 5, 6]
+    assert int(batch.position_ids.max()) == 5
+
+
 def without_padding(ids):
     """The ids up to the last that is not 0. Padding is 0, as is the first token of document 0."""
     ids = torch.cat(ids)

@@ -444,6 +444,9 @@ def test_flops_by_hand():
 
     recomputed = 2 * (2 * 100 * (block - 48 * 80) + attention)
     assert flops(config, 100, pairs, "all") == (3 * forward, 3 * forward + recomputed)
+    # Chunks of the MLP recompute themselves: o_proj, gate_proj and up_proj.
+    chunks = 2 * (2 * 100 * (48 * 8 * 8 + 2 * 48 * 80))
+    assert flops(config, 100, pairs, chunked=True) == (3 * forward, 3 * forward + chunks)
     without_gate = forward - 2 * 2 * 100 * 48 * 80
     assert flops(tiny_config(mlp_gate=False), 100, pairs)[0] == 3 * without_gate
 

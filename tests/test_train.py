@@ -814,6 +814,26 @@ def test_a_run_prints_its_settings_and_why(setup, hf_folder, tmp_path, capfd):
     assert "GPU" not in out
 
 
+def test_rows_of_several_documents_are_counted_whole(setup, tmp_path, capfd):
+    given = setup("run", MAX_STEPS=1, PACKING="none", BATCH_SIZE=3, DATA="synthetic")
+    on_ranks(1, run, given, tmp_path=tmp_path)
+    out = capfd.readouterr().out
+    assert "at most 768 tokens per step" in out     # 4 rows of 3 documents of 64 tokens
+    assert "12 documents" in out                    # enough for one step
+
+
+def test_sizes_are_those_of_a_replica(setup, hf_folder):
+    """Six heads cannot be divided among the four processes of a replica."""
+    folder, _ = hf_folder(name="six", vocab_size=260, num_attention_heads=6,
+                          num_key_value_heads=2, hidden_size=48)
+    set_constants(SMALL, setup("run", MODEL=str(folder), GLOBAL_BATCH_SIZE=16, REPLICAS=4))
+    folder, config, sp, _ = train.plan(16)
+    rows = train.open_data("synthetic", folder, config)
+    grid = parallel.Grid(0, 16, 16, 0, 1, 0, None, None, torch.device("cpu"))
+    text = train.describe_plan(config, grid, train.execution_settings(config, "cpu"), rows, 1)
+    assert "SEQUENCE_PARALLEL_SIZE 1, 2 with 4 processes of a replica" in text
+
+
 def test_an_extension_that_few_tokens_use_is_told(setup, tmp_path, capfd):
     given = setup("run", MAX_STEPS=1, MAX_POSITION_EMBEDDINGS=1024)
     on_ranks(1, run, given, tmp_path=tmp_path)

@@ -171,7 +171,8 @@ def time_cells(config, options, work, execution, settings):
     rows = train.GLOBAL_BATCH_SIZE
     tokens = rows * work.tokens * work.sp
     needed, done = flops(
-        config, tokens, rows * work.pairs, settings.recompute, settings.keep_layers)
+        config, tokens, rows * work.pairs, settings.recompute, settings.keep_layers,
+        chunked=0 < settings.mlp_chunk < work.tokens)
     hours = options["TOKENS"] / tokens * seconds / 3600
     return {
         "seconds a step": f"{seconds:,.1f}",
