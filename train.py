@@ -287,7 +287,966 @@ def main():
     parallel.close()
 
 
+# ------------------------------------------------------------------------------------ training loop
+
+def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_done, saver, log,
+                  stop_requests):
+    """Run the steps after `steps_done`. Return True if a signal stopped the run."""
+    steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
+    if eval_rows is not None and evaluation_is_missing(steps_done, steps, log):
+        evaluate(model, eval_rows, grid, steps_done, log, stop_requests)
+    not_finite = 0  # consecutive steps
+    save_seconds = 0.0  # that training has waited for the save after the last step
+    saved = time.time()
+    began = time.time()
+    if steps_done < steps:
+        upcoming = load_step(steps_done + 1, rows, total_rows, grid, model.config)
+
+    for step in range(steps_done + 1, steps + 1):
+        batches, sums = upcoming
+
+        loss_sum = forward_backward(model, batches, sums.weight, grid, stop_requests)
+        if loss_sum is None:
+            stop(saver, step - 1, steps_done, model, optimizer, not_finite, grid)
+            return True
+        norm = parallel.grad_norm(model.parameters())
+
+        # The CPU prepares the next step while the GPU works on this one.
+        if step < steps:
+            upcoming = load_step(step + 1, rows, total_rows, grid, model.config)
+
+        # Only here does the CPU wait for the GPU. All ranks have the same values, so that all of
+        # them skip a step, or none.
+        loss = loss_sum.item()
+        grad_norm = norm.item()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        skip = not finite or sums.targets == 0
+        lr = learning_rate(step, steps)
+        update(optimizer, lr, grad_norm, skip)
+
+        now = time.time()
+        seconds = now - began
+        began = now
+        if grid.rank == 0:
+            log.step({
+                "step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss,
+                "grad_norm": grad_norm, "learning_rate": lr, "seconds": seconds, "skipped": skip,
+                "rows": rows_of_step(step) if skip else None, "save_seconds": save_seconds,
+                **speed_and_memory(model.config, sums, seconds, grid)})
+            if log.draw_if_due():
+                began = time.time()  # drawing is not part of the next step's time
+        save_seconds = 0.0
+        not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
+        stop_if_diverged(step, not_finite, saver)
+        if step == steps_done + 2:  # the first step compiles
+            parallel.shorten_timeouts(grid, seconds)
+            if saver is not None:
+                warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
+
+        if eval_rows is not None and eval_due(step, steps):
+            evaluate(model, eval_rows, grid, step, log, stop_requests)
+            began = time.time()  # nor is evaluation, nor saving
+        if saver is not None and (step == steps or save_due(step, saved, saver, grid)):
+            before = time.time()
+            save(saver, step, model, optimizer, not_finite, grid)
+            if step > steps_done + 1:
+                warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
+            saved = time.time()
+            began = time.time()
+            save_seconds = saved - before
+    if saver is not None and steps_done < steps:
+        with timed(grid, "saving the last checkpoint"):
+            saver.wait()
+    stopped = parallel.any_rank(bool(stop_requests))
+    if stopped:  # in the last step, which is saved: what remains is the export
+        stop(saver, steps, steps, model, optimizer, not_finite, grid)
+    return stopped
+
+
+def forward_backward(model, batches, step_weight, grid, stop_requests):
+    """Compute the gradients of a step. Return its loss, a tensor, or None if a signal asks to stop.
+
+    step_weight: the sum of the weights of all targets of the step, on all ranks.
+    """
+    loss_sum = torch.zeros((), device=grid.device)
+    for i, batch in enumerate(batches):
+        # The launcher does not wait long after it has asked to stop: abandon this step.
+        if parallel.any_rank(bool(stop_requests)):
+            return None
+
+        # The loss of the step is sum(weight x cross entropy) / sum(weight) over its targets on all
+        # ranks. So each micro-batch is divided by the weight of the whole step, and losses and
+        # gradients are summed over micro-batches and ranks, never averaged.
+        weights = batch.weights / max(step_weight, 1e-9)
+        parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
+        batch_loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
+                           batch.max_seqlen, batch.labels, weights)
+        batch_loss.backward()
+        loss_sum += batch_loss.detach()
+        del batch_loss  # free the graph before the next forward
+    return parallel.all_sum(loss_sum)
+
+
+def update(optimizer, lr, grad_norm, skip):
+    """Clip the gradients, update the weights unless `skip`, and free the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    factor = 1.0
+    if 0 < MAX_GRAD_NORM < grad_norm:
+        factor = MAX_GRAD_NORM / grad_norm
+    if not skip:
+        optimizer.scaled_step(factor)
+    optimizer.zero_grad()
+
+
+def learning_rate(step, steps):
+    """Return the learning rate of optimizer step `step`, counted from 1, of a run of `steps`."""
+    # It depends on the step alone, so that a resumed run needs no state of a scheduler.
+    warmup = round(WARMUP_RATIO * steps)
+    if WARMUP_RATIO > 0:
+        warmup = max(warmup, 1)
+    if step <= warmup:
+        return LEARNING_RATE * step / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    # From 0 at the peak to 1 at the end.
+    if LR_SCHEDULE == "cosine":
+        decay = (1 - math.cos(math.pi * progress)) / 2
+    elif LR_SCHEDULE == "linear":
+        decay = progress
+    elif LR_SCHEDULE == "wsd":
+        decay = max(0.0, (progress - 0.8) / 0.2)
+    else:
+        decay = 0.0
+    return LEARNING_RATE * (1 + (MIN_LEARNING_RATE_RATIO - 1) * decay)
+
+
+def load_step(step, rows, total_rows, grid, config):
+    """Return this rank's micro-batches of a step, on its device, and the StepSums of all ranks.
+
+    The sums are reduced on the CPU, so that nothing waits for the GPU. Raises RuntimeError on all
+    ranks if they do not have the same number of micro-batches, or those of one row not the same.
+    """
+    batches = rows.step(
+        step, GLOBAL_BATCH_SIZE, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, total_rows)
+    parts = []
+    for batch in batches:
+        pairs = mean_attention_pairs(config, batch.cu_seqlens.tolist())
+        parts.append(StepSums(
+            weight=batch.weights.double().sum().item(),
+            targets=(batch.labels != data.IGNORE).sum().item(),
+            tokens=len(batch.input_ids),
+            attention_pairs=pairs / grid.sp,  # cu_seqlens describe the whole row on every rank
+            mismatch=0))
+    # The fingerprint is about the step, not about a micro-batch.
+    parts.append(StepSums(0, 0, 0, 0, fingerprint_difference(step, batches, grid)))
+
+    sums = torch.tensor(parts, dtype=torch.float64).sum(0)
+    parallel.all_sum(sums)
+    sums = StepSums(*sums.tolist())
+    if sums.mismatch != 0:
+        raise RuntimeError(describe_mismatch(step, batches, grid))
+    return [to_device(batch, grid.device) for batch in batches], sums
+
+
+def fingerprint_difference(step, batches, grid):
+    """Return an integer whose sum over all ranks is 0 if they have the same step.
+
+    All ranks must have the same number of micro-batches, and those of one row the same tokens. The
+    sum is also 0 with a probability of about 2^-32 if they do not.
+    """
+    count = zlib.crc32(f"{step} {len(batches)}".encode())
+    row = zlib.crc32(str([batch.checksum for batch in batches]).encode())
+    # The first of n ranks adds n - 1 times its number, and each of the others subtracts its own.
+    difference = count * (grid.world - 1) if grid.rank == 0 else -count
+    difference += row * (grid.sp - 1) if grid.sp_rank == 0 else -row
+    return difference
+
+
+def describe_mismatch(step, batches, grid):
+    """Return what each rank has of a step, where that is not the same."""
+    checksums = [batch.checksum for batch in batches]
+    mine = f"step {step} with {len(batches)} micro-batches of the rows {checksums}"
+    lines = []
+    for rank, theirs in enumerate(parallel.together("comparing ranks", str, mine)):
+        lines.append(f"rank {rank}, of sequence group {rank // grid.sp}: {theirs}")
+    return ("The ranks do not have the same step. All need the same number of micro-batches, and "
+            "those of one sequence group the same rows (named by checksums). Remove CACHE_DIR, "
+            "which may be damaged on one host, and start again.\n" + "\n".join(lines))
+
+
+def to_device(batch, device):
+    """Copy a batch to a GPU, which overlaps with the kernels before it.
+
+    cu_seqlens stays on the CPU, where the model reads it.
+    """
+    if device.type != "cuda":
+        return batch
+    fields = {}
+    for name, value in batch._asdict().items():
+        if torch.is_tensor(value) and name != "cu_seqlens":
+            value = parallel.copy_without_waiting(value, device)
+        fields[name] = value
+    return data.Batch(**fields)
+
+
+def rows_of_step(step):
+    """Return the numbers of the first and the last row of a step, in the order of training."""
+    return [(step - 1) * GLOBAL_BATCH_SIZE, step * GLOBAL_BATCH_SIZE - 1]
+
+
+def stop_if_diverged(step, not_finite, saver):
+    """Raise RuntimeError after MAX_SKIPPED_STEPS consecutive steps that were not finite."""
+    if not_finite < MAX_SKIPPED_STEPS:
+        return
+    if saver is not None:
+        saver.wait()  # the save may be of a step before them
+    checkpoints = parallel.published(Path(RUN_DIR) / "checkpoints")
+    before = [c.name for c in checkpoints if int(c.name.removeprefix("step-")) <= step - not_finite]
+    raise RuntimeError(
+        f"The loss or gradient of {not_finite} consecutive steps, up to step {step}, was not "
+        f"finite: lower LEARNING_RATE {LEARNING_RATE}, or inspect the data of these steps. "
+        f"Checkpoints of the steps before them: {', '.join(before) or 'none'}. To continue from "
+        "one of them, set RESUME to its path and RUN_DIR to a new folder.")
+
+
+def speed_and_memory(config, sums, seconds, grid):
+    """Return the entries of metrics.jsonl that tell how well a step used the hardware."""
+    model_flops, hardware_flops = flops(
+        config, sums.tokens, sums.attention_pairs, RECOMPUTE, KEEP_LAYERS,
+        chunked=0 < MLP_CHUNK < row_length() / grid.sp)
+    # MFU counts what the model needs, HFU also what backward recomputes.
+    mfu = None
+    hfu = None
+    peak = peak_flops(grid)
+    if peak is not None:
+        mfu = model_flops / seconds / grid.world / peak
+        hfu = hardware_flops / seconds / grid.world / peak
+
+    gpu_memory = None
+    reserved_memory = None
+    used_memory = None
+    memory_full = False
+    if grid.device.type == "cuda":
+        gpu_memory = torch.cuda.max_memory_allocated() / 2**30
+        reserved_memory = torch.cuda.max_memory_reserved() / 2**30
+        free, total = torch.cuda.mem_get_info()
+        used_memory = (total - free) / 2**30    # with what CUDA and NCCL take, and other processes
+        # An allocation failed, and succeeded after torch had given what it did not use back to the
+        # GPU. It will take it again. Both take time, up to a second.
+        memory_full = torch.cuda.memory_stats()["num_alloc_retries"] > 0
+        torch.cuda.reset_accumulated_memory_stats()
+    cpu_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
+    return {
+        "tokens": int(sums.tokens),
+        "target_tokens": int(sums.targets),
+        "tokens_per_second_per_gpu": sums.tokens / seconds / grid.world,
+        "mfu": mfu,
+        "hfu": hfu,
+        "peak_memory_gib": gpu_memory,
+        "reserved_memory_gib": reserved_memory,
+        "used_memory_gib": used_memory,
+        "peak_host_memory_gib": cpu_memory,
+        "memory_full": memory_full,
+    }
+
+
+def peak_flops(grid):
+    """Return the bfloat16 FLOP/s of this GPU, or None if DTYPE is another or it is not known."""
+    if grid.device.type == "cuda" and DTYPE == "bfloat16":
+        return gpu_of(torch.cuda.get_device_name()).peak
+    return None
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+def eval_due(step, steps):
+    """Return whether to evaluate after this step. Step 0 is what training is compared with."""
+    return step in (0, steps) or (EVAL_EVERY > 0 and step % EVAL_EVERY == 0)
+
+
+def evaluation_is_missing(steps_done, steps, log):
+    """Return whether to evaluate before the first step of this process, on rank 0's word.
+
+    A signal may have stopped the run in the evaluation of its last step.
+    """
+    missing = log is not None and steps_done not in log.evaluated
+    return MAX_STEPS == 0 or (eval_due(steps_done, steps) and parallel.any_rank(missing))
+
+
+@torch.no_grad()
+def evaluate(model, rows, grid, step, log, stop_requests=()):
+    """Log the loss over all rows of EVAL_DATA: sum(weight x cross entropy) / sum(weight).
+
+    Also log it by position, the number of tokens that a token can attend to, and by source. A
+    request to stop abandons it: it takes longer than a launcher waits. Resuming repeats it.
+    """
+    began = time.time()
+    names = source_names()
+    edges = position_edges(rows.max_length)
+    n_bands = len(edges) + 1
+    boundaries = torch.tensor(edges, dtype=torch.long, device=grid.device)
+    # Of each position band, then of each source: sum(weight x cross entropy) and sum(weight).
+    sums = torch.zeros(n_bands + len(names), 2, dtype=torch.float64, device=grid.device)
+    for i in parallel.progress(range(ceil_div(rows.per_epoch, grid.dp)), "evaluating"):
+        if parallel.any_rank(bool(stop_requests)):
+            parallel.free_gathered(model)
+            return
+        # One row for each data-parallel rank; past the last row it is padding of weight 0.
+        [batch] = rows.step(
+            i + 1, grid.dp, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, rows.per_epoch)
+        batch = to_device(batch, grid.device)
+        losses, _ = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
+                          batch.max_seqlen, batch.labels, per_token=True)
+        parts = torch.stack([batch.weights * losses, batch.weights], dim=1).double()    # (t, 2)
+        band = torch.bucketize(batch.position_ids, boundaries, right=True)              # (t,)
+        sums.index_add_(0, band, parts)
+        sums.index_add_(0, n_bands + batch.sources, parts)
+    parallel.all_sum(sums)
+    parallel.free_gathered(model)
+    if grid.rank == 0:
+        loss_sum, weight = sums[:n_bands].sum(0).tolist()
+        line = {"step": step, "eval_loss": loss_sum / weight, "eval_seconds": time.time() - began}
+        line["eval_by_position"] = quotients(band_names(edges), sums[:n_bands])
+        line["eval_by_source"] = quotients(names, sums[n_bands:])
+        log.write(line)
+
+
+def source_names():
+    """Return the names of the sources of EVAL_DATA, in the order of their documents."""
+    sources = DATA if isinstance(EVAL_DATA, float) else EVAL_DATA
+    return [sources] if isinstance(sources, str) else list(sources)
+
+
+def position_edges(length):
+    """Return 1k, 2k, 4k ... below `length`: where one band of positions ends and another begins."""
+    edges = []
+    edge = 1024
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return edges
+
+
+def band_names(edges):
+    """Return "0-1k", "1k-2k" ... for the bands that position_edges separates."""
+    ends = [edge // 1024 for edge in edges]
+    ends.append(2 * ends[-1] if ends else 1)
+    starts = ["0"] + [f"{end}k" for end in ends[:-1]]
+    return [f"{start}-{end}k" for start, end in zip(starts, ends)]
+
+
+def quotients(names, sums):
+    """Return {name: sum / weight} for sums (names, 2), without those of weight 0."""
+    return {name: part / weight for name, (part, weight) in zip(names, sums.tolist()) if weight > 0}
+
+
+# ------------------------------------------------------------------------------ saving and stopping
+
+def save_due(step, saved, saver, grid):
+    """Return whether to save after this step: the last time was at `saved`.
+
+    A save that the disk takes longer to write than SAVE_MINUTES is not waited for, but one that it
+    takes longer to write than SAVE_EVERY steps is.
+    """
+    at_step = SAVE_EVERY > 0 and step % SAVE_EVERY == 0
+    late = 0 < SAVE_MINUTES < (time.time() - saved) / 60
+    if not at_step and not parallel.any_rank(late):
+        return False
+    is_writing = parallel.any_rank(saver.is_writing())
+    if is_writing and grid.rank == 0:
+        slow = "the disk takes longer to write a checkpoint than"
+        remedy = "raise it, or set RUN_DIR to a faster disk"
+        if not at_step:
+            warn_once(f"{slow} SAVE_MINUTES {SAVE_MINUTES:g} allows, so that there are fewer "
+                      f"checkpoints: {remedy}")
+        elif step - saver.step >= SAVE_EVERY:
+            warn_once(f"{slow} SAVE_EVERY {SAVE_EVERY} allows, so that training waits: {remedy}")
+    return at_step or not is_writing
+
+
+def save(saver, step, model, optimizer, not_finite, grid):
+    """Begin to save a step, unless its weights are not finite."""
+    if not parallel.all_finite(model, optimizer):
+        print_once(grid, f"WARNING: step {step} is not saved, as its weights are not finite")
+        return
+    # After steps that were skipped, the checkpoints of the steps before them are worth more.
+    keep = KEEP_CHECKPOINTS if not_finite == 0 else -1
+    saver.save(step, model, optimizer, keep)
+
+
+def stop(saver, step, steps_done, model, optimizer, not_finite, grid):
+    """Save `step`, unless this process has done none after `steps_done`. Print how to continue."""
+    if saver is None:
+        print_once(grid, f"stopped by a signal after step {step}: nothing is saved, as SAVE_EVERY "
+                         "is -1")
+        return
+    if step > steps_done:
+        with timed(grid, "saving the last checkpoint"):
+            save(saver, step, model, optimizer, not_finite, grid)
+            saver.wait()
+    saver.wait()  # for an earlier save
+    how = "This, or the same batch script," if "SLURM_JOB_ID" in os.environ else "This"
+    print_once(
+        grid, f"stopped by a signal after step {step}. {how} continues the run:\n{command_line()}")
+
+
+def command_line():
+    """Return the command that continues this run, with torchrun or srun if it started this one."""
+    words = sys.orig_argv
+    launcher = Path(f"/proc/{os.getppid()}/cmdline")
+    if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():
+        words = launcher.read_text().split("\0")[:-1]
+    elif "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        words = ["srun", f"--ntasks={os.environ['SLURM_NTASKS']}", *words]
+
+    # It ends with the arguments of train.py, of which a later one replaces an earlier one.
+    arguments = sys.argv[1:]
+    program = words[:len(words) - len(arguments)]
+    constants = {argument.partition("=")[0]: argument for argument in arguments}
+    if RESUME != "auto":
+        constants["RESUME"] = "RESUME=auto"
+    return shlex.join([*program, *constants.values()])
+
+
+def warn_of_long_stops(micro_batch_seconds, save_seconds, grid):
+    """Say so if torchrun would kill a run before it could save: it completes a micro-batch first.
+
+    save_seconds: what the last complete save took, or 0 if there is none yet.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    given = re.search(r"--shutdown[-_]timeout[= ](\d+)", command_line())
+    patience = int(given[1] if given else os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+    seconds = micro_batch_seconds + save_seconds
+    if seconds > patience and grid.rank == 0:
+        save = f" and a save {save_seconds:.0f} s" if save_seconds > 0 else ""
+        warn_once(f"a micro-batch takes {micro_batch_seconds:.0f} s{save}, but torchrun kills the "
+                  f"run {patience} s after it is told to stop, so that no checkpoint would be "
+                  f"saved: start it with --shutdown-timeout {round(3 * seconds) + 60}",
+                  subject="long stops")
+
+
+@contextlib.contextmanager
+def receive_signals():
+    """Yield a list that receives the first of STOP_SIGNALS. A second one ends the process at once.
+
+    Ranks receive a signal at different times. They stop together, when `any_rank` has a request.
+    """
+    requests = []
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+
+    # Python runs handlers in the main thread, which may be waiting for the GPU or another rank. So
+    # the handlers do nothing, and a thread reads the signals, which Python writes to the pipe.
+    def ignore(number, frame):
+        pass
+
+    def read():
+        first = 0.0
+        while True:
+            numbers = os.read(read_end, 1)
+            now = time.monotonic()
+            if not numbers:  # the pipe was closed
+                os.close(read_end)
+                return
+            number = numbers[0]
+            if number in STOP_SIGNALS and not requests:
+                first = now
+                requests.append(number)
+            # A launcher and a scheduler may both pass on the same signal.
+            elif number in STOP_SIGNALS and now - first > 1:
+                os._exit(1)
+
+    old_handlers = {}
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            old_handlers[number] = signal.signal(number, ignore)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        yield requests
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+        os.close(write_end)
+
+
+# --------------------------------------------------------------------------------------------- data
+
+def open_all_data(folder, config):
+    """Return the data.Rows of DATA, and those of EVAL_DATA or None."""
+    if not EVAL_DATA:
+        return open_data(DATA, folder, config), None
+    if not isinstance(EVAL_DATA, float):
+        if EVAL_DATA not in ("demo", "synthetic"):  # before DATA is tokenized, which takes longer
+            data.find_files(EVAL_DATA, "EVAL_DATA")
+        return open_data(DATA, folder, config), open_data(EVAL_DATA, folder, config)
+    training, held_out = data.hold_out(open_corpus(DATA, folder, config), EVAL_DATA)
+    return make_rows(training), make_rows(held_out)
+
+
+def open_data(source, folder, config):
+    """Return the data.Rows of `source`, which is a value of DATA, or a path or paths."""
+    return make_rows(open_corpus(source, folder, config))
+
+
+def open_corpus(source, folder, config):
+    """Return the data.Corpus of `source`.
+
+    Files are tokenized with the tokenizer of `folder` unless they are in CACHE_DIR already.
+    """
+    if source == "demo" and MODEL != "demo":
+        name = "DATA" if source == DATA else "EVAL_DATA"
+        raise ValueError(f"{name} 'demo' is for MODEL 'demo' only, not for {MODEL!r}: set it to "
+                         "your files.")
+    if source == "synthetic":
+        return synthetic_corpus(config.vocab_size)
+    # The hash of the files is the key of the token cache, so changed files are tokenized again.
+    files = f"{CACHE_DIR}/demo/demo.jsonl" if source == "demo" else source
+    cap = 0 if OVERLONG == "split" else MAX_LENGTH  # tokens per document; 0: no limit
+    return data.build_corpus(
+        files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG, cap,
+        FORMAT, COLUMNS, ACCEPT_LOSS, NO_STOP_TOKEN, vocab_size=config.vocab_size,
+        bad_rows=0 if BAD_ROWS == "stop" else BAD_ROWS)
+
+
+def make_rows(corpus):
+    """Return the data.Rows of a corpus, packed as the constants say."""
+    grouped_rows = GLOBAL_BATCH_SIZE if GROUP_BY_LENGTH else 0
+    return data.Rows(
+        corpus, PACKING, MAX_LENGTH, SEED, BATCH_SIZE, USE_VARLEN_ATTN, LOSS_WEIGHT, grouped_rows)
+
+
+def synthetic_corpus(vocab_size):
+    """Documents of random tokens, all of the same length, enough for MAX_STEPS steps."""
+    length = SYNTHETIC_DOCUMENT or MAX_LENGTH
+    n = ceil_div(max(MAX_STEPS, 1) * GLOBAL_BATCH_SIZE * row_length(), length)
+    offsets = np.arange(n + 1) * length
+    lengths = np.full(n, length)
+    sources = [(0, n, 1.0)]  # one source of n documents, seen once per epoch
+    return data.Corpus(vocab_size, offsets, lengths - 1, lengths, sources, "synthetic")
+
+
+# ------------------------------------------------------------------------------ model and optimizer
+
+def build_model(folder, config, grid, execution, dtype):
+    """Return the model, sharded over the ranks, with its first weights."""
+    with torch.device("meta"):  # a rank allocates memory for its own shard only
+        model = Transformer(config, grid.sp_group, execution)
+    if INIT == "weights":
+        convert.check_weights(model, folder)  # before memory is taken for sizes that may be wrong
+    parallel.shard(model, model.block_groups(), grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
+    if INIT == "weights":
+        convert.load_weights(model, folder)
+    else:
+        model.init_weights(SEED)
+    return model
+
+
+def build_optimizer(model):
+    """Return AdamW with weight decay on matrices, not on norms and biases."""
+    decayed = []
+    others = []
+    for name, parameter in model.named_parameters():
+        # Cohere's norms of q and k have a row for every head, so the shape alone does not tell.
+        is_norm = "norm" in name
+        if parameter.ndim > 1 and not is_norm:
+            decayed.append(parameter)
+        else:
+            others.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, LEARNING_RATE, BETAS, parallel.cast_weights_of(model))
+    # AdamW would allocate its states at the end of the first step, in the gaps that the activations
+    # have left. The second step could then run out of memory, though the first did not.
+    trained = [] if MAX_STEPS == 0 else decayed + others
+    for parameter in trained:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def execution_settings(config, device_type):
+    """Collect the constants that change speed and memory, but no result."""
+    offload_layers = OFFLOAD_ACTIVATIONS
+    if OFFLOAD_ACTIVATIONS == -1:
+        offload_layers = config.num_hidden_layers
+    return Execution(
+        attention=ATTENTION,
+        recompute=RECOMPUTE,
+        keep_layers=KEEP_LAYERS,
+        offload_layers=offload_layers,
+        mlp_chunk=MLP_CHUNK,
+        loss_chunk=LOSS_CHUNK,
+        compile=COMPILE and device_type == "cuda")
+
+
+# ------------------------------------------------------------------------------- export and samples
+
+def finish(model, folder, grid):
+    """Export the model and print samples."""
+    if SAVE_EVERY >= 0:
+        hf_folder = Path(RUN_DIR) / "hf"
+        with timed(grid, "exporting"):
+            parallel.together("export", convert.save_weights, model, folder, hf_folder)
+        print_once(grid, f"the trained model is in {hf_folder}, a Hugging Face folder")
+    if SAMPLE_PROMPTS and DATA != "synthetic":
+        sample(model, folder, grid)
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # compiling for single tokens takes longer than samples
+def sample(model, folder, grid):
+    """Print continuations of SAMPLE_PROMPTS; for chat data they are the user's messages."""
+    tokenizer = data.open_tokenizer(folder)
+    generator = torch.Generator().manual_seed(SEED)
+    chat = DATA != "demo" and data.is_chat(DATA, FORMAT, COLUMNS)
+    deadline = time.time() + SAMPLE_SECONDS
+    for prompt in SAMPLE_PROMPTS:
+        text, end = chat_prompt(tokenizer, prompt) if chat else (prompt, tokenizer.eos_token)
+        ids = tokenizer(text, add_special_tokens=not chat).input_ids
+        written = []
+        for token in generate(model, ids, grid, generator, deadline):
+            written.append(token)
+            if end and tokenizer.decode(written[-1:]) == end:
+                break
+        print_once(grid, "-" * 80 + "\n" + tokenizer.decode(ids + written))
+
+
+def chat_prompt(tokenizer, message):
+    """Return a user's message in the chat template, and the token that ends the answer or None."""
+    question = [{"role": "user", "content": message}]
+    # The answer is this word, which the template does not contain.
+    answered = [*question, {"role": "assistant", "content": "answer0"}]
+    with data.naming("the chat template, for SAMPLE_PROMPTS"), data.bounded():
+        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    end = whole.rpartition("answer0")[2].split()
+    return text, end[0] if end else tokenizer.eos_token
+
+
+def generate(model, prompt, grid, generator, deadline):
+    """Yield SAMPLE_TOKENS tokens that continue a prompt of token ids, fewer after the deadline.
+
+    Each rank computes the whole text, also where ranks share the rows of training.
+    """
+    caches = model.new_caches()
+    new_ids = prompt    # those that are not in the caches
+    position = 0        # of the first of them
+    for _ in range(SAMPLE_TOKENS):
+        if parallel.any_rank(time.time() > deadline):
+            break
+        row = torch.tensor(new_ids, device=grid.device)                             # (n,)
+        positions = position + torch.arange(len(row), device=grid.device)
+        [logits] = model(row, positions, [0, len(row)], len(row), caches=caches)    # (V,)
+
+        # The first rank draws for all, so that a difference of rounding cannot part their texts.
+        token = torch.zeros(1, dtype=torch.long)
+        if grid.rank == 0:
+            probabilities = torch.softmax(logits.float().cpu() / SAMPLE_TEMPERATURE, dim=-1)
+            token = torch.multinomial(probabilities, 1, generator=generator)
+        parallel.all_sum(token)
+        position += len(new_ids)
+        new_ids = token.tolist()
+        yield token.item()
+
+
+# ----------------------------------------------------------------------------------- files of a run
+
+def manifest_notes(folder, config, rows):
+    """Return what a checkpoint records about its run, as reading the JSON gives it back."""
+    notes = {
+        "model": str(folder.resolve()),
+        "config": vars(config),
+        "data": [rows.corpus.key, rows.corpus.sources],
+        "constants": {name: globals()[name] for name in CONSTANTS},
+    }
+    return json.loads(json.dumps(notes))  # tuples become lists
+
+
+def facts_of_files(notes, rows, eval_rows):
+    """Return what all ranks must have alike besides the constants, as a dict."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "the model's config": notes["config"],
+        "the hash of DATA": rows.corpus.key,
+        "the hash of EVAL_DATA": eval_rows.corpus.key if eval_rows is not None else None,
+        "the hash of the code": code.hexdigest()[:16],
+        "the version of torch": torch.__version__,
+    }
+
+
+def lock_run(lock):
+    """Acquire `lock` for this process. Raises ValueError if another run of RUN_DIR has it."""
+    run = Path(RUN_DIR)
+    run.mkdir(parents=True, exist_ok=True)
+    owner = run / "owner"
+    try:
+        lock.acquire(timeout=0)  # the system releases it when the process ends, however it ends
+    except Timeout:
+        name = owner.read_text() if owner.exists() else "another process"
+        raise ValueError(
+            f"{run} is in use by {name}: stop that run, or set another RUN_DIR.") from None
+    owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+
+
+def refuse_separate_folders():
+    """Raise ValueError on all ranks if RUN_DIR is not one folder for all of them.
+
+    Each writes its part of a checkpoint. Rank 0 has just written the file that lock_run describes.
+    """
+    def read_owner():
+        owner = Path(RUN_DIR) / "owner"
+        return owner.read_text() if owner.exists() else None
+
+    owners = parallel.together("RUN_DIR", read_owner)
+    others = [str(rank) for rank, owner in enumerate(owners) if owner != owners[0]]
+    if others:
+        raise ValueError(
+            f"RUN_DIR {RUN_DIR} is not the same folder on rank 0 and on rank {', '.join(others)}: set "
+            "it to one on a disk that all hosts share.")
+
+
+def resume(notes, model, optimizer, grid):
+    """Load the checkpoint that RESUME selects and return how many steps it has done, or 0.
+
+    Raises ValueError if the checkpoint is of another model or data, or if RUN_DIR has a newer one.
+    """
+    # All ranks verify the files of a checkpoint before any of them loads it.
+    checkpoints = Path(RUN_DIR) / "checkpoints"
+    folder, manifest = parallel.find_checkpoint(checkpoints, RESUME)
+    steps_done = 0 if folder is None else manifest["step"]
+
+    # A later step would not be saved where a checkpoint of its name exists.
+    published = parallel.published(checkpoints)
+    newest = published[-1].name if published else "step-00000000"
+    if int(newest.removeprefix("step-")) > steps_done:
+        raise ValueError(
+            f"{RUN_DIR} holds {newest}, but this run would start after step {steps_done}: set "
+            "RUN_DIR to a new folder, or RESUME=auto to continue from it.")
+    if folder is None:
+        return 0
+
+    # Another model or other data cannot be continued. Changes of other constants are reported.
+    for key in ("config", "data"):
+        if notes[key] != manifest[key]:
+            raise ValueError(
+                f"The {key} of {folder}, {manifest[key]}, differs from the {key} of this run, "
+                f"{notes[key]}: set RUN_DIR to a new folder.")
+    for name, value in notes["constants"].items():
+        old_value = manifest["constants"].get(name)
+        if old_value != value:
+            print_once(grid, f"{name} was {old_value!r} in {folder.name} and is now {value!r}")
+
+    parallel.load_checkpoint(folder, model, optimizer)
+    print_once(grid, f"resumed from {folder}")
+    return steps_done
+
+
+def open_run(notes, steps_done, accounting):
+    """Write config.json and env.json to RUN_DIR. metrics.jsonl keeps the steps to `steps_done`."""
+    run = Path(RUN_DIR)
+    (run / "config.json").write_text(json.dumps(notes["constants"], indent=2))
+    environment = {**describe_environment(), "data": notes["data"], "accounting": accounting}
+    (run / "env.json").write_text(json.dumps(environment, indent=2, default=int))
+
+    # Steps after the checkpoint will be run again, and without one the evaluation at step 0, too.
+    remove_lines(run / "metrics.jsonl", after_step=steps_done if steps_done > 0 else -1)
+
+
 # --------------------------------------------------------------------------------------------- plan
+
+def plan(world):
+    """Check the constants, choose those that choose themselves, and return the Plan for `world`
+    processes.
+
+    Raises ValueError or FileNotFoundError that names the constant, the rule and the remedy.
+    """
+    complete_constants()
+    check_constants()
+    make_folder("CACHE_DIR", CACHE_DIR)
+    demo = Path(CACHE_DIR) / "demo"
+    if "demo" in (MODEL, DATA, EVAL_DATA):
+        make_demo(demo)
+
+    folder = demo if MODEL == "demo" else Path(MODEL)
+    config = convert.load_config(folder)
+    convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, MAX_LENGTH)
+    if MAX_LENGTH > config.max_position_embeddings:
+        raise ValueError(
+            f"MAX_LENGTH {MAX_LENGTH} is beyond the model's {config.max_position_embeddings} "
+            f"positions: extend them with MAX_POSITION_EMBEDDINGS={MAX_LENGTH} and, if not by "
+            "yarn, ROPE_SCALING, or lower MAX_LENGTH.")
+    if config.sliding_window and config.sliding_window >= MAX_LENGTH:
+        config.sliding_window = None  # it covers every row; kernels are faster without a window
+
+    sp, settings = choose_settings(config, world, this_gpu(), host_memory_per_process())
+    for name, field in CHOSEN.items():
+        globals()[name] = getattr(settings, field)
+    return Plan(folder, config, sp, dp=world // sp)
+
+
+def possible_sizes(config, world):
+    """Return the sequence-parallel sizes that the constants and the heads allow, smallest first.
+
+    Raises ValueError if there is none.
+    """
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    sizes = [SEQUENCE_PARALLEL_SIZE]
+    if SEQUENCE_PARALLEL_SIZE == 0:
+        sizes = parallel.sequence_parallel_sizes(max(world // REPLICAS, 1), *heads)
+
+    # All sizes divide the largest, so what the largest does not allow no other does.
+    largest = sizes[-1]
+    dp = parallel.check(world, REPLICAS, largest, *heads)
+    if GLOBAL_BATCH_SIZE % dp != 0:
+        next_multiple = ceil_div(GLOBAL_BATCH_SIZE, dp) * dp
+        raise ValueError(
+            f"GLOBAL_BATCH_SIZE {GLOBAL_BATCH_SIZE} is not a multiple of the data-parallel size "
+            f"{dp} ({world} processes / SEQUENCE_PARALLEL_SIZE {largest}): use {next_multiple}.")
+    return [sp for sp in sizes if GLOBAL_BATCH_SIZE * sp % world == 0]
+
+
+def choose_settings(config, world, gpu, host):
+    """Return the sequence-parallel size and the Settings of a run of `world` processes.
+
+    The size is the smallest of possible_sizes with which a step fits in the costs.GPU and `host`
+    GiB of CPU memory a process, without recomputing attention. If all sizes need that, it is the
+    smallest with RECOMPUTE=all, or else with "pairs". The Settings are the fastest that fit. What
+    is set by hand stays.
+    Raises ValueError if nothing fits.
+    """
+    sizes = possible_sizes(config, world)
+    given = settings_by_hand(config)
+    if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
+        return sizes[0], Settings(**{"recompute": "none", **given})
+
+    execution = execution_settings(config, "cuda")
+    for offload_optimizer in (False, True):
+        fitting = []
+        for sp in sizes:
+            work = work_of_gpu(config, world, sp)
+            limited = {"offload_optimizer": offload_optimizer, **given}
+            settings = choose(config, gpu, work, execution, limited, host)
+            if settings is not None:
+                fitting.append((sp, settings))
+                if not settings.recomputes_attention:
+                    break
+        if fitting:
+            fastest_first = CHOICES["RECOMPUTE"]
+            return min(fitting, key=lambda size: fastest_first.index(size[1].recompute))
+    if RECOMPUTE != "auto":  # everything was set by hand, and is tried
+        return sizes[-1], Settings(**given)
+    raise ValueError(
+        f"Rows of MAX_LENGTH {MAX_LENGTH} do not fit in {gpu.memory:.0f} GiB of a GPU and "
+        f"{host:.0f} GiB of CPU memory for each of {world} processes: use more GPUs or a "
+        "smaller MAX_LENGTH. RECOMPUTE=pairs, with the constants below it set by hand, tries it.")
+
+
+def settings_by_hand(config):
+    """Return {field of Settings: value} of the constants in CHOSEN that are not to be chosen."""
+    given = {}
+    for name, field in CHOSEN.items():
+        if RECOMPUTE != "auto" or (name != "RECOMPUTE" and is_set(name)):
+            given[field] = globals()[name]
+    if given.get("offload_layers") == -1:
+        given["offload_layers"] = config.num_hidden_layers
+    return given
+
+
+def current_settings():
+    """Return the Settings that the constants say."""
+    return Settings(**{field: globals()[name] for name, field in CHOSEN.items()})
+
+
+def format_settings(settings, sp):
+    """Return Settings as constants to paste into a command line."""
+    constants = [f"{name}={getattr(settings, field)}" for name, field in CHOSEN.items()]
+    return " ".join([f"SEQUENCE_PARALLEL_SIZE={sp}", *constants])
+
+
+def work_of_gpu(config, world, sp, pairs=None):
+    """Return the costs.Work of one GPU. `pairs` of a row; without it, a row is one document."""
+    document = None
+    if pairs is None:
+        pairs = mean_attention_pairs(config, [0, row_length()])
+        document = row_length()
+    dp = max(world // sp, 1)
+    return Work(
+        tokens=ceil_div(row_length(), sp),
+        pairs=pairs,
+        sp=sp,
+        ranks=max(world // REPLICAS, 1),
+        replicas=REPLICAS,
+        accumulate=ceil_div(GLOBAL_BATCH_SIZE, dp),
+        document=document)
+
+
+def row_length():
+    """Return the tokens of a row, at most."""
+    return MAX_LENGTH * BATCH_SIZE if PACKING == "none" else MAX_LENGTH
+
+
+def this_gpu():
+    """Return the costs.GPU of this process, with the memory it really has, or None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    size = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return gpu_of(torch.cuda.get_device_name())._replace(memory=size)
+
+
+def host_memory_per_process():
+    """Return how many GiB of CPU memory there are for each process of this host."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = min(size, parallel.memory_limit())
+    return size / 2**30 / parallel.local_world_size()
+
+
+def check_machine(device_type):
+    """Raise ValueError for a constant that no run on this machine can use."""
+    make_folder("RUN_DIR", RUN_DIR)
+    if RESUME not in ("auto", "never") and not Path(RESUME).is_dir():
+        raise ValueError(f"RESUME {RESUME!r} is no folder: use 'auto', 'never' or a checkpoint, "
+                         "such as runs/demo/checkpoints/step-00000400.")
+    if OFFLOAD_OPTIMIZER and device_type == "cpu":
+        raise ValueError("OFFLOAD_OPTIMIZER True needs a GPU, whose memory it saves: use "
+                         "OFFLOAD_OPTIMIZER=False.")
+
+
+def make_folder(name, path):
+    """Create the folder that a constant names. Raises ValueError if it cannot be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(f"{name} {path} is not a folder that this user can write: set another "
+                         "one.")
+
+
+def make_demo(folder):
+    """Write the demo model and its corpus to `folder` unless it is there. Other processes wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "model.safetensors").exists():
+            convert.write_demo(folder)
+
+
+def ceil_div(a, b):
+    """a / b, rounded up to an integer."""
+    return -(-a // b)
+
+
+# ---------------------------------------------------------------------------------------- constants
 
 def override(arguments):
     """Set constants from NAME=VALUE arguments, see read_value.
@@ -421,393 +1380,6 @@ def check_collections():
                          "{'text': 'content'}.")
 
 
-def plan(world):
-    """Check the constants, choose those that choose themselves, and return the Plan for `world`
-    processes.
-
-    Raises ValueError or FileNotFoundError that names the constant, the rule and the remedy.
-    """
-    complete_constants()
-    check_constants()
-    make_folder("CACHE_DIR", CACHE_DIR)
-    demo = Path(CACHE_DIR) / "demo"
-    if "demo" in (MODEL, DATA, EVAL_DATA):
-        make_demo(demo)
-
-    folder = demo if MODEL == "demo" else Path(MODEL)
-    config = convert.load_config(folder)
-    convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, MAX_LENGTH)
-    if MAX_LENGTH > config.max_position_embeddings:
-        raise ValueError(
-            f"MAX_LENGTH {MAX_LENGTH} is beyond the model's {config.max_position_embeddings} "
-            f"positions: extend them with MAX_POSITION_EMBEDDINGS={MAX_LENGTH} and, if not by "
-            "yarn, ROPE_SCALING, or lower MAX_LENGTH.")
-    if config.sliding_window and config.sliding_window >= MAX_LENGTH:
-        config.sliding_window = None  # it covers every row; kernels are faster without a window
-
-    sp, settings = choose_settings(config, world, this_gpu(), host_memory_per_process())
-    for name, field in CHOSEN.items():
-        globals()[name] = getattr(settings, field)
-    return Plan(folder, config, sp, dp=world // sp)
-
-
-def possible_sizes(config, world):
-    """Return the sequence-parallel sizes that the constants and the heads allow, smallest first.
-
-    Raises ValueError if there is none.
-    """
-    heads = (config.num_attention_heads, config.num_key_value_heads)
-    sizes = [SEQUENCE_PARALLEL_SIZE]
-    if SEQUENCE_PARALLEL_SIZE == 0:
-        sizes = parallel.sequence_parallel_sizes(max(world // REPLICAS, 1), *heads)
-
-    # All sizes divide the largest, so what the largest does not allow no other does.
-    largest = sizes[-1]
-    dp = parallel.check(world, REPLICAS, largest, *heads)
-    if GLOBAL_BATCH_SIZE % dp != 0:
-        next_multiple = ceil_div(GLOBAL_BATCH_SIZE, dp) * dp
-        raise ValueError(
-            f"GLOBAL_BATCH_SIZE {GLOBAL_BATCH_SIZE} is not a multiple of the data-parallel size "
-            f"{dp} ({world} processes / SEQUENCE_PARALLEL_SIZE {largest}): use {next_multiple}.")
-    return [sp for sp in sizes if GLOBAL_BATCH_SIZE * sp % world == 0]
-
-
-def choose_settings(config, world, gpu, host):
-    """Return the sequence-parallel size and the Settings of a run of `world` processes.
-
-    The size is the smallest of possible_sizes with which a step fits in the costs.GPU and `host`
-    GiB of CPU memory a process, without recomputing attention. If all sizes need that, it is the
-    smallest with RECOMPUTE=all, or else with "pairs". The Settings are the fastest that fit. What
-    is set by hand stays.
-    Raises ValueError if nothing fits.
-    """
-    sizes = possible_sizes(config, world)
-    given = settings_by_hand(config)
-    if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
-        return sizes[0], Settings(**{"recompute": "none", **given})
-
-    execution = execution_settings(config, "cuda")
-    for offload_optimizer in (False, True):
-        fitting = []
-        for sp in sizes:
-            work = work_of_gpu(config, world, sp)
-            limited = {"offload_optimizer": offload_optimizer, **given}
-            settings = choose(config, gpu, work, execution, limited, host)
-            if settings is not None:
-                fitting.append((sp, settings))
-                if not settings.recomputes_attention:
-                    break
-        if fitting:
-            fastest_first = CHOICES["RECOMPUTE"]
-            return min(fitting, key=lambda size: fastest_first.index(size[1].recompute))
-    if RECOMPUTE != "auto":  # everything was set by hand, and is tried
-        return sizes[-1], Settings(**given)
-    raise ValueError(
-        f"Rows of MAX_LENGTH {MAX_LENGTH} do not fit in {gpu.memory:.0f} GiB of a GPU and "
-        f"{host:.0f} GiB of CPU memory for each of {world} processes: use more GPUs or a "
-        "smaller MAX_LENGTH. RECOMPUTE=pairs, with the constants below it set by hand, tries it.")
-
-
-def format_settings(settings, sp):
-    """Return Settings as constants to paste into a command line."""
-    constants = [f"{name}={getattr(settings, field)}" for name, field in CHOSEN.items()]
-    return " ".join([f"SEQUENCE_PARALLEL_SIZE={sp}", *constants])
-
-
-def current_settings():
-    """Return the Settings that the constants say."""
-    return Settings(**{field: globals()[name] for name, field in CHOSEN.items()})
-
-
-def settings_by_hand(config):
-    """Return {field of Settings: value} of the constants in CHOSEN that are not to be chosen."""
-    given = {}
-    for name, field in CHOSEN.items():
-        if RECOMPUTE != "auto" or (name != "RECOMPUTE" and is_set(name)):
-            given[field] = globals()[name]
-    if given.get("offload_layers") == -1:
-        given["offload_layers"] = config.num_hidden_layers
-    return given
-
-
-def this_gpu():
-    """Return the costs.GPU of this process, with the memory it really has, or None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    size = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return gpu_of(torch.cuda.get_device_name())._replace(memory=size)
-
-
-def host_memory_per_process():
-    """Return how many GiB of CPU memory there are for each process of this host."""
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    size = min(size, parallel.memory_limit())
-    return size / 2**30 / parallel.local_world_size()
-
-
-def work_of_gpu(config, world, sp, pairs=None):
-    """Return the costs.Work of one GPU. `pairs` of a row; without it, a row is one document."""
-    document = None
-    if pairs is None:
-        pairs = mean_attention_pairs(config, [0, row_length()])
-        document = row_length()
-    dp = max(world // sp, 1)
-    return Work(
-        tokens=ceil_div(row_length(), sp),
-        pairs=pairs,
-        sp=sp,
-        ranks=max(world // REPLICAS, 1),
-        replicas=REPLICAS,
-        accumulate=ceil_div(GLOBAL_BATCH_SIZE, dp),
-        document=document)
-
-
-def row_length():
-    """Return the tokens of a row, at most."""
-    return MAX_LENGTH * BATCH_SIZE if PACKING == "none" else MAX_LENGTH
-
-
-def check_machine(device_type):
-    """Raise ValueError for a constant that no run on this machine can use."""
-    make_folder("RUN_DIR", RUN_DIR)
-    if RESUME not in ("auto", "never") and not Path(RESUME).is_dir():
-        raise ValueError(f"RESUME {RESUME!r} is no folder: use 'auto', 'never' or a checkpoint, "
-                         "such as runs/demo/checkpoints/step-00000400.")
-    if OFFLOAD_OPTIMIZER and device_type == "cpu":
-        raise ValueError("OFFLOAD_OPTIMIZER True needs a GPU, whose memory it saves: use "
-                         "OFFLOAD_OPTIMIZER=False.")
-
-
-def make_folder(name, path):
-    """Create the folder that a constant names. Raises ValueError if it cannot be written."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise ValueError(f"{name} {path} is not a folder that this user can write: set another "
-                         "one.")
-
-
-def make_demo(folder):
-    """Write the demo model and its corpus to `folder` unless it is there. Other processes wait."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "model.safetensors").exists():
-            convert.write_demo(folder)
-
-
-def ceil_div(a, b):
-    """a / b, rounded up to an integer."""
-    return -(-a // b)
-
-
-# --------------------------------------------------------------------------------------------- data
-
-def open_all_data(folder, config):
-    """Return the data.Rows of DATA, and those of EVAL_DATA or None."""
-    if not EVAL_DATA:
-        return open_data(DATA, folder, config), None
-    if not isinstance(EVAL_DATA, float):
-        if EVAL_DATA not in ("demo", "synthetic"):  # before DATA is tokenized, which takes longer
-            data.find_files(EVAL_DATA, "EVAL_DATA")
-        return open_data(DATA, folder, config), open_data(EVAL_DATA, folder, config)
-    training, held_out = data.hold_out(open_corpus(DATA, folder, config), EVAL_DATA)
-    return make_rows(training), make_rows(held_out)
-
-
-def open_data(source, folder, config):
-    """Return the data.Rows of `source`, which is a value of DATA, or a path or paths."""
-    return make_rows(open_corpus(source, folder, config))
-
-
-def open_corpus(source, folder, config):
-    """Return the data.Corpus of `source`.
-
-    Files are tokenized with the tokenizer of `folder` unless they are in CACHE_DIR already.
-    """
-    if source == "demo" and MODEL != "demo":
-        name = "DATA" if source == DATA else "EVAL_DATA"
-        raise ValueError(f"{name} 'demo' is for MODEL 'demo' only, not for {MODEL!r}: set it to "
-                         "your files.")
-    if source == "synthetic":
-        return synthetic_corpus(config.vocab_size)
-    # The hash of the files is the key of the token cache, so changed files are tokenized again.
-    files = f"{CACHE_DIR}/demo/demo.jsonl" if source == "demo" else source
-    cap = 0 if OVERLONG == "split" else MAX_LENGTH  # tokens per document; 0: no limit
-    return data.build_corpus(
-        files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG, cap,
-        FORMAT, COLUMNS, ACCEPT_LOSS, NO_STOP_TOKEN, vocab_size=config.vocab_size,
-        bad_rows=0 if BAD_ROWS == "stop" else BAD_ROWS)
-
-
-def make_rows(corpus):
-    """Return the data.Rows of a corpus, packed as the constants say."""
-    grouped_rows = GLOBAL_BATCH_SIZE if GROUP_BY_LENGTH else 0
-    return data.Rows(
-        corpus, PACKING, MAX_LENGTH, SEED, BATCH_SIZE, USE_VARLEN_ATTN, LOSS_WEIGHT, grouped_rows)
-
-
-def synthetic_corpus(vocab_size):
-    """Documents of random tokens, all of the same length, enough for MAX_STEPS steps."""
-    length = SYNTHETIC_DOCUMENT or MAX_LENGTH
-    n = ceil_div(max(MAX_STEPS, 1) * GLOBAL_BATCH_SIZE * row_length(), length)
-    offsets = np.arange(n + 1) * length
-    lengths = np.full(n, length)
-    sources = [(0, n, 1.0)]  # one source of n documents, seen once per epoch
-    return data.Corpus(vocab_size, offsets, lengths - 1, lengths, sources, "synthetic")
-
-
-def load_step(step, rows, total_rows, grid, config):
-    """Return this rank's micro-batches of a step, on its device, and the StepSums of all ranks.
-
-    The sums are reduced on the CPU, so that nothing waits for the GPU. Raises RuntimeError on all
-    ranks if they do not have the same number of micro-batches, or those of one row not the same.
-    """
-    batches = rows.step(
-        step, GLOBAL_BATCH_SIZE, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, total_rows)
-    parts = []
-    for batch in batches:
-        pairs = mean_attention_pairs(config, batch.cu_seqlens.tolist())
-        parts.append(StepSums(
-            weight=batch.weights.double().sum().item(),
-            targets=(batch.labels != data.IGNORE).sum().item(),
-            tokens=len(batch.input_ids),
-            attention_pairs=pairs / grid.sp,  # cu_seqlens describe the whole row on every rank
-            mismatch=0))
-    # The fingerprint is about the step, not about a micro-batch.
-    parts.append(StepSums(0, 0, 0, 0, fingerprint_difference(step, batches, grid)))
-
-    sums = torch.tensor(parts, dtype=torch.float64).sum(0)
-    parallel.all_sum(sums)
-    sums = StepSums(*sums.tolist())
-    if sums.mismatch != 0:
-        raise RuntimeError(describe_mismatch(step, batches, grid))
-    return [to_device(batch, grid.device) for batch in batches], sums
-
-
-def fingerprint_difference(step, batches, grid):
-    """Return an integer whose sum over all ranks is 0 if they have the same step.
-
-    All ranks must have the same number of micro-batches, and those of one row the same tokens. The
-    sum is also 0 with a probability of about 2^-32 if they do not.
-    """
-    count = zlib.crc32(f"{step} {len(batches)}".encode())
-    row = zlib.crc32(str([batch.checksum for batch in batches]).encode())
-    # The first of n ranks adds n - 1 times its number, and each of the others subtracts its own.
-    difference = count * (grid.world - 1) if grid.rank == 0 else -count
-    difference += row * (grid.sp - 1) if grid.sp_rank == 0 else -row
-    return difference
-
-
-def describe_mismatch(step, batches, grid):
-    """Return what each rank has of a step, where that is not the same."""
-    checksums = [batch.checksum for batch in batches]
-    mine = f"step {step} with {len(batches)} micro-batches of the rows {checksums}"
-    lines = []
-    for rank, theirs in enumerate(parallel.together("comparing ranks", str, mine)):
-        lines.append(f"rank {rank}, of sequence group {rank // grid.sp}: {theirs}")
-    return ("The ranks do not have the same step. All need the same number of micro-batches, and "
-            "those of one sequence group the same rows (named by checksums). Remove CACHE_DIR, "
-            "which may be damaged on one host, and start again.\n" + "\n".join(lines))
-
-
-def to_device(batch, device):
-    """Copy a batch to a GPU, which overlaps with the kernels before it.
-
-    cu_seqlens stays on the CPU, where the model reads it.
-    """
-    if device.type != "cuda":
-        return batch
-    fields = {}
-    for name, value in batch._asdict().items():
-        if torch.is_tensor(value) and name != "cu_seqlens":
-            value = parallel.copy_without_waiting(value, device)
-        fields[name] = value
-    return data.Batch(**fields)
-
-
-# ------------------------------------------------------------------------------ model and optimizer
-
-def execution_settings(config, device_type):
-    """Collect the constants that change speed and memory, but no result."""
-    offload_layers = OFFLOAD_ACTIVATIONS
-    if OFFLOAD_ACTIVATIONS == -1:
-        offload_layers = config.num_hidden_layers
-    return Execution(
-        attention=ATTENTION,
-        recompute=RECOMPUTE,
-        keep_layers=KEEP_LAYERS,
-        offload_layers=offload_layers,
-        mlp_chunk=MLP_CHUNK,
-        loss_chunk=LOSS_CHUNK,
-        compile=COMPILE and device_type == "cuda")
-
-
-def build_model(folder, config, grid, execution, dtype):
-    """Return the model, sharded over the ranks, with its first weights."""
-    with torch.device("meta"):  # a rank allocates memory for its own shard only
-        model = Transformer(config, grid.sp_group, execution)
-    if INIT == "weights":
-        convert.check_weights(model, folder)  # before memory is taken for sizes that may be wrong
-    parallel.shard(model, model.block_groups(), grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
-    if INIT == "weights":
-        convert.load_weights(model, folder)
-    else:
-        model.init_weights(SEED)
-    return model
-
-
-def build_optimizer(model):
-    """Return AdamW with weight decay on matrices, not on norms and biases."""
-    decayed = []
-    others = []
-    for name, parameter in model.named_parameters():
-        # Cohere's norms of q and k have a row for every head, so the shape alone does not tell.
-        is_norm = "norm" in name
-        if parameter.ndim > 1 and not is_norm:
-            decayed.append(parameter)
-        else:
-            others.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = AdamW(groups, LEARNING_RATE, BETAS, parallel.cast_weights_of(model))
-    # AdamW would allocate its states at the end of the first step, in the gaps that the activations
-    # have left. The second step could then run out of memory, though the first did not.
-    trained = [] if MAX_STEPS == 0 else decayed + others
-    for parameter in trained:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
-
-
-def learning_rate(step, steps):
-    """Return the learning rate of optimizer step `step`, counted from 1, of a run of `steps`."""
-    # It depends on the step alone, so that a resumed run needs no state of a scheduler.
-    warmup = round(WARMUP_RATIO * steps)
-    if WARMUP_RATIO > 0:
-        warmup = max(warmup, 1)
-    if step <= warmup:
-        return LEARNING_RATE * step / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    # From 0 at the peak to 1 at the end.
-    if LR_SCHEDULE == "cosine":
-        decay = (1 - math.cos(math.pi * progress)) / 2
-    elif LR_SCHEDULE == "linear":
-        decay = progress
-    elif LR_SCHEDULE == "wsd":
-        decay = max(0.0, (progress - 0.8) / 0.2)
-    else:
-        decay = 0.0
-    return LEARNING_RATE * (1 + (MIN_LEARNING_RATE_RATIO - 1) * decay)
-
-
 # -------------------------------------------------------------------------- what a run prints first
 
 def print_once(grid, text, end="\n"):
@@ -911,6 +1483,8 @@ def describe_memory(config, grid, execution):
     return f"{sum(parts.values()):.1f} GiB = {terms}"
 
 
+# ---------------------------------------------------------------------------------- errors and help
+
 @contextlib.contextmanager
 def explain_out_of_memory(config, grid, execution):
     """Add to an out-of-memory error what was expected and which constants to change."""
@@ -938,574 +1512,6 @@ def less_memory(config, grid, execution):
     if settings is None:
         return ""
     return f"The next settings to take are {format_settings(settings, grid.sp)}.\n"
-
-
-# ----------------------------------------------------------------------------------- files of a run
-
-def manifest_notes(folder, config, rows):
-    """Return what a checkpoint records about its run, as reading the JSON gives it back."""
-    notes = {
-        "model": str(folder.resolve()),
-        "config": vars(config),
-        "data": [rows.corpus.key, rows.corpus.sources],
-        "constants": {name: globals()[name] for name in CONSTANTS},
-    }
-    return json.loads(json.dumps(notes))  # tuples become lists
-
-
-def facts_of_files(notes, rows, eval_rows):
-    """Return what all ranks must have alike besides the constants, as a dict."""
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(path.read_bytes())
-    return {
-        "the model's config": notes["config"],
-        "the hash of DATA": rows.corpus.key,
-        "the hash of EVAL_DATA": eval_rows.corpus.key if eval_rows is not None else None,
-        "the hash of the code": code.hexdigest()[:16],
-        "the version of torch": torch.__version__,
-    }
-
-
-def lock_run(lock):
-    """Acquire `lock` for this process. Raises ValueError if another run of RUN_DIR has it."""
-    run = Path(RUN_DIR)
-    run.mkdir(parents=True, exist_ok=True)
-    owner = run / "owner"
-    try:
-        lock.acquire(timeout=0)  # the system releases it when the process ends, however it ends
-    except Timeout:
-        name = owner.read_text() if owner.exists() else "another process"
-        raise ValueError(
-            f"{run} is in use by {name}: stop that run, or set another RUN_DIR.") from None
-    owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
-
-
-def refuse_separate_folders():
-    """Raise ValueError on all ranks if RUN_DIR is not one folder for all of them.
-
-    Each writes its part of a checkpoint. Rank 0 has just written the file that lock_run describes.
-    """
-    def read_owner():
-        owner = Path(RUN_DIR) / "owner"
-        return owner.read_text() if owner.exists() else None
-
-    owners = parallel.together("RUN_DIR", read_owner)
-    others = [str(rank) for rank, owner in enumerate(owners) if owner != owners[0]]
-    if others:
-        raise ValueError(
-            f"RUN_DIR {RUN_DIR} is not the same folder on rank 0 and on rank {', '.join(others)}: set "
-            "it to one on a disk that all hosts share.")
-
-
-def resume(notes, model, optimizer, grid):
-    """Load the checkpoint that RESUME selects and return how many steps it has done, or 0.
-
-    Raises ValueError if the checkpoint is of another model or data, or if RUN_DIR has a newer one.
-    """
-    # All ranks verify the files of a checkpoint before any of them loads it.
-    checkpoints = Path(RUN_DIR) / "checkpoints"
-    folder, manifest = parallel.find_checkpoint(checkpoints, RESUME)
-    steps_done = 0 if folder is None else manifest["step"]
-
-    # A later step would not be saved where a checkpoint of its name exists.
-    published = parallel.published(checkpoints)
-    newest = published[-1].name if published else "step-00000000"
-    if int(newest.removeprefix("step-")) > steps_done:
-        raise ValueError(
-            f"{RUN_DIR} holds {newest}, but this run would start after step {steps_done}: set "
-            "RUN_DIR to a new folder, or RESUME=auto to continue from it.")
-    if folder is None:
-        return 0
-
-    # Another model or other data cannot be continued. Changes of other constants are reported.
-    for key in ("config", "data"):
-        if notes[key] != manifest[key]:
-            raise ValueError(
-                f"The {key} of {folder}, {manifest[key]}, differs from the {key} of this run, "
-                f"{notes[key]}: set RUN_DIR to a new folder.")
-    for name, value in notes["constants"].items():
-        old_value = manifest["constants"].get(name)
-        if old_value != value:
-            print_once(grid, f"{name} was {old_value!r} in {folder.name} and is now {value!r}")
-
-    parallel.load_checkpoint(folder, model, optimizer)
-    print_once(grid, f"resumed from {folder}")
-    return steps_done
-
-
-def open_run(notes, steps_done, accounting):
-    """Write config.json and env.json to RUN_DIR. metrics.jsonl keeps the steps to `steps_done`."""
-    run = Path(RUN_DIR)
-    (run / "config.json").write_text(json.dumps(notes["constants"], indent=2))
-    environment = {**describe_environment(), "data": notes["data"], "accounting": accounting}
-    (run / "env.json").write_text(json.dumps(environment, indent=2, default=int))
-
-    # Steps after the checkpoint will be run again, and without one the evaluation at step 0, too.
-    remove_lines(run / "metrics.jsonl", after_step=steps_done if steps_done > 0 else -1)
-
-
-# ------------------------------------------------------------------------------------ training loop
-
-def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_done, saver, log,
-                  stop_requests):
-    """Run the steps after `steps_done`. Return True if a signal stopped the run."""
-    steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
-    if eval_rows is not None and evaluation_is_missing(steps_done, steps, log):
-        evaluate(model, eval_rows, grid, steps_done, log, stop_requests)
-    not_finite = 0  # consecutive steps
-    save_seconds = 0.0  # that training has waited for the save after the last step
-    saved = time.time()
-    began = time.time()
-    if steps_done < steps:
-        upcoming = load_step(steps_done + 1, rows, total_rows, grid, model.config)
-
-    for step in range(steps_done + 1, steps + 1):
-        batches, sums = upcoming
-
-        loss_sum = forward_backward(model, batches, sums.weight, grid, stop_requests)
-        if loss_sum is None:
-            stop(saver, step - 1, steps_done, model, optimizer, not_finite, grid)
-            return True
-        norm = parallel.grad_norm(model.parameters())
-
-        # The CPU prepares the next step while the GPU works on this one.
-        if step < steps:
-            upcoming = load_step(step + 1, rows, total_rows, grid, model.config)
-
-        # Only here does the CPU wait for the GPU. All ranks have the same values, so that all of
-        # them skip a step, or none.
-        loss = loss_sum.item()
-        grad_norm = norm.item()
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        skip = not finite or sums.targets == 0
-        lr = learning_rate(step, steps)
-        update(optimizer, lr, grad_norm, skip)
-
-        now = time.time()
-        seconds = now - began
-        began = now
-        if grid.rank == 0:
-            log.step({
-                "step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss,
-                "grad_norm": grad_norm, "learning_rate": lr, "seconds": seconds, "skipped": skip,
-                "rows": rows_of_step(step) if skip else None, "save_seconds": save_seconds,
-                **speed_and_memory(model.config, sums, seconds, grid)})
-            if log.draw_if_due():
-                began = time.time()  # drawing is not part of the next step's time
-        save_seconds = 0.0
-        not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
-        stop_if_diverged(step, not_finite, saver)
-        if step == steps_done + 2:  # the first step compiles
-            parallel.shorten_timeouts(grid, seconds)
-            if saver is not None:
-                warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
-
-        if eval_rows is not None and eval_due(step, steps):
-            evaluate(model, eval_rows, grid, step, log, stop_requests)
-            began = time.time()  # nor is evaluation, nor saving
-        if saver is not None and (step == steps or save_due(step, saved, saver, grid)):
-            before = time.time()
-            save(saver, step, model, optimizer, not_finite, grid)
-            if step > steps_done + 1:
-                warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
-            saved = time.time()
-            began = time.time()
-            save_seconds = saved - before
-    if saver is not None and steps_done < steps:
-        with timed(grid, "saving the last checkpoint"):
-            saver.wait()
-    stopped = parallel.any_rank(bool(stop_requests))
-    if stopped:  # in the last step, which is saved: what remains is the export
-        stop(saver, steps, steps, model, optimizer, not_finite, grid)
-    return stopped
-
-
-def forward_backward(model, batches, step_weight, grid, stop_requests):
-    """Compute the gradients of a step. Return its loss, a tensor, or None if a signal asks to stop.
-
-    step_weight: the sum of the weights of all targets of the step, on all ranks.
-    """
-    loss_sum = torch.zeros((), device=grid.device)
-    for i, batch in enumerate(batches):
-        # The launcher does not wait long after it has asked to stop: abandon this step.
-        if parallel.any_rank(bool(stop_requests)):
-            return None
-
-        # The loss of the step is sum(weight x cross entropy) / sum(weight) over its targets on all
-        # ranks. So each micro-batch is divided by the weight of the whole step, and losses and
-        # gradients are summed over micro-batches and ranks, never averaged.
-        weights = batch.weights / max(step_weight, 1e-9)
-        parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
-        batch_loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
-                           batch.max_seqlen, batch.labels, weights)
-        batch_loss.backward()
-        loss_sum += batch_loss.detach()
-        del batch_loss  # free the graph before the next forward
-    return parallel.all_sum(loss_sum)
-
-
-def eval_due(step, steps):
-    """Return whether to evaluate after this step. Step 0 is what training is compared with."""
-    return step in (0, steps) or (EVAL_EVERY > 0 and step % EVAL_EVERY == 0)
-
-
-def evaluation_is_missing(steps_done, steps, log):
-    """Return whether to evaluate before the first step of this process, on rank 0's word.
-
-    A signal may have stopped the run in the evaluation of its last step.
-    """
-    missing = log is not None and steps_done not in log.evaluated
-    return MAX_STEPS == 0 or (eval_due(steps_done, steps) and parallel.any_rank(missing))
-
-
-def save_due(step, saved, saver, grid):
-    """Return whether to save after this step: the last time was at `saved`.
-
-    A save that the disk takes longer to write than SAVE_MINUTES is not waited for, but one that it
-    takes longer to write than SAVE_EVERY steps is.
-    """
-    at_step = SAVE_EVERY > 0 and step % SAVE_EVERY == 0
-    late = 0 < SAVE_MINUTES < (time.time() - saved) / 60
-    if not at_step and not parallel.any_rank(late):
-        return False
-    is_writing = parallel.any_rank(saver.is_writing())
-    if is_writing and grid.rank == 0:
-        slow = "the disk takes longer to write a checkpoint than"
-        remedy = "raise it, or set RUN_DIR to a faster disk"
-        if not at_step:
-            warn_once(f"{slow} SAVE_MINUTES {SAVE_MINUTES:g} allows, so that there are fewer "
-                      f"checkpoints: {remedy}")
-        elif step - saver.step >= SAVE_EVERY:
-            warn_once(f"{slow} SAVE_EVERY {SAVE_EVERY} allows, so that training waits: {remedy}")
-    return at_step or not is_writing
-
-
-def save(saver, step, model, optimizer, not_finite, grid):
-    """Begin to save a step, unless its weights are not finite."""
-    if not parallel.all_finite(model, optimizer):
-        print_once(grid, f"WARNING: step {step} is not saved, as its weights are not finite")
-        return
-    # After steps that were skipped, the checkpoints of the steps before them are worth more.
-    keep = KEEP_CHECKPOINTS if not_finite == 0 else -1
-    saver.save(step, model, optimizer, keep)
-
-
-def stop(saver, step, steps_done, model, optimizer, not_finite, grid):
-    """Save `step`, unless this process has done none after `steps_done`. Print how to continue."""
-    if saver is None:
-        print_once(grid, f"stopped by a signal after step {step}: nothing is saved, as SAVE_EVERY "
-                         "is -1")
-        return
-    if step > steps_done:
-        with timed(grid, "saving the last checkpoint"):
-            save(saver, step, model, optimizer, not_finite, grid)
-            saver.wait()
-    saver.wait()  # for an earlier save
-    how = "This, or the same batch script," if "SLURM_JOB_ID" in os.environ else "This"
-    print_once(
-        grid, f"stopped by a signal after step {step}. {how} continues the run:\n{command_line()}")
-
-
-def command_line():
-    """Return the command that continues this run, with torchrun or srun if it started this one."""
-    words = sys.orig_argv
-    launcher = Path(f"/proc/{os.getppid()}/cmdline")
-    if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():
-        words = launcher.read_text().split("\0")[:-1]
-    elif "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
-        words = ["srun", f"--ntasks={os.environ['SLURM_NTASKS']}", *words]
-
-    # It ends with the arguments of train.py, of which a later one replaces an earlier one.
-    arguments = sys.argv[1:]
-    program = words[:len(words) - len(arguments)]
-    constants = {argument.partition("=")[0]: argument for argument in arguments}
-    if RESUME != "auto":
-        constants["RESUME"] = "RESUME=auto"
-    return shlex.join([*program, *constants.values()])
-
-
-def warn_of_long_stops(micro_batch_seconds, save_seconds, grid):
-    """Say so if torchrun would kill a run before it could save: it completes a micro-batch first.
-
-    save_seconds: what the last complete save took, or 0 if there is none yet.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    given = re.search(r"--shutdown[-_]timeout[= ](\d+)", command_line())
-    patience = int(given[1] if given else os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
-    seconds = micro_batch_seconds + save_seconds
-    if seconds > patience and grid.rank == 0:
-        save = f" and a save {save_seconds:.0f} s" if save_seconds > 0 else ""
-        warn_once(f"a micro-batch takes {micro_batch_seconds:.0f} s{save}, but torchrun kills the "
-                  f"run {patience} s after it is told to stop, so that no checkpoint would be "
-                  f"saved: start it with --shutdown-timeout {round(3 * seconds) + 60}",
-                  subject="long stops")
-
-
-@contextlib.contextmanager
-def receive_signals():
-    """Yield a list that receives the first of STOP_SIGNALS. A second one ends the process at once.
-
-    Ranks receive a signal at different times. They stop together, when `any_rank` has a request.
-    """
-    requests = []
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-
-    # Python runs handlers in the main thread, which may be waiting for the GPU or another rank. So
-    # the handlers do nothing, and a thread reads the signals, which Python writes to the pipe.
-    def ignore(number, frame):
-        pass
-
-    def read():
-        first = 0.0
-        while True:
-            numbers = os.read(read_end, 1)
-            now = time.monotonic()
-            if not numbers:  # the pipe was closed
-                os.close(read_end)
-                return
-            number = numbers[0]
-            if number in STOP_SIGNALS and not requests:
-                first = now
-                requests.append(number)
-            # A launcher and a scheduler may both pass on the same signal.
-            elif number in STOP_SIGNALS and now - first > 1:
-                os._exit(1)
-
-    old_handlers = {}
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            old_handlers[number] = signal.signal(number, ignore)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        yield requests
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in old_handlers.items():
-            signal.signal(number, handler)
-        os.close(write_end)
-
-
-def rows_of_step(step):
-    """Return the numbers of the first and the last row of a step, in the order of training."""
-    return [(step - 1) * GLOBAL_BATCH_SIZE, step * GLOBAL_BATCH_SIZE - 1]
-
-
-def update(optimizer, lr, grad_norm, skip):
-    """Clip the gradients, update the weights unless `skip`, and free the gradients."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    factor = 1.0
-    if 0 < MAX_GRAD_NORM < grad_norm:
-        factor = MAX_GRAD_NORM / grad_norm
-    if not skip:
-        optimizer.scaled_step(factor)
-    optimizer.zero_grad()
-
-
-def stop_if_diverged(step, not_finite, saver):
-    """Raise RuntimeError after MAX_SKIPPED_STEPS consecutive steps that were not finite."""
-    if not_finite < MAX_SKIPPED_STEPS:
-        return
-    if saver is not None:
-        saver.wait()  # the save may be of a step before them
-    checkpoints = parallel.published(Path(RUN_DIR) / "checkpoints")
-    before = [c.name for c in checkpoints if int(c.name.removeprefix("step-")) <= step - not_finite]
-    raise RuntimeError(
-        f"The loss or gradient of {not_finite} consecutive steps, up to step {step}, was not "
-        f"finite: lower LEARNING_RATE {LEARNING_RATE}, or inspect the data of these steps. "
-        f"Checkpoints of the steps before them: {', '.join(before) or 'none'}. To continue from "
-        "one of them, set RESUME to its path and RUN_DIR to a new folder.")
-
-
-@torch.no_grad()
-def evaluate(model, rows, grid, step, log, stop_requests=()):
-    """Log the loss over all rows of EVAL_DATA: sum(weight x cross entropy) / sum(weight).
-
-    Also log it by position, the number of tokens that a token can attend to, and by source. A
-    request to stop abandons it: it takes longer than a launcher waits. Resuming repeats it.
-    """
-    began = time.time()
-    names = source_names()
-    edges = position_edges(rows.max_length)
-    n_bands = len(edges) + 1
-    boundaries = torch.tensor(edges, dtype=torch.long, device=grid.device)
-    # Of each position band, then of each source: sum(weight x cross entropy) and sum(weight).
-    sums = torch.zeros(n_bands + len(names), 2, dtype=torch.float64, device=grid.device)
-    for i in parallel.progress(range(ceil_div(rows.per_epoch, grid.dp)), "evaluating"):
-        if parallel.any_rank(bool(stop_requests)):
-            parallel.free_gathered(model)
-            return
-        # One row for each data-parallel rank; past the last row it is padding of weight 0.
-        [batch] = rows.step(
-            i + 1, grid.dp, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, rows.per_epoch)
-        batch = to_device(batch, grid.device)
-        losses, _ = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
-                          batch.max_seqlen, batch.labels, per_token=True)
-        parts = torch.stack([batch.weights * losses, batch.weights], dim=1).double()    # (t, 2)
-        band = torch.bucketize(batch.position_ids, boundaries, right=True)              # (t,)
-        sums.index_add_(0, band, parts)
-        sums.index_add_(0, n_bands + batch.sources, parts)
-    parallel.all_sum(sums)
-    parallel.free_gathered(model)
-    if grid.rank == 0:
-        loss_sum, weight = sums[:n_bands].sum(0).tolist()
-        line = {"step": step, "eval_loss": loss_sum / weight, "eval_seconds": time.time() - began}
-        line["eval_by_position"] = quotients(band_names(edges), sums[:n_bands])
-        line["eval_by_source"] = quotients(names, sums[n_bands:])
-        log.write(line)
-
-
-def source_names():
-    """Return the names of the sources of EVAL_DATA, in the order of their documents."""
-    sources = DATA if isinstance(EVAL_DATA, float) else EVAL_DATA
-    return [sources] if isinstance(sources, str) else list(sources)
-
-
-def position_edges(length):
-    """Return 1k, 2k, 4k ... below `length`: where one band of positions ends and another begins."""
-    edges = []
-    edge = 1024
-    while edge < length:
-        edges.append(edge)
-        edge *= 2
-    return edges
-
-
-def band_names(edges):
-    """Return "0-1k", "1k-2k" ... for the bands that position_edges separates."""
-    ends = [edge // 1024 for edge in edges]
-    ends.append(2 * ends[-1] if ends else 1)
-    starts = ["0"] + [f"{end}k" for end in ends[:-1]]
-    return [f"{start}-{end}k" for start, end in zip(starts, ends)]
-
-
-def quotients(names, sums):
-    """Return {name: sum / weight} for sums (names, 2), without those of weight 0."""
-    return {name: part / weight for name, (part, weight) in zip(names, sums.tolist()) if weight > 0}
-
-
-# ------------------------------------------------------------------------------------------ metrics
-
-def speed_and_memory(config, sums, seconds, grid):
-    """Return the entries of metrics.jsonl that tell how well a step used the hardware."""
-    model_flops, hardware_flops = flops(
-        config, sums.tokens, sums.attention_pairs, RECOMPUTE, KEEP_LAYERS,
-        chunked=0 < MLP_CHUNK < row_length() / grid.sp)
-    # MFU counts what the model needs, HFU also what backward recomputes.
-    mfu = None
-    hfu = None
-    peak = peak_flops(grid)
-    if peak is not None:
-        mfu = model_flops / seconds / grid.world / peak
-        hfu = hardware_flops / seconds / grid.world / peak
-
-    gpu_memory = None
-    reserved_memory = None
-    used_memory = None
-    memory_full = False
-    if grid.device.type == "cuda":
-        gpu_memory = torch.cuda.max_memory_allocated() / 2**30
-        reserved_memory = torch.cuda.max_memory_reserved() / 2**30
-        free, total = torch.cuda.mem_get_info()
-        used_memory = (total - free) / 2**30    # with what CUDA and NCCL take, and other processes
-        # An allocation failed, and succeeded after torch had given what it did not use back to the
-        # GPU. It will take it again. Both take time, up to a second.
-        memory_full = torch.cuda.memory_stats()["num_alloc_retries"] > 0
-        torch.cuda.reset_accumulated_memory_stats()
-    cpu_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
-    return {
-        "tokens": int(sums.tokens),
-        "target_tokens": int(sums.targets),
-        "tokens_per_second_per_gpu": sums.tokens / seconds / grid.world,
-        "mfu": mfu,
-        "hfu": hfu,
-        "peak_memory_gib": gpu_memory,
-        "reserved_memory_gib": reserved_memory,
-        "used_memory_gib": used_memory,
-        "peak_host_memory_gib": cpu_memory,
-        "memory_full": memory_full,
-    }
-
-
-def peak_flops(grid):
-    """Return the bfloat16 FLOP/s of this GPU, or None if DTYPE is another or it is not known."""
-    if grid.device.type == "cuda" and DTYPE == "bfloat16":
-        return gpu_of(torch.cuda.get_device_name()).peak
-    return None
-
-
-# ------------------------------------------------------------------------------- export and samples
-
-def finish(model, folder, grid):
-    """Export the model and print samples."""
-    if SAVE_EVERY >= 0:
-        hf_folder = Path(RUN_DIR) / "hf"
-        with timed(grid, "exporting"):
-            parallel.together("export", convert.save_weights, model, folder, hf_folder)
-        print_once(grid, f"the trained model is in {hf_folder}, a Hugging Face folder")
-    if SAMPLE_PROMPTS and DATA != "synthetic":
-        sample(model, folder, grid)
-
-
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # compiling for single tokens takes longer than samples
-def sample(model, folder, grid):
-    """Print continuations of SAMPLE_PROMPTS; for chat data they are the user's messages."""
-    tokenizer = data.open_tokenizer(folder)
-    generator = torch.Generator().manual_seed(SEED)
-    chat = DATA != "demo" and data.is_chat(DATA, FORMAT, COLUMNS)
-    deadline = time.time() + SAMPLE_SECONDS
-    for prompt in SAMPLE_PROMPTS:
-        text, end = chat_prompt(tokenizer, prompt) if chat else (prompt, tokenizer.eos_token)
-        ids = tokenizer(text, add_special_tokens=not chat).input_ids
-        written = []
-        for token in generate(model, ids, grid, generator, deadline):
-            written.append(token)
-            if end and tokenizer.decode(written[-1:]) == end:
-                break
-        print_once(grid, "-" * 80 + "\n" + tokenizer.decode(ids + written))
-
-
-def chat_prompt(tokenizer, message):
-    """Return a user's message in the chat template, and the token that ends the answer or None."""
-    question = [{"role": "user", "content": message}]
-    # The answer is this word, which the template does not contain.
-    answered = [*question, {"role": "assistant", "content": "answer0"}]
-    with data.naming("the chat template, for SAMPLE_PROMPTS"), data.bounded():
-        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(answered, tokenize=False)
-    end = whole.rpartition("answer0")[2].split()
-    return text, end[0] if end else tokenizer.eos_token
-
-
-def generate(model, prompt, grid, generator, deadline):
-    """Yield SAMPLE_TOKENS tokens that continue a prompt of token ids, fewer after the deadline.
-
-    Each rank computes the whole text, also where ranks share the rows of training.
-    """
-    caches = model.new_caches()
-    new_ids = prompt    # those that are not in the caches
-    position = 0        # of the first of them
-    for _ in range(SAMPLE_TOKENS):
-        if parallel.any_rank(time.time() > deadline):
-            break
-        row = torch.tensor(new_ids, device=grid.device)                             # (n,)
-        positions = position + torch.arange(len(row), device=grid.device)
-        [logits] = model(row, positions, [0, len(row)], len(row), caches=caches)    # (V,)
-
-        # The first rank draws for all, so that a difference of rounding cannot part their texts.
-        token = torch.zeros(1, dtype=torch.long)
-        if grid.rank == 0:
-            probabilities = torch.softmax(logits.float().cpu() / SAMPLE_TEMPERATURE, dim=-1)
-            token = torch.multinomial(probabilities, 1, generator=generator)
-        parallel.all_sum(token)
-        position += len(new_ids)
-        new_ids = token.tolist()
-        yield token.item()
 
 
 def print_help():
