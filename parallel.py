@@ -572,13 +572,13 @@ def sharded_modules(model):
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def accumulate(model, zero_stage, last):
-    """Call before each micro-batch's forward; `last`: whether it is the last one of the step.
+def set_gradient_sync(model, zero_stage, is_last):
+    """Call before the forward of each micro-batch; is_last: whether it is the last one of a step.
 
     Before the last one, ZeRO 1 reduces no gradients, and ZeRO 1 and 2 keep the weights gathered."""
     if cast_weights_of(model) is None:
-        model.set_requires_gradient_sync(last or zero_stage > 1)
-        model.set_reshard_after_backward(last or zero_stage > 2)
+        model.set_requires_gradient_sync(is_last or zero_stage > 1)
+        model.set_reshard_after_backward(is_last or zero_stage > 2)
 
 
 def free_gathered(model):

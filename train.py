@@ -296,9 +296,9 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
     if eval_rows is not None and evaluation_is_missing(steps_done, steps, log):
         evaluate(model, eval_rows, grid, steps_done, log, stop_requests)
     not_finite = 0  # consecutive steps
-    save_seconds = 0.0  # that training has waited for the save after the last step
-    saved = time.time()
-    began = time.time()
+    save_seconds = 0.0  # that training waited for a save before this step
+    last_save_time = time.time()
+    step_began = time.time()    # what is between steps, such as evaluation, is in no step's time
     if steps_done < steps:
         upcoming = load_step(steps_done + 1, rows, total_rows, grid, model.config)
 
@@ -325,8 +325,8 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         update(optimizer, lr, grad_norm, skip)
 
         now = time.time()
-        seconds = now - began
-        began = now
+        seconds = now - step_began
+        step_began = now
         if grid.rank == 0:
             log.step({
                 "step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss,
@@ -334,7 +334,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
                 "rows": rows_of_step(step) if skip else None, "save_seconds": save_seconds,
                 **speed_and_memory(model.config, sums, seconds, grid)})
             if log.draw_if_due():
-                began = time.time()  # drawing is not part of the next step's time
+                step_began = time.time()
         save_seconds = 0.0
         not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
         stop_if_diverged(step, not_finite, saver)
@@ -345,15 +345,15 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
 
         if eval_rows is not None and eval_due(step, steps):
             evaluate(model, eval_rows, grid, step, log, stop_requests)
-            began = time.time()  # nor is evaluation, nor saving
-        if saver is not None and (step == steps or save_due(step, saved, saver, grid)):
-            before = time.time()
+            step_began = time.time()
+        if saver is not None and (step == steps or save_due(step, last_save_time, saver, grid)):
+            save_began = time.time()
             save(saver, step, model, optimizer, not_finite, grid)
             if step > steps_done + 1:
                 warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
-            saved = time.time()
-            began = time.time()
-            save_seconds = saved - before
+            last_save_time = time.time()
+            step_began = last_save_time
+            save_seconds = last_save_time - save_began
     if saver is not None and steps_done < steps:
         with timed(grid, "saving the last checkpoint"):
             saver.wait()
@@ -378,7 +378,7 @@ def forward_backward(model, batches, step_weight, grid, stop_requests):
         # ranks. So each micro-batch is divided by the weight of the whole step, and losses and
         # gradients are summed over micro-batches and ranks, never averaged.
         weights = batch.weights / max(step_weight, 1e-9)
-        parallel.accumulate(model, ZERO_STAGE, last=i == len(batches) - 1)
+        parallel.set_gradient_sync(model, ZERO_STAGE, is_last=i == len(batches) - 1)
         batch_loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
                            batch.max_seqlen, batch.labels, weights)
         batch_loss.backward()
@@ -427,7 +427,8 @@ def load_step(step, rows, total_rows, grid, config):
     ranks if they do not have the same number of micro-batches, or those of one row not the same.
     """
     batches = rows.step(
-        step, GLOBAL_BATCH_SIZE, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, total_rows)
+        step, GLOBAL_BATCH_SIZE, dp=grid.dp, dp_rank=grid.dp_rank, sp=grid.sp,
+        sp_rank=grid.sp_rank, total=total_rows)
     parts = []
     for batch in batches:
         pairs = mean_attention_pairs(config, batch.cu_seqlens.tolist())
@@ -593,7 +594,8 @@ def evaluate(model, rows, grid, step, log, stop_requests=()):
             return
         # One row for each data-parallel rank; past the last row it is padding of weight 0.
         [batch] = rows.step(
-            i + 1, grid.dp, grid.dp, grid.dp_rank, grid.sp, grid.sp_rank, rows.per_epoch)
+            i + 1, global_batch_size=grid.dp, dp=grid.dp, dp_rank=grid.dp_rank, sp=grid.sp,
+            sp_rank=grid.sp_rank, total=rows.per_epoch)
         batch = to_device(batch, grid.device)
         losses, _ = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
                           batch.max_seqlen, batch.labels, per_token=True)
@@ -642,14 +644,14 @@ def quotients(names, sums):
 
 # ------------------------------------------------------------------------------ saving and stopping
 
-def save_due(step, saved, saver, grid):
-    """Return whether to save after this step: the last time was at `saved`.
+def save_due(step, last_save_time, saver, grid):
+    """Return whether to save after this step.
 
-    A save that the disk takes longer to write than SAVE_MINUTES is not waited for, but one that it
-    takes longer to write than SAVE_EVERY steps is.
+    If the save before is still being written, one that is due by SAVE_MINUTES is skipped, and one
+    that is due by SAVE_EVERY waits for it.
     """
     at_step = SAVE_EVERY > 0 and step % SAVE_EVERY == 0
-    late = 0 < SAVE_MINUTES < (time.time() - saved) / 60
+    late = 0 < SAVE_MINUTES < (time.time() - last_save_time) / 60
     if not at_step and not parallel.any_rank(late):
         return False
     is_writing = parallel.any_rank(saver.is_writing())

@@ -192,8 +192,8 @@ def test_ranks_with_older_code_are_named(tmp_path):
 def add_a_micro_batch_on_rank_1():
     rows_step = data.Rows.step
 
-    def step(self, number, *arguments):
-        batches = rows_step(self, number, *arguments)
+    def step(self, number, *arguments, **keywords):
+        batches = rows_step(self, number, *arguments, **keywords)
         if number == 2 and own_rank() == 1:
             batches.append(batches[0])
         return batches
@@ -225,14 +225,14 @@ def test_ranks_with_another_step_stop(setup, tmp_path, edit, sp):
 
 def slow_down(steps=1):
     """Every micro-batch after so many steps takes a while, so that signals arrive in one."""
-    accumulate = parallel.accumulate
+    set_gradient_sync = parallel.set_gradient_sync
     done = has_steps(Path(train.RUN_DIR), steps)
 
-    def wait_and_accumulate(*arguments, **keywords):
+    def wait_and_set(*arguments, **keywords):
         if done():
             time.sleep(0.3)
-        accumulate(*arguments, **keywords)
-    parallel.accumulate = wait_and_accumulate
+        set_gradient_sync(*arguments, **keywords)
+    parallel.set_gradient_sync = wait_and_set
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -85,7 +85,7 @@ def gradients_of(zero_stage, rows, execution):
         for name, local, _ in model.local_parameters():
             local.copy_(source.get_parameter(name))
     for i, (input_ids, position_ids, cu_seqlens, max_seqlen, labels) in enumerate(rows):
-        parallel.accumulate(model, zero_stage, last=i == len(rows) - 1)
+        parallel.set_gradient_sync(model, zero_stage, is_last=i == len(rows) - 1)
         loss = model(input_ids, position_ids, cu_seqlens, max_seqlen, labels)
         loss.backward()
     return {name: parallel.local_rows(p.grad)[0] for name, p in model.named_parameters()}

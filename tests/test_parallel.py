@@ -84,7 +84,7 @@ def one_step(sp, zero_stage, replicas, masked, loss_weight, execution, expected_
     step_weight = parallel.all_sum(sum(batch.weights.sum() for batch in batches))
     loss = 0.0
     for i, batch in enumerate(batches):
-        parallel.accumulate(model, zero_stage, last=i == len(batches) - 1)
+        parallel.set_gradient_sync(model, zero_stage, is_last=i == len(batches) - 1)
         micro_loss = run_model(model, batch, batch.weights / step_weight)
         micro_loss.backward()
         loss += micro_loss.detach()

@@ -419,11 +419,11 @@ def test_main_releases_the_folder_when_it_ends_or_fails(setup, tmp_path):
 
 def poison_one_rank():
     """The loss of the first micro-batch of step 2 is NaN on one rank."""
-    accumulate = parallel.accumulate
+    set_gradient_sync = parallel.set_gradient_sync
     calls = []
 
-    def accumulate_and_poison(model, *arguments, **keywords):
-        accumulate(model, *arguments, **keywords)
+    def sync_and_poison(model, *arguments, **keywords):
+        set_gradient_sync(model, *arguments, **keywords)
         calls.append(1)
 
         def make_nan(module, inputs, output):
@@ -434,7 +434,7 @@ def poison_one_rank():
         # Two micro-batches are a step.
         if len(calls) == 3 and torch.distributed.get_rank() == 1:
             model.model["norm"].register_forward_hook(make_nan)
-    parallel.accumulate = accumulate_and_poison
+    parallel.set_gradient_sync = sync_and_poison
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_all(setup, tmp_path):
