@@ -309,7 +309,7 @@ def kept_on_gpu(config, work, execution):
     comes to each block."""
     groups = execution.groups(config.num_hidden_layers)
     sizes, stay = zip(*kept_by_groups(config, work, execution))
-    n_offloaded = sum(group.offload for group in groups)
+    n_offloaded = sum(group.offloads for group in groups)
     in_backward = []
     for i, group in enumerate(groups):
         offloaded = sum(sizes[group.n_released:min(i + 1, n_offloaded)])
@@ -478,7 +478,7 @@ def offloaded_bytes(config, work, execution):
     """-> bytes that blocks keep in CPU memory for backward."""
     groups = execution.groups(config.num_hidden_layers)
     kept = kept_by_groups(config, work, execution)
-    return sum(size for group, (size, _) in zip(groups, kept) if group.offload)
+    return sum(size for group, (size, _) in zip(groups, kept) if group.offloads)
 
 
 def host_memory(config, tokens, ranks, execution, offload_optimizer=False, sp=1, document=None):
@@ -549,9 +549,9 @@ def offloading_seconds(config, gpu, work, execution, forward):
     group waits for."""
     backward = 2 * forward
     groups = execution.groups(config.num_hidden_layers)
-    copies = [size / gpu.host_link if group.offload else 0
+    copies = [size / gpu.host_link if group.offloads else 0
               for group, (size, _) in zip(groups, kept_by_groups(config, work, execution))]
-    n_offloaded = sum(group.offload for group in groups)
+    n_offloaded = sum(group.offloads for group in groups)
 
     now = 0             # of the blocks
     copied = 0          # when the last copy that was queued is complete
@@ -560,7 +560,7 @@ def offloading_seconds(config, gpu, work, execution, forward):
         if group.n_released > 0:
             now = max(now, complete[group.n_released - 1])
         now += forward * len(group.blocks)
-        if group.offload:
+        if group.offloads:
             copied = max(copied, now) + copies[i]
             complete[i] = copied
     now = max(now, copied)
@@ -573,7 +573,7 @@ def offloading_seconds(config, gpu, work, execution, forward):
             queued -= 1
             copied = max(copied, now) + copies[queued]
             complete[queued] = copied
-        if group.offload:
+        if group.offloads:
             now = max(now, complete[i])
         now += backward * len(group.blocks)
     return waits + now - backward * config.num_hidden_layers

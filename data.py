@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor     # (t,) int64
     labels: torch.Tensor        # (t,) int64: the next token of the same document, or IGNORE
     position_ids: torch.Tensor  # (t,) int64: position in the segment
-    cu_seqlens: torch.Tensor    # (n+1,) int32: boundaries of the segments of the whole row
+    cu_seqlens: torch.Tensor    # (d+1,) int32: boundaries of the segments of the whole row
     max_seqlen: int             # length of the longest segment of the whole row
     weights: torch.Tensor       # (t,) float32: LOSS_WEIGHT of each target, 0 where there is none
     sources: torch.Tensor       # (t,) int64: index in DATA of the source of each token; 0: padding
@@ -361,7 +361,7 @@ class Rows:
         if not self.use_varlen_attn:
             lengths = np.array([T])  # one segment: tokens attend across documents
         position_ids = np.concatenate([np.arange(length) for length in lengths])  # (T,)
-        cu_seqlens = np.cumsum([0, *lengths])  # (n+1,)
+        cu_seqlens = np.cumsum([0, *lengths])  # (d+1,)
 
         t = T // sp
         shard = slice(t * sp_rank, t * (sp_rank + 1))
@@ -369,7 +369,7 @@ class Rows:
             input_ids=torch.from_numpy(token_ids(tokens)[shard]),  # (t,)
             labels=torch.from_numpy(labels[shard]),
             position_ids=torch.from_numpy(position_ids[shard]),
-            cu_seqlens=torch.from_numpy(cu_seqlens).int(),  # (n+1,)
+            cu_seqlens=torch.from_numpy(cu_seqlens).int(),  # (d+1,)
             max_seqlen=int(max(lengths)),
             weights=torch.from_numpy(weights[shard]).float(),
             sources=torch.from_numpy(sources[shard]),

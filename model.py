@@ -4,7 +4,9 @@ Letters in shapes, for one rank:
     T tokens of the row             H query heads                C hidden size
     t = T/P tokens of this rank     G key/value heads            I intermediate size of the MLP
     P ranks that share the row      D head size                  V vocabulary size
-    n of this rank's tokens, N of all ranks': those of documents that cross a border between ranks
+    n tokens of this rank that are part of documents which cross a border between ranks
+    N tokens of all such documents, the sum of n over the ranks
+    m tokens of one document        d documents of the row       c tokens of a chunk of the loss
 
 Precision: matrix products, attention and the residual stream run in the dtype of the weights,
 bfloat16 in training. The statistics of the norms, the rotation of q and k, the softmax and the loss
@@ -105,7 +107,7 @@ class Execution:
 
 
 # ------------------------------------------------------------------------------ attention kernels
-# All kernels share one signature: q (T, H, D), k and v (T, G, D), cu_seqlens (n+1,) int32 on the
+# All kernels share one signature: q (T, H, D), k and v (T, G, D), cu_seqlens (d+1,) int32 on the
 # device, max_seqlen int, window int or None -> out (T, H, D), causal within each segment.
 
 def flash_attention(package, unbounded, q, k, v, cu_seqlens, max_seqlen, window):
@@ -137,18 +139,18 @@ def sdpa_attention(package, unbounded, q, k, v, cu_seqlens, max_seqlen, window):
     outputs = []
     edges = cu_seqlens.tolist()
     for start, end in zip(edges, edges[1:]):
-        n = end - start
-        qi = q[start:end].transpose(0, 1)[None]                                 # (1, H, n, D)
-        ki = k[start:end].transpose(0, 1)[None]                                 # (1, G, n, D)
-        vi = v[start:end].transpose(0, 1)[None]                                 # (1, G, n, D)
+        m = end - start
+        qi = q[start:end].transpose(0, 1)[None]                                 # (1, H, m, D)
+        ki = k[start:end].transpose(0, 1)[None]                                 # (1, G, m, D)
+        vi = v[start:end].transpose(0, 1)[None]                                 # (1, G, m, D)
         mask = None
-        if window is not None and n > window:
-            position = torch.arange(n, device=q.device)
-            distance = position[:, None] - position                             # (n, n)
+        if window is not None and m > window:
+            position = torch.arange(m, device=q.device)
+            distance = position[:, None] - position                             # (m, m)
             mask = (distance >= 0) & (distance < window)
         out = package.scaled_dot_product_attention(
             qi, ki, vi, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        outputs.append(out[0].transpose(0, 1))                                  # (n, H, D)
+        outputs.append(out[0].transpose(0, 1))                                  # (m, H, D)
     return torch.cat(outputs)                                                   # (T, H, D)
 
 
@@ -358,7 +360,7 @@ class Norm(nn.Module):
 # ------------------------------------------------------------------------------------ transformer
 
 class KeyValueCache:
-    """k and v (N, G, D) of the tokens of a text so far, in one layer, to generate the next ones.
+    """k and v (m, G, D) of the m tokens of a text so far, in one layer, to generate the next ones.
 
     With a sliding window only those of the last `window` tokens are kept."""
 
@@ -368,7 +370,7 @@ class KeyValueCache:
         self.v = None
 
     def append(self, k, v):
-        """k and v (n, G, D) of the next n tokens."""
+        """Add k and v (tokens, G, D) of the next tokens."""
         if self.k is not None:
             k = torch.cat((self.k, k))
             v = torch.cat((self.v, v))
@@ -382,8 +384,8 @@ class KeyValueCache:
         """q (1, H, D) of the last token -> attention's output (1, H, D)."""
         assert len(q) == 1, f"{len(q)} tokens, which would attend to tokens after them"
         q = q.transpose(0, 1)[None]                                             # (1, H, 1, D)
-        k = self.k.transpose(0, 1)[None]                                        # (1, G, N, D)
-        v = self.v.transpose(0, 1)[None]                                        # (1, G, N, D)
+        k = self.k.transpose(0, 1)[None]                                        # (1, G, m, D)
+        v = self.v.transpose(0, 1)[None]                                        # (1, G, m, D)
         out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return out[0].transpose(0, 1)                                           # (1, H, D)
 
@@ -505,11 +507,12 @@ class Attention(nn.Module):
             flat_inputs = itertools.chain(*inputs)
             outputs = AttendWithRecompute.apply(recompute_tensors, kernels, *flat_inputs)
 
-        local = outputs[0] if segments.any_local else None                      # (t - n, H, D)
+        outputs = list(outputs)     # in the order of kernel_inputs
+        local = outputs.pop(0) if segments.any_local else None                  # (t - n, H, D)
         crossing = None
         if segments.any_crossing:
             crossing = heads_to_seq(
-                outputs[-1], self.sp_group, segments.crossing_tokens)           # (n, H, D)
+                outputs.pop(0), self.sp_group, segments.crossing_tokens)        # (n, H, D)
         return segments.join(local, crossing).flatten(1)                        # (t, H*D)
 
     def kernels(self, segments, q):
@@ -631,7 +634,8 @@ class Block(nn.Module):
         return torch.add(y, transformed, alpha=self.residual_multiplier)
 
     def post_attention_in_chunks(self, x, a, recompute):
-        """post_attention, mlp_chunk tokens at a time: a (t, I) of t = 1M, I = 14336 is 28 GiB."""
+        """post_attention, mlp_chunk tokens at a time: at t = 1M and I = 14336, each (t, I) in the MLP
+        would take 28 GiB."""
         chunk = self.mlp_chunk or len(x)
         if chunk >= len(x):
             return self.call_half(self.post_attention, recompute, x, a)
@@ -647,10 +651,12 @@ class Block(nn.Module):
             return self.compute(x, cos, sin, segments, cache)
         assert cache is None, "a cache is for generation, which needs no gradients"
 
-        kept = Kept(offload)
         if self.recompute == "none":
-            with kept.offload_all_saved(except_for=[cos, sin, *self.parameters()]):
+            if offload is None:
                 return self.compute(x, cos, sin, segments)
+            with offload.all_saved(except_for=[cos, sin, *self.parameters()]):
+                return self.compute(x, cos, sin, segments)
+        kept = Kept(offload)
         with kept.saved_by_reference():
             kept.add("x", x)
             if self.recompute == "all":
@@ -710,7 +716,7 @@ class Transformer(nn.Module):
     def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, labels=None, weights=None,
                 per_token=False, caches=None):
         """input_ids, position_ids, labels, weights (t,): this rank's shard of the row.
-        cu_seqlens (n+1,): the borders of all documents of the row, best as a list of ints, since a
+        cu_seqlens (d+1,): the borders of all documents of the row, best as a list of ints, since a
         tensor on the GPU has to be waited for. max_seqlen, the longest, follows from them.
 
         With labels (-100: no target) -> sum of weight x cross entropy, float32; without weights
@@ -753,7 +759,7 @@ class Transformer(nn.Module):
         offloaded before it is needed."""
         offload = self.offload.begin_group(group) if torch.is_grad_enabled() else None
         x = self.run_blocks(group.blocks, x, ropes, segments, offload, caches)
-        if x.requires_grad and self.groups[0].offload:
+        if x.requires_grad and self.groups[0].offloads:
             x.register_hook(functools.partial(self.offload.prefetch, group))
         return x
 

@@ -484,7 +484,7 @@ def copy_without_waiting(tensor, device):
 
 
 def segments_of_rank(cu_seqlens, group, device):
-    """cu_seqlens (n+1,): the borders of all documents of a row -> Segments.
+    """cu_seqlens (d+1,): the borders of all documents of a row -> Segments.
 
     cu_seqlens should be a list of ints, or a tensor on the CPU: a GPU has to be waited for."""
     if group is None:

@@ -27,8 +27,9 @@ class Group(NamedTuple):
     """Blocks that share what they keep for backward: a single one, or a pair."""
     blocks: list        # their indices
     recompute: str      # "none", "all_but_attention", "all" or "pairs"
-    offload: bool       # whether what they keep goes to CPU memory
-    n_released: int     # so many first groups have nothing on the GPU while this one runs
+    offloads: bool      # whether what they keep goes to CPU memory
+    n_released: int     # While this group runs, so many first groups have nothing on the GPU: forward
+                        # has waited for their copies, and backward has not begun to copy them back.
 
 
 @functools.lru_cache
@@ -44,40 +45,49 @@ def divide_blocks(n_blocks, recompute, keep_layers, offload_layers):
 
         recompute, offload          recompute             keep everything
     """
-    recomputed = 0 if recompute == "none" else max(n_blocks - keep_layers, 0)
-    offloaded = min(offload_layers, n_blocks)
-    begin = max(offloaded - recomputed, 0)
-    end = begin + recomputed
+    n_recomputed = 0 if recompute == "none" else max(n_blocks - keep_layers, 0)
+    offload_layers = min(offload_layers, n_blocks)
+    begin = max(offload_layers - n_recomputed, 0)   # of the blocks that recompute
+    end = begin + n_recomputed
     group_size = 2 if recompute == "pairs" else 1
     groups = [[i] for i in range(begin)]
     groups += [list(range(i, min(i + group_size, end))) for i in range(begin, end, group_size)]
     groups += [[i] for i in range(end, n_blocks)]
 
-    # How far copies may lag behind the blocks in forward, and run ahead of them in backward, is
-    # counted in units of memory. A block that keeps everything has 5, others about 1.
-    n_offloaded = sum(blocks[0] < offloaded for blocks in groups)
-    units = [1 if begin <= blocks[0] < end else 5 for blocks in groups]
+    n_offloaded = sum(blocks[0] < offload_layers for blocks in groups)
+    recomputes = [begin <= blocks[0] < end for blocks in groups]
     divided = []
     for i, blocks in enumerate(groups):
-        # Memory that the groups to come will fill, and that they have freed in backward; less that
-        # of one, for what the blocks compute.
-        to_come = len(groups) - max(i + 1, n_offloaded)     # groups that stay on the GPU
-        capacity = 5 * (to_come - 1)
-        if begin == 0:          # copies are short where all that offload recompute
-            capacity = min(capacity, 1)
-        if 0 < i < n_offloaded:     # the group before is copied while this one runs
-            capacity = max(capacity, units[i - 1])
-
-        before = min(i, n_offloaded)    # offloaded groups before this one
-        n_released = before
-        while n_released > 0 and sum(units[n_released - 1:before]) <= capacity:
-            n_released -= 1
         divided.append(Group(
             blocks=blocks,
-            recompute=recompute if begin <= blocks[0] < end else "none",
-            offload=i < n_offloaded,
-            n_released=n_released))
+            recompute=recompute if recomputes[i] else "none",
+            offloads=i < n_offloaded,
+            n_released=count_released(i, n_offloaded, recomputes)))
     return divided
+
+
+def count_released(i, n_offloaded, recomputes):
+    """-> Group.n_released of group i, where the first n_offloaded groups offload.
+
+    recomputes: whether each group recomputes. As far as there is memory, copies may lag behind the
+    groups in forward and run ahead of them in backward. Memory is counted in units: a group that
+    keeps everything has 5, and one that recomputes 1."""
+    units = [1 if is_recomputed else 5 for is_recomputed in recomputes]
+
+    # There is the memory of the groups after this one that stay on the GPU: in forward they have
+    # not filled it yet, and in backward they have freed it. That of one is for what blocks compute.
+    n_staying = len(units) - max(i + 1, n_offloaded)
+    allowed = 5 * (n_staying - 1)
+    if recomputes[0]:   # all that offload recompute, and have little to copy
+        allowed = min(allowed, 1)
+    if 0 < i < n_offloaded:     # in any case the group before is copied while this one runs
+        allowed = max(allowed, units[i - 1])
+
+    n_before = min(i, n_offloaded)      # groups before this one that offload
+    n_released = n_before
+    while n_released > 0 and sum(units[n_released - 1:n_before]) <= allowed:
+        n_released -= 1
+    return n_released
 
 
 def share_storage(a, b):
@@ -208,9 +218,8 @@ class AttendWithRecompute(torch.autograd.Function):
 
 
 class Kept:
-    """What a block keeps for backward, on the GPU or, with `offload`, in CPU memory.
-
-    A block that recomputes adds tensors by name. For others it is all that autograd saves."""
+    """Tensors that a block which recomputes keeps for backward, by name. They are on the GPU or, with
+    `offload`, an Offload, in CPU memory."""
 
     def __init__(self, offload):
         self.offload = offload
@@ -229,41 +238,6 @@ class Kept:
 
     def get(self, name):
         return self.getters[name]()
-
-    @contextlib.contextmanager
-    def offload_all_saved(self, except_for):
-        """The context of the forward of a block that recomputes nothing. With `offload`, all that
-        autograd saves goes to CPU memory, except for the tensors that are shared with other blocks,
-        and small ones."""
-        if self.offload is None:
-            yield
-            return
-
-        offload = self.offload
-        shared = {tensor.untyped_storage().data_ptr() for tensor in except_for}
-        stored = {}     # address of a storage: the storage, and the getter of its bytes
-
-        def pack(saved):
-            storage = saved.untyped_storage()
-            address = storage.data_ptr()
-            if (address in shared or storage.nbytes() < SMALL
-                    or not saved.is_floating_point()):
-                return saved
-            if address not in stored:
-                content = torch.empty(0, dtype=torch.uint8, device=saved.device).set_(storage)
-                stored[address] = storage, functools.partial(offload.load, offload.store(content))
-            _, get = stored[address]
-            return get, saved.dtype, saved.shape, saved.stride(), saved.storage_offset()
-
-        def unpack(packed):
-            if isinstance(packed, torch.Tensor):
-                return packed
-            get, dtype, *view = packed
-            return get().view(dtype).as_strided(*view)
-
-        with saved_tensors_hooks(pack, unpack):
-            yield
-        stored.clear()
 
     @contextlib.contextmanager
     def saved_by_reference(self):
@@ -312,8 +286,8 @@ class OffloadedTensor:
             self.tensor = None
 
 
-def is_on_gpu(tensor):
-    """Whether a tensor is copied to CPU memory at all. Tests say so of CPU tensors, too."""
+def copies_by_stream(tensor):
+    """Whether a tensor is copied to CPU memory by a stream. Tests say so of CPU tensors, too."""
     return tensor.is_cuda
 
 
@@ -346,7 +320,7 @@ class Offload:
             self.groups = []
             self.n_used = 0
         self.release(group.n_released)
-        if not group.offload:
+        if not group.offloads:
             return None
         self.groups.append([])
         return self
@@ -359,7 +333,7 @@ class Offload:
 
     def store(self, tensor):
         """Queue the copy of a contiguous tensor to CPU memory. -> OffloadedTensor for `load`."""
-        if not is_on_gpu(tensor):  # for tests: a copy that autograd does not know
+        if not copies_by_stream(tensor):  # on a CPU, for tests: a copy unknown to autograd
             offloaded = OffloadedTensor(tensor, parts=[])
             offloaded.copy = tensor.clone()
             offloaded.tensor = None
@@ -374,6 +348,36 @@ class Offload:
         offloaded.copied_out = self.stream.record_event()
         self.groups[-1].append(offloaded)
         return offloaded
+
+    @contextlib.contextmanager
+    def all_saved(self, except_for):
+        """The context of the forward of a block that recomputes nothing: what autograd saves goes to
+        CPU memory, except for the tensors that are shared with other blocks, small ones and integers.
+        """
+        shared = {tensor.untyped_storage().data_ptr() for tensor in except_for}
+        stored = {}     # address of a storage: the storage, and the getter of its bytes
+
+        def pack(saved):
+            storage = saved.untyped_storage()
+            address = storage.data_ptr()
+            if (address in shared or storage.nbytes() < SMALL
+                    or not saved.is_floating_point()):
+                return saved
+            if address not in stored:
+                content = torch.empty(0, dtype=torch.uint8, device=saved.device).set_(storage)
+                stored[address] = storage, functools.partial(self.load, self.store(content))
+            _, get = stored[address]
+            return get, saved.dtype, saved.shape, saved.stride(), saved.storage_offset()
+
+        def unpack(packed):
+            if isinstance(packed, torch.Tensor):
+                return packed
+            get, dtype, *view = packed
+            return get().view(dtype).as_strided(*view)
+
+        with saved_tensors_hooks(pack, unpack):
+            yield
+        stored.clear()
 
     def prefetch(self, group, grad):
         """Called when backward comes to a Group: queue copies of what it needs, and of what groups

@@ -201,7 +201,7 @@ class LazyStream(TorchDispatchMode):
 def lazy_stream(monkeypatch):
     """Let Offload treat CPU tensors as those of a GPU, with small slabs. -> its stream."""
     stream = LazyStream()
-    monkeypatch.setattr(recompute, "is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(recompute, "copies_by_stream", lambda tensor: True)
     monkeypatch.setattr(recompute, "pin", lambda tensor, owner: None)
     monkeypatch.setattr(recompute, "SLAB", 2**12)
     monkeypatch.setattr(recompute, "SMALL", 2**6)
