@@ -45,8 +45,8 @@ ALIKE = 1.01                # steps that differ by less are as good: the simples
 WAITS_FOR_SAVES = 1.02      # how much longer a run takes if CPU memory has no space for the copy of
                             # a checkpoint: 30 s every half an hour
 ADAMW_STATES = 3 * 4        # bytes a parameter: float32 weight and two moments
-ADAMW_TRAFFIC = 32          # bytes a parameter: 16 read, 12 written, and 4 read for the norm. With
-                            # one_rank.py 14 or 16 read, 14 written, 2 or 4 for the norm
+ADAMW_TRAFFIC = 32          # bytes a parameter that AdamW and the gradient norm read (20) and write
+                            # (12); with one_rank.py 16 to 20 and 14
 STEP_OVERHEAD = 0.01        # seconds of a step in which the GPU waits for the CPU
 PROCESS = 2 * 2**30         # bytes of CPU memory of a process that offloads nothing
 KEEP_INPUTS = ("all", "pairs")  # values of RECOMPUTE with which the attention kernels run again
@@ -325,7 +325,7 @@ def gathered_together(execution):
 
 def does_without_fsdp(world, zero_stage, offload_optimizer):
     """-> whether one_rank.py casts the weights, instead of FSDP2. ZeRO 3 and offload_optimizer need
-    FSDP2, because the copies stay on the GPU."""
+    FSDP2, which frees the bfloat16 weights between their uses."""
     return world == 1 and zero_stage < 3 and not offload_optimizer
 
 
@@ -338,8 +338,8 @@ def gathered_weights(blocks, config, ranks):
 
 
 def gradient_bytes(work, zero_stage, offload_optimizer):
-    """-> bytes of a gradient on a GPU, of which each rank has its part. It is bfloat16 where FSDP2
-    does not cast it and no other is added."""
+    """-> bytes a parameter of a reduced gradient: 4, float32; 2, bfloat16, with one_rank.py and one
+    micro-batch, whose gradients are not added; 0 if they go to CPU memory."""
     if offload_optimizer:
         return 0
     uncast = does_without_fsdp(work.world, zero_stage, offload_optimizer)
@@ -359,14 +359,14 @@ def gradients_of_earlier(config, work, zero_stage, offload_optimizer):
 class Moment(NamedTuple):
     """Bytes on a GPU at a moment that can be the peak of a step, besides the optimizer states."""
     weights: float = 0
-    gradients: float = 0    # that are not yet reduced
-    reduced: float = 0      # gradients that are, of this micro-batch and earlier ones
+    gradients: float = 0    # those that are not yet reduced
+    reduced: float = 0      # reduced gradients, of this micro-batch and earlier ones
     kept: float = 0
     transient: float = 0
     loss: float = 0
 
 
-def divide_gradients(earlier, reduced, zero_stage):
+def unreduced_and_reduced(earlier, reduced, zero_stage):
     """-> bytes of the gradients that are not reduced, and of those that are. earlier: bytes of
     those of earlier micro-batches, which ZeRO 1 does not reduce; reduced: of this one's."""
     if zero_stage == 1:
@@ -379,7 +379,7 @@ def end_of_forward(kept, config, work, execution, zero_stage, offload_optimizer)
     L = config.num_hidden_layers
     gathered = L if zero_stage < 3 else gathered_together(execution)
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
-    gradients, reduced = divide_gradients(earlier, 0, zero_stage)
+    gradients, reduced = unreduced_and_reduced(earlier, 0, zero_stage)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
         gradients=gradients,
@@ -405,7 +405,7 @@ def backward_of_block(i, kept, transient, config, work, execution, zero_stage, o
     head = 2 * config.vocab_size * config.hidden_size
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
     size = gradient_bytes(work, zero_stage, offload_optimizer)
-    gradients, reduced = divide_gradients(
+    gradients, reduced = unreduced_and_reduced(
         earlier, size * (L - 1 - i) * block / work.ranks, zero_stage)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
@@ -421,7 +421,7 @@ def end_of_backward(config, work, zero_stage, offload_optimizer):
     _, embeddings = count_parameters(config)
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
     size = gradient_bytes(work, zero_stage, offload_optimizer)
-    gradients, reduced = divide_gradients(
+    gradients, reduced = unreduced_and_reduced(
         earlier, size * total_parameters(config) / work.ranks, zero_stage)
     weights = 0
     added = 4
@@ -691,38 +691,48 @@ def candidates(config, work, given):
         yield Settings(**dict(zip(tries, values)))
 
 
+def seconds_to_compare(config, gpu, work, execution, settings, memory_for_saves):
+    """-> seconds of a step by which Settings are compared.
+
+    They leave out attention, which all Settings have in common, and which hides no copies to CPU
+    memory here: the documents of a row may be shorter than `work` says, and then it takes little
+    time. memory_for_saves: whether CPU memory has space for the copy of a checkpoint."""
+    execution_of_settings = settings.execution(execution)
+    parts = step_seconds(config, gpu, work, execution_of_settings, settings.zero_stage,
+                         settings.offload_optimizer)
+    attention = parts.pop("attention")
+    parts["offloading"] = work.accumulate * offloading_seconds(
+        config, gpu, work, execution_of_settings, products_of_block(config, gpu, work))
+    seconds = sum(parts.values())
+    reserved = reserved_memory(config, work, execution, settings)
+    if reserved > RESERVABLE_MEMORY * gpu.memory:
+        seconds += MEMORY_FULL
+    if not memory_for_saves:
+        seconds += (WAITS_FOR_SAVES - 1) * (seconds + attention)
+    return seconds
+
+
 def choose(config, gpu, work, execution, given, host):
     """-> the Settings that fit with the shortest step, the simplest of those that are alike; or None
     if none fits.
 
-    Steps are compared without the attention that all Settings have in common. If the documents of a
-    row are shorter than `work` says, it takes little time, and hides no copies to CPU memory.
     given: see candidates. host: GiB of CPU memory for each rank."""
     usable = usable_memory(gpu, work)
     usable_host = USABLE_HOST_MEMORY * host
-    forward_of_block = products_of_block(config, gpu, work)
-    copy_of_checkpoint = ADAMW_STATES * total_parameters(config) / work.ranks / 2**30
+    checkpoint = ADAMW_STATES * total_parameters(config) / work.ranks / 2**30
     fitting = []
-    for settings in candidates(config, work, given):
-        tries = [settings]
-        if settings.recompute != "none" and "keep_layers" not in given:
-            tries = [settings._replace(keep_layers=n) for n in range(config.num_hidden_layers)]
+    for base in candidates(config, work, given):
+        variants = [base]
+        if base.recompute != "none" and "keep_layers" not in given:
+            variants = [base._replace(keep_layers=n) for n in range(config.num_hidden_layers)]
         best = None
-        for settings in tries:
+        for settings in variants:
             on_gpu, on_host = needs(config, work, execution, settings)
             if on_gpu > usable or on_host > usable_host:
                 break   # nor does it fit if more layers keep everything
-            parts = step_seconds(config, gpu, work, settings.execution(execution),
-                                 settings.zero_stage, settings.offload_optimizer)
-            attention = parts.pop("attention")
-            parts["offloading"] = work.accumulate * offloading_seconds(
-                config, gpu, work, settings.execution(execution), forward_of_block)
-            seconds = sum(parts.values())
-            reserved = reserved_memory(config, work, execution, settings)
-            if reserved > RESERVABLE_MEMORY * gpu.memory:
-                seconds += MEMORY_FULL
-            if on_host + copy_of_checkpoint > usable_host:
-                seconds += (WAITS_FOR_SAVES - 1) * (seconds + attention)
+            seconds = seconds_to_compare(
+                config, gpu, work, execution, settings,
+                memory_for_saves=on_host + checkpoint <= usable_host)
             if best is None or seconds < best[0]:
                 best = seconds, settings
         if best is not None:
