@@ -88,11 +88,6 @@ class Settings(NamedTuple):
     offload_layers: int = 0
     offload_optimizer: bool = False
 
-    @property
-    def recomputes_attention(self):
-        """Whether backward computes attention once more."""
-        return self.recompute in KEEP_INPUTS
-
     def execution(self, given):
         """-> a copy of the Execution `given` with these settings."""
         return replace(

@@ -77,7 +77,7 @@ ROPE_SCALING = None             # how: "yarn", "linear", "dynamic", "llama3" or 
 LOSS_WEIGHT = "token"           # n targets in a document count n; "sample": 1; "square": sqrt(n)
 
 # How the work is divided: world = REPLICAS x data parallel x SEQUENCE_PARALLEL_SIZE
-SEQUENCE_PARALLEL_SIZE = 0      # ranks that share one row; 0: the fewest with which it fits
+SEQUENCE_PARALLEL_SIZE = 0      # ranks that share one row; 0: the fewest that are about fastest
 GLOBAL_BATCH_SIZE = 8           # rows per optimizer step, independent of the number of ranks
 REPLICAS = 1                    # copies of the sharded states; raise where hosts are slowly linked
 
@@ -192,6 +192,10 @@ CHOSEN = {
     "OFFLOAD_ACTIVATIONS": "offload_layers",
     "OFFLOAD_OPTIMIZER": "offload_optimizer",
 }
+
+# SEQUENCE_PARALLEL_SIZE=0 is the smallest size whose step is at most so many times as long as the
+# shortest: the estimates of different sizes are not more exact than that.
+ABOUT_AS_SHORT = 1.05
 
 # A run ends with an error after this many consecutive steps whose loss or gradient is not finite.
 MAX_SKIPPED_STEPS = 5
@@ -1120,10 +1124,9 @@ def possible_sizes(config, world):
 def choose_settings(config, world, gpu, host):
     """Return the sequence-parallel size and the Settings of a run of `world` processes.
 
-    The size is the smallest of possible_sizes with which a step fits in the costs.GPU and `host`
-    GiB of CPU memory a process, without recomputing attention. If all sizes need that, it is the
-    smallest with RECOMPUTE=all, or else with "pairs". The Settings are the fastest that fit. What
-    is set by hand stays.
+    Of what fits in the costs.GPU and `host` GiB of CPU memory a process, they are the smallest of
+    possible_sizes whose step is about as short as with any, and the fastest Settings with it.
+    OFFLOAD_OPTIMIZER is taken only if nothing fits without it. What is set by hand stays.
     Raises ValueError if nothing fits.
     """
     sizes = possible_sizes(config, world)
@@ -1139,12 +1142,14 @@ def choose_settings(config, world, gpu, host):
             limited = {"offload_optimizer": offload_optimizer, **given}
             settings = choose(config, gpu, work, execution, limited, host)
             if settings is not None:
-                fitting.append((sp, settings))
-                if not settings.recomputes_attention:
-                    break
+                seconds = sum(step_seconds(
+                    config, gpu, work, settings.execution(execution), settings.zero_stage,
+                    settings.offload_optimizer).values())
+                fitting.append((seconds, sp, settings))
         if fitting:
-            fastest_first = CHOICES["RECOMPUTE"]
-            return min(fitting, key=lambda size: fastest_first.index(size[1].recompute))
+            shortest = min(seconds for seconds, _, _ in fitting)
+            return next((sp, settings) for seconds, sp, settings in fitting
+                        if seconds <= ABOUT_AS_SHORT * shortest)
     if RECOMPUTE != "auto":  # everything was set by hand, and is tried
         return sizes[-1], Settings(**given)
     raise ValueError(

@@ -26,8 +26,8 @@ import data
 import metrics
 import parallel
 import train
-from costs import GPUS
-from model import Transformer
+from costs import GPUS, step_seconds
+from model import Config, Transformer
 from tools import plan as plan_tool
 
 ROOT = Path(train.__file__).parent
@@ -812,6 +812,31 @@ def test_a_run_prints_its_settings_and_why(setup, hf_folder, tmp_path, capfd):
     assert "settings: SEQUENCE_PARALLEL_SIZE=1 RECOMPUTE=none KEEP_LAYERS=0 ZERO_STAGE=2" in out
     assert "9 attention heads and 3 key/value heads allow SEQUENCE_PARALLEL_SIZE 1 with 2" in out
     assert "GPU" not in out
+
+
+@pytest.mark.parametrize("length, world, host", [(2**20, 8, 125), (32768, 12, 125), (2**17, 8, 250)])
+def test_the_smallest_size_that_is_about_fastest_is_chosen(length, world, host):
+    llama_8b = Config(128256, 4096, 14336, 32, 32, 8, 128)
+    gpu = GPUS["H100"]
+
+    def seconds_with(size):
+        set_constants({"MAX_LENGTH": length, "SEQUENCE_PARALLEL_SIZE": size,
+                       "GLOBAL_BATCH_SIZE": world})
+        try:
+            sp, settings = train.choose_settings(llama_8b, world, gpu, host)
+        except ValueError:
+            return math.inf, size
+        execution = settings.execution(train.execution_settings(llama_8b, "cuda"))
+        work = train.work_of_gpu(llama_8b, world, sp)
+        parts = step_seconds(llama_8b, gpu, work, execution, settings.zero_stage)
+        return sum(parts.values()), sp
+
+    chosen_seconds, chosen = seconds_with(0)
+    set_constants({"GLOBAL_BATCH_SIZE": world})
+    sizes = train.possible_sizes(llama_8b, world)
+    seconds = {size: seconds_with(size)[0] for size in sizes}
+    assert chosen_seconds == seconds[chosen] <= 1.05 * min(seconds.values())
+    assert all(seconds[size] > 1.05 * min(seconds.values()) for size in sizes if size < chosen)
 
 
 def test_rows_of_several_documents_are_counted_whole(setup, tmp_path, capfd):
