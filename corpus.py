@@ -479,10 +479,17 @@ def tokenize(paths, tokenized, encoder, lock, bad_rows):
     """
     # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
     format_settings = (encoder.wanted_format, encoder.columns)
+    check_columns(paths.values(), encoder.columns)
     kinds = {first_kind(path, *format_settings) for path in paths.values()}
     has_text = len(kinds - {"", "input_ids"}) > 0
     if has_text and encoder.tokenizer is None:
         encoder.load()
+    if "chat" in kinds and not encoder.tokenizer.chat_template:
+        raise ValueError(
+            f"DATA has conversations, but the tokenizer of MODEL {encoder.folder} has no chat "
+            "template: copy chat_template.jinja, or the tokenizer_config.json that holds it, from "
+            "the instruct version of the model to this folder, or use rows of text, or of prompt "
+            "and completion.")
     check_rows(paths, tokenized, encoder, lock, bad_rows)
 
     homes = {path: home for home, path in paths.items()}
@@ -549,8 +556,27 @@ def check_bad_rows(errors, n_bad, n_rows, bad_rows):
         count = f"{n_bad} of {n_rows}"
         if bad_rows == 0 and n_bad >= MAX_REPORTED:
             count = f"at least {n_bad}"  # later rows may not have been read
-        raise ValueError(f"{shown}{count} rows cannot be used: fix or remove them, or set BAD_ROWS "
-                         "to the share of rows that may be skipped")
+        remedy = "set BAD_ROWS to the share of rows that may be skipped"
+        if bad_rows > 0:
+            remedy = f"raise BAD_ROWS {bad_rows:g} to {n_bad / n_rows:.3g} to skip them"
+        raise ValueError(f"{shown}{count} rows cannot be used: fix or remove them, or {remedy}")
+
+
+def check_columns(paths, columns):
+    """Raises a ValueError if COLUMNS names a column that none of the first rows of a file has."""
+    if not columns:
+        return
+    known = set()
+    for path in paths:
+        for _, row in itertools.islice(read_rows(path), MAX_REPORTED):
+            with suppress(ValueError):  # it is reported together with other bad rows
+                known.update(parse_row(row))
+    for key, column in columns.items():
+        if column not in known:
+            raise ValueError(
+                f"COLUMNS reads {key!r} from {column!r}, which is no key of the first rows of DATA. "
+                f"Their keys are {', '.join(sorted(known))}: name one of them, as in "
+                f"{{{key!r}: {min(known, default='key')!r}}}.")
 
 
 def continue_part(path, home):

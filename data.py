@@ -17,7 +17,7 @@ import torch
 from corpus import (  # noqa: F401
     DOCUMENT, Corpus, build_corpus, find_files, hold_out, is_chat, read_rows)
 from examples import (  # noqa: F401
-    FORMATS, IGNORE, Encoder, bounded, is_trained, mask, naming, open_tokenizer, token_ids)
+    FORMATS, IGNORE, KEYS, Encoder, bounded, is_trained, mask, naming, open_tokenizer, token_ids)
 
 NO_TARGET = ~0  # an untrained token, used as the next token where a document has none
 

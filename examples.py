@@ -90,6 +90,10 @@ FORMATS = {
     "input_ids": ("input_ids",),
 }
 
+# All keys of rows that are read.
+KEYS = {*itertools.chain(*FORMATS.values()), "input", "history", "system", "tools", "functions",
+        "labels"}
+
 # The names of roles in files (of OpenAI, then of ShareGPT), and those that chat templates expect.
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool",
@@ -133,9 +137,10 @@ def read_example(fields, wanted_format="", columns=None):
     functions), see to_messages and read_tools; "input_ids" and the tokens. fields: see parse_row.
     columns: {key that is expected: name of the column that has its content}.
     """
+    keys = tuple(fields)
     if columns:
         fields = rename_columns(fields, columns)
-    kind = find_format(tuple(fields), wanted_format)
+    kind = find_format(tuple(fields), wanted_format, keys)
 
     if kind not in ("text", "input_ids"):  # a text may be one column of many
         check_media(fields, "row")
@@ -161,8 +166,11 @@ def rename_columns(fields, columns):
 
 
 @functools.lru_cache
-def find_format(keys, wanted):
-    """Returns the one of FORMATS that the keys of an example match."""
+def find_format(keys, wanted, keys_in_data):
+    """Returns the one of FORMATS that the keys of an example match.
+
+    keys_in_data: its keys before COLUMNS renamed them.
+    """
     found = []
     for kind, required in FORMATS.items():
         if set(required) <= set(keys):
@@ -172,7 +180,9 @@ def find_format(keys, wanted):
     if len(found) != 1:
         matches = " and ".join(map(repr, found)) if found else "no format"
         known = [" ".join(required) for required in FORMATS.values()]
-        raise ValueError(f"keys {sorted(keys)} match {matches}: a row must be a JSON object with "
+        renamed = f", with COLUMNS {sorted(keys)}," if set(keys) != set(keys_in_data) else ""
+        raise ValueError(f"keys {sorted(keys_in_data)}{renamed} match {matches}: a row must be a "
+                         "JSON object with "
                          f"the keys of exactly one of {known}; set FORMAT to the first key of one, "
                          "or COLUMNS to the names that the keys have in DATA")
     return found[0]

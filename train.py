@@ -1385,6 +1385,11 @@ def check_collections():
     if not all(isinstance(key, str) for key in [*COLUMNS, *COLUMNS.values()]):
         raise ValueError(f"COLUMNS {COLUMNS!r} are not names of keys: use strings, such as "
                          "{'text': 'content'}.")
+    for key in COLUMNS:
+        if key not in data.KEYS:
+            raise ValueError(f"COLUMNS {COLUMNS!r} names {key!r}, which no format has: use {{key of "
+                             "a format: key in DATA}, with keys of formats such as "
+                             f"{', '.join(sorted(data.KEYS))}.")
 
 
 # -------------------------------------------------------------------------- what a run prints first

@@ -1480,6 +1480,36 @@ def test_what_the_template_leaves_out_is_counted(build, tmp_path, tokenizer_file
     assert "1 chats have contents that the chat template leaves out" in made.notes
 
 
+def test_columns_that_no_row_has_are_refused(tmp_path, tokenizer_files):
+    """Another key of the rows would be trained instead."""
+    tokenizer_files(tmp_path)
+    rows = [{"text": "SHORT TITLE", "content": "the long body"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+
+    def build_with(columns):
+        settings = (True, False, False, "split", 0, "", columns)
+        return data.build_corpus(path, tmp_path, tmp_path / "cache", *settings)
+
+    with pytest.raises(ValueError, match="COLUMNS reads 'text' from 'contents', which is no key of "
+                                         "the first rows of DATA. Their keys are content, text"):
+        build_with({"text": "contents"})
+    assert texts_of(build_with({"text": "content"})) == ["the long body"]
+    with pytest.raises(ValueError, match=r"keys .'content', 'text'., with COLUMNS .'content', 'output'., "):
+        build_with({"output": "text"})
+
+
+def test_conversations_need_a_chat_template(build, tmp_path, tokenizer_files):
+    tokenizer = tokenizer_files(tmp_path)
+    tokenizer.chat_template = None
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(tmp_path)
+    path = write_jsonl(tmp_path / "a.jsonl", [ONE_TURN] * 20)
+    with pytest.raises(ValueError) as failure:
+        build(path)
+    assert "has no chat template: copy chat_template.jinja" in str(failure.value)
+    assert len(str(failure.value).splitlines()) == 1
+
+
 def test_named_templates_are_a_part_of_the_key(build, tmp_path):
     path = write(tmp_path / "a.jsonl")
     without = build(path).key

@@ -590,6 +590,7 @@ WRONG_CONSTANTS = [
     ({"EVAL_DATA": "nan", "DATA": "not-read-before"}, "EVAL_DATA 'nan' matches no file"),
     ({"SAMPLE_PROMPTS": [1]}, "SAMPLE_PROMPTS .1. are not texts to continue: use a list"),
     ({"COLUMNS": {"text": 5}}, "COLUMNS {'text': 5} are not names of keys: use strings"),
+    ({"COLUMNS": {"content": "text"}}, "names 'content', which no format has: use {key of a format"),
     ({"RUN_DIR": ""}, "RUN_DIR '' is empty: set it to a value like 'runs/demo'"),
     ({"MODEL": ""}, "MODEL '' is empty"),
     ({"RUN_DIR": __file__}, "RUN_DIR .*test_train.py is not a folder that this user can write"),
