@@ -981,9 +981,12 @@ def _write_demo_tokenizer(folder, texts, vocab_size):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4) or not Path(sys.argv[1]).is_dir():
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
     try:
+        if not Path(sys.argv[1]).is_dir():
+            raise ValueError(f"CHECKPOINT {sys.argv[1]!r} is no folder: name one such as "
+                             "runs/demo/checkpoints/step-00000400")
         main(*sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))

@@ -393,7 +393,10 @@ def hold_out(corpus, share):
         if not corpus.targets[part].any():
             raise ValueError(f"EVAL_DATA {share} {name} no token to train of {len(held_out)} "
                              "documents: use another share, or name a file")
-    training = corpus._replace(selected=~held_out, key=f"{corpus.key} without {share}")
+    notes = (f"{corpus.notes}\n{held_out.sum():,} of {len(held_out):,} documents are held out for "
+             f"EVAL_DATA {share}")
+    training = corpus._replace(
+        selected=~held_out, key=f"{corpus.key} without {share}", notes=notes)
     # Each document that is held out is evaluated once, whatever the epochs of its source.
     sources = [(first, end, 1.0) for first, end, _ in corpus.sources]
     evaluation = corpus._replace(

@@ -19,6 +19,7 @@ from corpus import (  # noqa: F401
 from examples import (  # noqa: F401
     FORMATS, IGNORE, KEYS, Encoder, bounded, is_trained, mask, naming, open_tokenizer, token_ids)
 
+MANY_DROPPED = 0.1  # of the tokens: if OVERLONG drops more, it is warned of
 NO_TARGET = ~0  # an untrained token, used as the next token where a document has none
 
 
@@ -465,6 +466,10 @@ class Rows:
             "pieces in each, with {attention:.1%} of the attention of undivided rows\n"
             "lengths of documents, in tokens from: {bars}"
         )
+        if counts["dropped"] > MANY_DROPPED * counts["tokens"]:
+            text += (f"\nWARNING: {counts['dropped'] / counts['tokens']:.0%} of the tokens are dropped "
+                     f"from documents longer than MAX_LENGTH {self.max_length}: raise it, or change "
+                     "OVERLONG")
         notes = self.corpus.notes
         return text.format(**counts, bars="  ".join(bars), notes=notes).lstrip()
 

@@ -183,6 +183,12 @@ PATHS = ("MODEL", "RUN_DIR", "CACHE_DIR", "RESUME")
 # Constants whose value may be of another type than the default, such as a path or a list of paths.
 ANY_TYPE = ("DATA", "EVAL_DATA", "BAD_ROWS", "BETAS", "ROPE_SCALING")
 
+# Values of constants whose default shows too little, as they are written on a command line.
+EXAMPLES = {
+    "COLUMNS": "'COLUMNS={\"text\": \"content\"}'",
+    "SAMPLE_PROMPTS": "'SAMPLE_PROMPTS=[\"Once\"]'",
+}
+
 # The constants that RECOMPUTE="auto" chooses, and the fields of costs.Settings that they are.
 CHOSEN = {
     "RECOMPUTE": "recompute",
@@ -268,6 +274,10 @@ def main():
         parallel.together("RUN_DIR", lock_run, run_lock, only=0)
         refuse_separate_folders()
         steps_done = resume(notes, model, optimizer, grid)
+        if 0 < steps <= steps_done:
+            print_once(grid, f"all {steps:,} steps are done, so that nothing is trained: raise "
+                             "MAX_STEPS or EPOCHS for more, or set RUN_DIR to a new folder for a new "
+                             "run")
         parallel.together("RUN_DIR", open_run, notes, steps_done, rows.accounting(), only=0)
         if SAVE_EVERY >= 0:
             saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", notes)
@@ -1042,19 +1052,29 @@ def resume(notes, model, optimizer, grid):
         return 0
 
     # Another model or other data cannot be continued. Changes of other constants are reported.
-    for key in ("config", "data"):
-        if notes[key] != manifest[key]:
-            raise ValueError(
-                f"The {key} of {folder}, {manifest[key]}, differs from the {key} of this run, "
-                f"{notes[key]}: set RUN_DIR to a new folder.")
-    for name, value in notes["constants"].items():
-        old_value = manifest["constants"].get(name)
-        if old_value != value:
-            print_once(grid, f"{name} was {old_value!r} in {folder.name} and is now {value!r}")
+    changes = changed_values(manifest["constants"], notes["constants"])
+    if notes["config"] != manifest["config"]:
+        of_config = changed_values(manifest["config"], notes["config"])
+        raise ValueError(
+            f"The config of {folder} differs from that of MODEL {MODEL}: {', '.join(of_config)}. Set "
+            "RUN_DIR to a new folder.")
+    if notes["data"] != manifest["data"]:
+        raise ValueError(
+            f"The data of {folder}, {manifest['data']}, differs from that of this run, "
+            f"{notes['data']}: {', '.join(changes) or 'the files or the tokenizer have changed'}. Set "
+            "these as they were, or RUN_DIR to a new folder.")
+    for change in changes:
+        print_once(grid, f"{change}, compared with {folder.name}")
 
     parallel.load_checkpoint(folder, model, optimizer)
     print_once(grid, f"resumed from {folder}")
     return steps_done
+
+
+def changed_values(before, now):
+    """Return a text about each key whose value differs in two dicts: "KEY was 1 and is now 2"."""
+    return [f"{key} was {before.get(key)!r} and is now {value!r}" for key, value in now.items()
+            if before.get(key) != value]
 
 
 def open_run(notes, steps_done, accounting):
@@ -1221,8 +1241,9 @@ def check_machine(device_type):
     """Raise ValueError for a constant that no run on this machine can use."""
     make_folder("RUN_DIR", RUN_DIR)
     if RESUME not in ("auto", "never") and not Path(RESUME).is_dir():
-        raise ValueError(f"RESUME {RESUME!r} is no folder: use 'auto', 'never' or a checkpoint, "
-                         "such as runs/demo/checkpoints/step-00000400.")
+        there = [folder.name for folder in parallel.published(Path(RUN_DIR) / "checkpoints")]
+        raise ValueError(f"RESUME {RESUME!r} is no folder: use 'auto', 'never' or a checkpoint. In "
+                         f"{RUN_DIR}/checkpoints are: {', '.join(there) or 'none'}.")
     if OFFLOAD_OPTIMIZER and device_type == "cpu":
         raise ValueError("OFFLOAD_OPTIMIZER True needs a GPU, whose memory it saves: use "
                          "OFFLOAD_OPTIMIZER=False.")
@@ -1269,8 +1290,9 @@ def override(arguments):
         default = DEFAULTS[name]
         value = read_value(text, default)
         if type(value) is not type(default) and name not in ANY_TYPE:
+            example = EXAMPLES.get(name, repr(default))
             raise ValueError(f"{name}={text} is not of type {type(default).__name__}: "
-                             f"use a value like {default!r}.")
+                             f"use a value like {example}.")
         globals()[name] = value
         SET_BY_HAND.add(name)
 
@@ -1311,7 +1333,7 @@ def check_constants():
     for name, choices in CHOICES.items():
         value = globals()[name]
         if value not in choices:
-            known = ", ".join(str(choice) for choice in choices)
+            known = ", ".join(str(choice) or "''" for choice in choices)
             raise ValueError(f"{name} {value!r} is unknown: use one of {known}.")
     for name, (least, most) in RANGES.items():
         value = globals()[name]
@@ -1575,7 +1597,9 @@ def describe_error(error):
             text += f": set {ours[0]} to a folder in which this user can write all files"
         else:
             text += ": let this user read it"
-    if type(error) is not ValueError:
+    is_ours = type(error) is ValueError or (
+        isinstance(error, FileNotFoundError) and error.errno is None)
+    if not is_ours:
         text = f"{type(error).__name__}: {text} (DEBUG=1 shows where)"
     return text
 

@@ -1510,6 +1510,20 @@ def test_conversations_need_a_chat_template(build, tmp_path, tokenizer_files):
     assert len(str(failure.value).splitlines()) == 1
 
 
+def test_many_dropped_tokens_are_warned_of(build, tmp_path):
+    path = write(tmp_path / "a.jsonl", ["a" * 90, "b" * 9])
+    warned = data.Rows(build(path, overlong="drop", cap=50), "whole", 50, seed=0).describe()
+    assert "WARNING: 90% of the tokens are dropped from documents longer than MAX_LENGTH 50" in warned
+    assert "WARNING" not in data.Rows(build(path), "whole", 99, seed=0).describe()
+
+
+def test_colors_of_a_row_end_with_its_pieces():
+    """A piece that is cut in a trained text has a label for its last token, but of the next row."""
+    labels = [5, 6, 7, data.IGNORE, 9, data.IGNORE]
+    marks = show.color_marks(labels, [0, 3])
+    assert marks == [(1, show.GREEN), (3, show.PLAIN), (5, show.GREEN)]
+
+
 def test_named_templates_are_a_part_of_the_key(build, tmp_path):
     path = write(tmp_path / "a.jsonl")
     without = build(path).key

@@ -234,12 +234,16 @@ def test_steps_that_ran_out_of_cached_memory_are_marked(log, capsys, monkeypatch
     retries = iter([0, 2, 0])
     monkeypatch.setattr(train, "peak_flops", lambda grid: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**32))
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": next(retries)})
     monkeypatch.setattr(torch.cuda, "reset_accumulated_memory_stats", lambda: None)
-    grid = SimpleNamespace(device=torch.device("cuda"), world=1)
+    grid = SimpleNamespace(device=torch.device("cuda"), world=1, sp=1)
     sums = train.StepSums(1, 1, 10, 10, 0)
     for step in (3, 4, 5):
-        log.step(step_line(step, **train.speed_and_memory(tiny_config(), sums, 1, grid)))
+        entries = train.speed_and_memory(tiny_config(), sums, 1, grid)
+        assert (entries["reserved_memory_gib"], entries["used_memory_gib"]) == (2, 3)
+        log.step(step_line(step, **entries))
     lines = capsys.readouterr().out.splitlines()
     assert ["MEMORY FULL" in line for line in lines] == [False, True, False]
 
@@ -456,9 +460,13 @@ def test_loss_by_position():
 
 
 def test_what_has_no_longppl_says_why():
-    summary = {"scores": [], "loss_by_position": {"0-1k": 2.0}}
+    summary = {"scores": [], "evidence": {"0-1k": 1.25}, "loss_by_position": {"0-1k": 2.0}}
     assert evaluate.describe("a", summary) == (
-        "a\n  loss  0-1k 2.0000\n  LongPPL: no key tokens, or LENGTHS of 4,096 tokens at most")
+        "a\n  gain of an answer from its facts, in nats  0-1k 1.25\n  loss  0-1k 2.0000\n"
+        "  LongPPL: needs a length of LENGTHS above 4,096 tokens")
+    summary.update(longppl=None, key_tokens=0, evidence={})
+    assert evaluate.describe("a", summary) == (
+        "a\n  loss  0-1k 2.0000\n  LongPPL: there are no key tokens")
     summary.update(longppl=1.5, key_tokens=1000)
     assert evaluate.describe("a", summary).endswith("  LongPPL 1.500 over 1,000 key tokens")
 
@@ -648,15 +656,16 @@ def test_wrong_arguments_are_refused_first(folder, tmp_path, monkeypatch, argume
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (["evaluate.py", "."], "FileNotFoundError: MODEL '.' has no config.json: give the path"),
+    (["evaluate.py", "."], "MODEL '.' has no config.json: give the path"),
     (["show.py", "SHOW=a"], "SHOW=a are not numbers of rows: use values like 0 or 0,5."),
-    (["check.py", "missing"], "FileNotFoundError: MODEL 'missing' has no config.json: give the"),
+    (["check.py", "missing"], "MODEL 'missing' has no config.json: give the"),
     (["plan.py", "GPU=V100"], "GPU 'V100' is unknown: use one of A100-40"),
+    (["../convert.py", "missing", "out"], "CHECKPOINT 'missing' is no folder: name one such as"),
 ])
 def test_an_error_of_a_tool_is_one_line(tmp_path, arguments, message):
     tool, *rest = arguments
     environment = {**os.environ, "DEBUG": "0", "OMP_NUM_THREADS": "1"}
-    path = Path(evaluate.__file__).with_name(tool)
+    path = Path(evaluate.__file__).parent / tool
     finished = subprocess.run([sys.executable, path, *rest], cwd=tmp_path, env=environment,
                               capture_output=True, text=True)
     assert finished.returncode == 1

@@ -280,10 +280,15 @@ def test_changed_constants_are_shown_and_another_model_is_refused(setup, tmp_pat
     changed = setup("run", MAX_STEPS=2, LEARNING_RATE=0.5)
     on_ranks(1, run, changed, tmp_path=tmp_path)
     out = capfd.readouterr().out
-    assert "LEARNING_RATE was 0.001 in step-00000001 and is now 0.5" in out
+    assert "LEARNING_RATE was 0.001 and is now 0.5, compared with step-00000001" in out
+    assert "steps are done" not in out
+    on_ranks(1, run, changed, tmp_path=tmp_path)
+    out += capfd.readouterr().out
+    assert "all 2 steps are done, so that nothing is trained: raise MAX_STEPS or EPOCHS" in out
     assert "SEED was" not in out
 
-    with pytest.raises(AssertionError, match="The config of .*step-00000002.* differs"):
+    with pytest.raises(AssertionError, match="The config of .*step-00000002 differs .*"
+                       "max_position_embeddings was 512 and is now 1024. Set RUN_DIR"):
         on_ranks(1, run, {**changed, "MAX_POSITION_EMBEDDINGS": 1024}, tmp_path=tmp_path)
 
 
@@ -364,12 +369,12 @@ def test_changed_data_is_not_resumed(setup, tmp_path):
     on_ranks(1, run, settings, tmp_path=tmp_path)
 
     twice_as_often = {**settings, "DATA": {settings["DATA"]: 2.0}}
-    with pytest.raises(AssertionError, match="The data of .*step-00000001.* differs"):
+    with pytest.raises(AssertionError, match="The data of .*step-00000001.* differs .*: DATA was "):
         on_ranks(1, run, twice_as_often, tmp_path=tmp_path)
 
     with open(settings["DATA"], "a") as f:
         f.write('{"text": "more"}\n')
-    with pytest.raises(AssertionError, match="The data of .*step-00000001.* differs"):
+    with pytest.raises(AssertionError, match="The data of .*step-00000001.* differs .*: the files "):
         on_ranks(1, run, settings, tmp_path=tmp_path)
 
 
@@ -968,8 +973,10 @@ def test_a_plan_says_why_a_run_does_not_fit(large_folder, plan_for):
     lines, table = plan_for(f"MODEL={folder}", "MAX_LENGTH=1048576", "GPUS=2", "HOST_MEMORY=10")
     assert float(table["CPU, of 4 usable GiB"]["the plan"]) < 4
 
+    with pytest.raises(ValueError, match="GLOBAL_BATCH_SIZE 8 is not a multiple of .* 3 .*: use 9"):
+        plan_for(f"MODEL={folder}", "GPUS=3", "GLOBAL_BATCH_SIZE=8")
     lines, table = plan_for(f"MODEL={folder}", "GPUS=16", "GLOBAL_BATCH_SIZE=2")
-    assert table["fits"]["sp 4"] == "no"
+    assert table["fits"]["sp 4"] == "refused"
     assert any("sp 4: GLOBAL_BATCH_SIZE 2 is not a multiple of the data-parallel size 4" in line
                for line in lines)
 

@@ -70,7 +70,6 @@ SHORT_CONTEXT = 4096    # tokens that are seen at least, if not the whole contex
 STRIDE = 1024           # tokens that are scored in each window of SHORT_CONTEXT + STRIDE tokens
 MIN_GAIN = 2.0          # of a key token: loss with the short context minus loss with the whole
 MAX_LOSS = 2.0          # of a key token with the whole context
-NO_LONGPPL = f"no key tokens, or LENGTHS of {SHORT_CONTEXT:,} tokens at most"
 
 MLP_CHUNK = 2**15       # tokens per pass through an MLP, so that rows of 1M tokens fit
 
@@ -483,15 +482,24 @@ def describe(folder, summary):
     lines = [folder]
     for (task, length), score in mean_by(summary["scores"], ("task", "length"), "score").items():
         lines.append(f"  {task:<10} {length:>9,} tokens  {score:6.1%} of answers")
+    if summary["evidence"]:
+        gains = "  ".join(f"{name} {gain:.2f}" for name, gain in summary["evidence"].items())
+        lines.append(f"  gain of an answer from its facts, in nats  {gains}")
     if "loss_by_position" in summary:
         losses = summary["loss_by_position"].items()
         lines.append("  loss  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses))
         if summary.get("longppl") is None:
-            lines.append(f"  LongPPL: {NO_LONGPPL}")
+            lines.append(f"  LongPPL: {why_no_longppl(summary)}")
         else:
             lines.append(
                 f"  LongPPL {summary['longppl']:.3f} over {summary['key_tokens']:,} key tokens")
     return "\n".join(lines)
+
+
+def why_no_longppl(summary):
+    if "longppl" in summary:
+        return "there are no key tokens"
+    return f"needs a length of LENGTHS above {SHORT_CONTEXT:,} tokens"
 
 
 # ----------------------------------------------------------------------------------------- picture
@@ -564,7 +572,8 @@ def draw_curves(positions, evidence, longppl, summaries):
         longppl.set_xticks(range(len(names)), names, fontsize=8)
     else:
         longppl.set(xticks=[], yticks=[])
-        longppl.text(0.5, 0.5, NO_LONGPPL, ha="center", va="center", fontsize=8,
+        last = list(summaries.values())[-1]
+        longppl.text(0.5, 0.5, why_no_longppl(last), ha="center", va="center", fontsize=8,
                      transform=longppl.transAxes)
     for axes in (positions, evidence):
         axes.grid(alpha=0.3)

@@ -2,16 +2,17 @@
 
     python tools/plan.py MODEL=folder MAX_LENGTH=131072 GPU=H100 GPUS=8 [NAME=VALUE ...]
 
-Only config.json of MODEL is read. GPU is a name in costs.GPUS; GPUS is their number; HOST_MEMORY is
-the CPU memory of a host of 8 GPUs in GiB; DOCUMENT is the length of the documents in tokens, by
-default one fills a row; TOKENS is how many the run trains. The other names are constants of
-train.py. The first column of the table is the plan. The others have half and twice the length, and
+Only config.json of MODEL is read. GPU is a name in costs.GPUS, by default H100; GPUS is their
+number, by default 8; HOST_MEMORY is the CPU memory of a host of 8 GPUs in GiB, by default 1000;
+DOCUMENT is the length of the documents in tokens, by default one fills a row; TOKENS is how many the
+run trains, by default 1e9. The other names are constants of train.py. The first column of the table is the plan. The others have half and twice the length, and
 other sequence-parallel sizes. Where a run does not fit, its column shows the settings that come
 nearest to it, and whether the memory of the GPU or of the CPU is short. The parts of the memory are
 those at its peak, when some of them are zero. Rates were measured on H200s and are estimates for
 other GPUs.
 """
 import ast
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,7 @@ def read_options(arguments):
     for argument in arguments:
         name, _, text = argument.partition("=")
         if name == "GPU":
-            options[name] = text
+            options[name] = text.upper()
         elif name in OPTIONS:
             options[name] = read_number(name, text)
         else:
@@ -90,7 +91,7 @@ def make_column(title, config, options, length, sp):
     try:
         sizes = train.possible_sizes(config, world)
     except ValueError as error:
-        return Column(title, {**cells, "fits": "no"}, str(error))
+        return Column(title, {**cells, "fits": "refused"}, str(error))
     execution = Execution(loss_chunk=train.LOSS_CHUNK)
     try:
         sp, settings = train.choose_settings(config, world, gpu, host_of_gpu)
@@ -220,6 +221,7 @@ def main(arguments):
     config = convert.load_config(train.MODEL)
     length = train.MAX_LENGTH
     sp = train.SEQUENCE_PARALLEL_SIZE
+    train.possible_sizes(config, options["GPUS"])   # or the plan itself is refused
     print(f"{describe(config, options)}\n")
 
     plan = make_column("the plan", config, options, length, sp)
@@ -230,7 +232,7 @@ def main(arguments):
     ]
     for size in SIZES:
         is_plan = plan.cells.get("sequence parallel") == f"{size}"
-        if size <= options["GPUS"] and not is_plan:
+        if options["GPUS"] % size == 0 and not is_plan:
             columns.append(make_column(f"sp {size}", config, options, length, size))
     show(columns)
 
@@ -239,6 +241,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 1 or "--help" in sys.argv:
         print(__doc__)
         sys.exit()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut, as by `| head`
     try:
         main(sys.argv[1:])
     except Exception as error:

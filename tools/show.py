@@ -6,6 +6,7 @@ Prints where the tokens of DATA go. SHOW prints rows of the run as text, with tr
 green. --lengths draws a histogram of the documents' lengths, lengths.png.
 """
 import itertools
+import signal
 import sys
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def show_row(rows, row, sp, decode):
     if sp > 1:
         for rank in range(sp):
             marks.append((len(ids) // sp * rank, f"\n=== shard of rank {rank}"))
-    marks += color_marks(labels)
-    marks += document_marks(rows, row, positions)
+    pieces = rows.find(row)
+    starts = np.cumsum(pieces["length"]) - pieces["length"]
+    marks += color_marks(labels, starts.tolist())
+    marks += document_marks(rows, pieces, positions)
     marks.sort(key=lambda mark: mark[0])
     marks.append((len(ids), PLAIN + "\n"))
 
@@ -44,9 +47,14 @@ def show_row(rows, row, sp, decode):
     print(marks[-1][1], end="")
 
 
-def color_marks(labels):
-    """Marks where trained tokens begin and end: a token is trained if it is the label before it."""
+def color_marks(labels, starts):
+    """Marks where trained tokens begin and end: a token is trained if it is the label before it.
+
+    starts: the indices at which pieces of documents begin. The label before is of another piece.
+    """
     trained = [False] + [label != data.IGNORE for label in labels[:-1]]
+    for start in starts:
+        trained[start] = False
     marks = []
     for i in range(1, len(trained)):
         if trained[i] != trained[i - 1]:
@@ -54,9 +62,8 @@ def color_marks(labels):
     return marks
 
 
-def document_marks(rows, row, positions):
+def document_marks(rows, pieces, positions):
     """Marks where the pieces of documents and the padding begin."""
-    pieces = rows.find(row)
     ends = np.cumsum(pieces["length"])
     marks = []
     for (document, start, n), end in zip(pieces, ends):
@@ -111,6 +118,7 @@ if __name__ == "__main__":
     if "--help" in sys.argv:
         print(__doc__)
         sys.exit()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut, as by `| head`
     try:
         main(sys.argv[1:])
     except Exception as error:
