@@ -251,6 +251,7 @@ def plot(run, lines):
     Skipped steps are red marks at the top of the panel of the loss.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(11, 9), layout="constrained")
@@ -260,9 +261,10 @@ def plot(run, lines):
         "loss per target": figure.add_subplot(grid[0, :]),
         "learning rate": figure.add_subplot(grid[1, 0]),
         "gradient norm": figure.add_subplot(grid[1, 1]),
-        "tokens per second per GPU": figure.add_subplot(grid[2, 0]),
-        "evaluation loss by position": figure.add_subplot(grid[2, 1]),
+        "tokens per second per GPU": figure.add_subplot(grid[2, 0] if evaluations else grid[2, :]),
     }
+    if evaluations:
+        panels["evaluation loss by position"] = figure.add_subplot(grid[2, 1])
     for title, axes in panels.items():
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
@@ -271,9 +273,12 @@ def plot(run, lines):
     panels["learning rate"].ticklabel_format(axis="y", scilimits=(0, 0))
     plot_key(panels["gradient norm"], training, "grad_norm")
     panels["gradient norm"].set_yscale("log")
+    panels["gradient norm"].yaxis.set_major_formatter("{x:g}")  # 0.1, not 10^-1
+    panels["gradient norm"].yaxis.set_minor_formatter(LogFormatter())
     plot_key(panels["tokens per second per GPU"], training, "tokens_per_second_per_gpu")
     panels["tokens per second per GPU"].set_ylim(bottom=0)
-    plot_positions(panels["evaluation loss by position"], evaluations)
+    if evaluations:
+        plot_positions(panels["evaluation loss by position"], evaluations)
     figure.savefig(run / "loss.png", dpi=120)
 
 
@@ -281,6 +286,7 @@ def plot_key(axes, lines, key, **style):
     """Draw a metric over the steps."""
     axes.plot([line["step"] for line in lines], [line[key] for line in lines], lw=1, **style)
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def plot_losses(axes, training, evaluations):
@@ -320,10 +326,7 @@ def plot_positions(axes, evaluations):
         losses = line["eval_by_position"]
         axes.plot(list(losses), list(losses.values()), marker="o", ms=4, lw=1, color="tab:orange",
                   alpha=(i + 1) / len(shown), label=f"step {line['step']:,}")
-    if shown:
-        axes.legend(fontsize=8)
-    else:
-        axes.text(0.5, 0.5, "no EVAL_DATA", ha="center", transform=axes.transAxes)
+    axes.legend(fontsize=8)
     axes.set_xlabel("tokens before the target that it can attend to")
 
 

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import convert  # noqa: E402
+import data  # noqa: E402
 import train  # noqa: E402
 from model import Transformer  # noqa: E402
 
@@ -24,10 +25,10 @@ CHARACTERS = 600  # of this file
 @torch.no_grad()
 def check(folder):
     """Print the differences. -> True if any is above TOLERANCE."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     convert.load_config(folder)  # transformers would look for a missing folder on the internet
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = data.open_tokenizer(folder)
     text = Path(__file__).read_text()[:CHARACTERS]
     ids = torch.tensor(tokenizer(text).input_ids)  # (T,)
     ours = our_outputs(folder, ids)

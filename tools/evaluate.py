@@ -578,6 +578,7 @@ def draw_curves(positions, evidence, longppl, summaries):
     for axes in (positions, evidence):
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=8)
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.legend(fontsize=8)
     positions.set_xlabel("position of the token in its document", fontsize=8)
     evidence.set_xlabel("tokens between the first fact and the answer", fontsize=8)
