@@ -634,33 +634,33 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
     }
 
 
+class Needs(NamedTuple):
+    """GiB that a step takes, for each rank."""
+    allocated: float    # of a GPU, at most at one time: the sum of memory()
+    reserved: float     # of a GPU, by the allocator, if there is enough
+    on_host: float      # of CPU memory
+
+
 def needs(config, work, execution, settings):
-    """-> GiB of a GPU, and of CPU memory for each rank, that a step with these Settings needs."""
-    execution = settings.execution(execution)
-    parts = memory(config, work.tokens, work.ranks, execution, settings.zero_stage,
-                   work.accumulate, work.sp, settings.offload_optimizer, mean_document(work),
-                   work.replicas)
-    on_host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
-                          work.sp, mean_document(work))
-    return sum(parts.values()), on_host
+    """-> the Needs of a step with these Settings.
 
-
-def reserved_memory(config, work, execution, settings):
-    """-> GiB of a GPU that the allocator takes if there is enough. Less is allocated at any moment.
-
-    FSDP2 allocates the gradients that it reduces on a stream of its own, and the allocator keeps the
-    memory of streams apart. So each step takes the memory of its gradients and that of its
-    activations, unless the allocator has to give back what the other stream does not use."""
+    With FSDP2 more is reserved than is ever allocated. It allocates the gradients that it reduces on
+    a stream of its own, and the allocator keeps the memory of streams apart. So each step takes the
+    memory of its gradients and that of its activations, unless the allocator has to give back what
+    the other stream does not use."""
     work = work._replace(document=mean_document(work))
-    moments = moments_of_step(config, work, settings.execution(execution), settings.zero_stage,
-                              settings.offload_optimizer)
-    if does_without_fsdp(work.world, settings.zero_stage, settings.offload_optimizer):
-        peak = max(sum(moment) for moment in moments)
-    else:
+    execution = settings.execution(execution)
+    moments = moments_of_step(
+        config, work, execution, settings.zero_stage, settings.offload_optimizer)
+    allocated = max(sum(moment) for moment in moments)
+    reserved = allocated
+    if not does_without_fsdp(work.world, settings.zero_stage, settings.offload_optimizer):
         reduced = max(moment.reduced for moment in moments)
-        peak = max(sum(moment) - moment.reduced for moment in moments) + reduced
+        reserved = max(sum(moment) - moment.reduced for moment in moments) + reduced
     states = optimizer_states(config, work.ranks, settings.offload_optimizer)
-    return (peak + states) / 2**30
+    on_host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
+                          work.sp, work.document)
+    return Needs((allocated + states) / 2**30, (reserved + states) / 2**30, on_host)
 
 
 def usable_memory(gpu, work):
@@ -686,12 +686,13 @@ def candidates(config, work, given):
         yield Settings(**dict(zip(tries, values)))
 
 
-def seconds_to_compare(config, gpu, work, execution, settings, memory_for_saves):
+def seconds_to_compare(config, gpu, work, execution, settings, needed, host):
     """-> seconds of a step by which Settings are compared.
 
     They leave out attention, which all Settings have in common, and which hides no copies to CPU
     memory here: the documents of a row may be shorter than `work` says, and then it takes little
-    time. memory_for_saves: whether CPU memory has space for the copy of a checkpoint."""
+    time. Added are the times for a GPU that is full, and for saves that training has to wait for.
+    needed: the Needs of the step."""
     execution_of_settings = settings.execution(execution)
     parts = step_seconds(config, gpu, work, execution_of_settings, settings.zero_stage,
                          settings.offload_optimizer)
@@ -699,10 +700,10 @@ def seconds_to_compare(config, gpu, work, execution, settings, memory_for_saves)
     parts["offloading"] = work.accumulate * offloading_seconds(
         config, gpu, work, execution_of_settings, products_of_block(config, gpu, work))
     seconds = sum(parts.values())
-    reserved = reserved_memory(config, work, execution, settings)
-    if reserved > RESERVABLE_MEMORY * gpu.memory:
+    if needed.reserved > RESERVABLE_MEMORY * gpu.memory:
         seconds += MEMORY_FULL
-    if not memory_for_saves:
+    checkpoint = ADAMW_STATES * total_parameters(config) / work.ranks / 2**30
+    if needed.on_host + checkpoint > USABLE_HOST_MEMORY * host:
         seconds += (WAITS_FOR_SAVES - 1) * (seconds + attention)
     return seconds
 
@@ -714,7 +715,6 @@ def choose(config, gpu, work, execution, given, host):
     given: see candidates. host: GiB of CPU memory for each rank."""
     usable = usable_memory(gpu, work)
     usable_host = USABLE_HOST_MEMORY * host
-    checkpoint = ADAMW_STATES * total_parameters(config) / work.ranks / 2**30
     fitting = []
     for base in candidates(config, work, given):
         variants = [base]
@@ -722,12 +722,10 @@ def choose(config, gpu, work, execution, given, host):
             variants = [base._replace(keep_layers=n) for n in range(config.num_hidden_layers)]
         best = None
         for settings in variants:
-            on_gpu, on_host = needs(config, work, execution, settings)
-            if on_gpu > usable or on_host > usable_host:
+            needed = needs(config, work, execution, settings)
+            if needed.allocated > usable or needed.on_host > usable_host:
                 break   # nor does it fit if more layers keep everything
-            seconds = seconds_to_compare(
-                config, gpu, work, execution, settings,
-                memory_for_saves=on_host + checkpoint <= usable_host)
+            seconds = seconds_to_compare(config, gpu, work, execution, settings, needed, host)
             if best is None or seconds < best[0]:
                 best = seconds, settings
         if best is not None:

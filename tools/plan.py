@@ -133,8 +133,9 @@ def memory_of(config, work, execution, settings):
 
 def overruns(config, gpu, work, execution, settings, host):
     """-> what a step needs over what it may take, of a GPU and of `host` GiB of CPU memory."""
-    on_gpu, on_host = needs(config, work, execution, settings)
-    return on_gpu / usable_memory(gpu, work), on_host / (USABLE_HOST_MEMORY * host)
+    needed = needs(config, work, execution, settings)
+    return (needed.allocated / usable_memory(gpu, work),
+            needed.on_host / (USABLE_HOST_MEMORY * host))
 
 
 def nearest_settings(config, gpu, work, execution, host):
