@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -31,8 +32,8 @@ import numpy as np
 from tqdm import tqdm
 
 from examples import (
-    HASHES, Encoded, Encoder, TemplateLimit, describe_error, is_trained, naming, parse_json,
-    parse_row, read_example, token_ids)
+    HASHES, REQUIRED_KEYS, Encoded, Encoder, TemplateLimit, describe_error, is_trained, naming,
+    parse_json, parse_row, read_example, token_ids)
 
 # ---------------------------------------------------------------------------------------- files
 
@@ -385,8 +386,8 @@ def hold_out(corpus, share):
     """Splits the documents of a Corpus: returns one without, and one with this share of them.
 
     A document is held out because of the hash of its text alone, or of its row if it is not plain
-    text. So equal ones stay together, and the same ones are held out with another tokenizer, other settings
-    and further files.
+    text. So equal ones stay together, and the same ones are held out with another tokenizer, other
+    settings and further files.
     """
     held_out = corpus.hashes < share * HASHES
     for part, name in ((held_out, "holds out"), (~held_out, "leaves")):
@@ -482,17 +483,12 @@ def tokenize(paths, tokenized, encoder, lock, bad_rows):
     """
     # Forked workers inherit the encoder: it is loaded once, and its memory is shared.
     format_settings = (encoder.wanted_format, encoder.columns)
-    check_columns(paths.values(), encoder.columns)
     kinds = {first_kind(path, *format_settings) for path in paths.values()}
     has_text = len(kinds - {"", "input_ids"}) > 0
     if has_text and encoder.tokenizer is None:
         encoder.load()
-    if "chat" in kinds and not encoder.tokenizer.chat_template:
-        raise ValueError(
-            f"DATA has conversations, but the tokenizer of MODEL {encoder.folder} has no chat "
-            "template: copy chat_template.jinja, or the tokenizer_config.json that holds it, from "
-            "the instruct version of the model to this folder, or use rows of text, or of prompt "
-            "and completion.")
+    if "chat" in kinds:  # before each row fails
+        encoder.check_template()
     check_rows(paths, tokenized, encoder, lock, bad_rows)
 
     homes = {path: home for home, path in paths.items()}
@@ -561,25 +557,32 @@ def check_bad_rows(errors, n_bad, n_rows, bad_rows):
             count = f"at least {n_bad}"  # later rows may not have been read
         remedy = "set BAD_ROWS to the share of rows that may be skipped"
         if bad_rows > 0:
-            remedy = f"raise BAD_ROWS {bad_rows:g} to {n_bad / n_rows:.3g} to skip them"
+            share = math.ceil(1e4 * n_bad / n_rows) / 1e4   # rounded up, so that it suffices
+            remedy = f"raise BAD_ROWS {bad_rows:g} to {share:g} to skip them"
         raise ValueError(f"{shown}{count} rows cannot be used: fix or remove them, or {remedy}")
 
 
-def check_columns(paths, columns):
-    """Raises a ValueError if COLUMNS names a column that none of the first rows of a file has."""
-    if not columns:
-        return
+def check_columns(data, columns):
+    """Raises a ValueError if COLUMNS names a column that no file of DATA has, as by a typo. Then
+    another key of the rows could be trained.
+
+    Only the first rows of each file are read, and only the columns are checked that each row of a
+    format needs.
+    """
+    paths = itertools.chain.from_iterable(source.files for source in find_files(data))
+    needed = {column for key, column in columns.items() if key in REQUIRED_KEYS}
     known = set()
     for path in paths:
+        if needed <= known:
+            return
         for _, row in itertools.islice(read_rows(path), MAX_REPORTED):
-            with suppress(ValueError):  # it is reported together with other bad rows
+            with suppress(ValueError):  # bad rows are reported together, later
                 known.update(parse_row(row))
-    for key, column in columns.items():
-        if column not in known:
-            raise ValueError(
-                f"COLUMNS reads {key!r} from {column!r}, which is no key of the first rows of DATA. "
-                f"Their keys are {', '.join(sorted(known))}: name one of them, as in "
-                f"{{{key!r}: {min(known, default='key')!r}}}.")
+    missing = sorted(needed - known)
+    if missing and known:
+        raise ValueError(
+            f"COLUMNS {columns} names {missing[0]!r}, which is no key of the first rows of DATA: "
+            f"their keys are {', '.join(sorted(known))}. Name one of them.")
 
 
 def continue_part(path, home):

@@ -361,11 +361,11 @@ class Moment(NamedTuple):
     loss: float = 0
 
 
-def unreduced_and_reduced(earlier, reduced, zero_stage):
+def unreduced_and_reduced(earlier, reduced, ranks, zero_stage):
     """-> bytes of the gradients that are not reduced, and of those that are. earlier: bytes of
-    those of earlier micro-batches, which ZeRO 1 does not reduce; reduced: of this one's."""
+    those of earlier micro-batches, which ZeRO 1 has not reduced; reduced: of this one's shards."""
     if zero_stage == 1:
-        return max(earlier - reduced, 0), reduced
+        return max(earlier - ranks * reduced, 0), reduced
     return 0, max(earlier, reduced)
 
 
@@ -374,7 +374,7 @@ def end_of_forward(kept, config, work, execution, zero_stage, offload_optimizer)
     L = config.num_hidden_layers
     gathered = L if zero_stage < 3 else gathered_together(execution)
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
-    gradients, reduced = unreduced_and_reduced(earlier, 0, zero_stage)
+    gradients, reduced = unreduced_and_reduced(earlier, 0, work.ranks, zero_stage)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
         gradients=gradients,
@@ -401,7 +401,7 @@ def backward_of_block(i, kept, transient, config, work, execution, zero_stage, o
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
     size = gradient_bytes(work, zero_stage, offload_optimizer)
     gradients, reduced = unreduced_and_reduced(
-        earlier, size * (L - 1 - i) * block / work.ranks, zero_stage)
+        earlier, size * (L - 1 - i) * block / work.ranks, work.ranks, zero_stage)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
         gradients=gradients + head + 2 * block,
@@ -417,7 +417,7 @@ def end_of_backward(config, work, zero_stage, offload_optimizer):
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
     size = gradient_bytes(work, zero_stage, offload_optimizer)
     gradients, reduced = unreduced_and_reduced(
-        earlier, size * total_parameters(config) / work.ranks, zero_stage)
+        earlier, size * total_parameters(config) / work.ranks, work.ranks, zero_stage)
     weights = 0
     added = 4
     if does_without_fsdp(work.world, zero_stage, offload_optimizer):

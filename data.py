@@ -15,7 +15,7 @@ import torch
 
 # Those who import this module also use the names of the other two as its own.
 from corpus import (  # noqa: F401
-    DOCUMENT, Corpus, build_corpus, find_files, hold_out, is_chat, read_rows)
+    DOCUMENT, Corpus, build_corpus, check_columns, find_files, hold_out, is_chat, read_rows)
 from examples import (  # noqa: F401
     FORMATS, IGNORE, KEYS, Encoder, bounded, is_trained, mask, naming, open_tokenizer, token_ids)
 
@@ -467,9 +467,9 @@ class Rows:
             "lengths of documents, in tokens from: {bars}"
         )
         if counts["dropped"] > MANY_DROPPED * counts["tokens"]:
-            text += (f"\nWARNING: {counts['dropped'] / counts['tokens']:.0%} of the tokens are dropped "
-                     f"from documents longer than MAX_LENGTH {self.max_length}: raise it, or change "
-                     "OVERLONG")
+            share = counts["dropped"] / counts["tokens"]
+            text += (f"\nWARNING: {share:.0%} of the tokens are dropped from documents longer than "
+                     f"MAX_LENGTH {self.max_length}: raise it, or change OVERLONG")
         notes = self.corpus.notes
         return text.format(**counts, bars="  ".join(bars), notes=notes).lstrip()
 

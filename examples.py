@@ -90,9 +90,9 @@ FORMATS = {
     "input_ids": ("input_ids",),
 }
 
-# All keys of rows that are read.
-KEYS = {*itertools.chain(*FORMATS.values()), "input", "history", "system", "tools", "functions",
-        "labels"}
+# The keys that rows must have, and all keys that are read.
+REQUIRED_KEYS = set(itertools.chain(*FORMATS.values()))
+KEYS = REQUIRED_KEYS | {"input", "history", "system", "tools", "functions", "labels"}
 
 # The names of roles in files (of OpenAI, then of ShareGPT), and those that chat templates expect.
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
@@ -865,6 +865,15 @@ class Encoder:
         self.is_control = np.zeros(max(tokenizer.get_vocab().values()) + 1, bool)
         self.is_control[self.control_ids] = True
 
+    def check_template(self):
+        """Raises a ValueError if the tokenizer cannot write conversations."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"conversations need a chat template, and the tokenizer of MODEL {self.folder} has "
+                "none: copy chat_template.jinja, or the tokenizer_config.json that holds it, from the "
+                "instruct version of the model to this folder, or use rows of text, or of prompt and "
+                "completion")
+
     def __call__(self, row):
         """Returns the tokens (int32) of a row, and their number before OVERLONG."""
         [encoded] = self.encode_rows([row])
@@ -986,6 +995,7 @@ class Encoder:
 
     def render_chat(self, messages, functions):
         """Returns the Chat of the first form of its tool calls that the template writes fully."""
+        self.check_template()
         control = self.control
         template = self.tokenizer.get_chat_template(None, functions or None)
         functions = split_tokens_in(functions, control.all)

@@ -251,7 +251,7 @@ def plot(run, lines):
     Skipped steps are red marks at the top of the panel of the loss.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(11, 9), layout="constrained")
@@ -273,8 +273,10 @@ def plot(run, lines):
     panels["learning rate"].ticklabel_format(axis="y", scilimits=(0, 0))
     plot_key(panels["gradient norm"], training, "grad_norm")
     panels["gradient norm"].set_yscale("log")
-    panels["gradient norm"].yaxis.set_major_formatter("{x:g}")  # 0.1, not 10^-1
-    panels["gradient norm"].yaxis.set_minor_formatter(LogFormatter())
+    axis = panels["gradient norm"].yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")   # 0.1, not 10^-1
+    axis.set_minor_formatter(NullFormatter())
     plot_key(panels["tokens per second per GPU"], training, "tokens_per_second_per_gpu")
     panels["tokens per second per GPU"].set_ylim(bottom=0)
     if evaluations:

@@ -77,7 +77,7 @@ ROPE_SCALING = None             # how: "yarn", "linear", "dynamic", "llama3" or 
 LOSS_WEIGHT = "token"           # n targets in a document count n; "sample": 1; "square": sqrt(n)
 
 # How the work is divided: world = REPLICAS x data parallel x SEQUENCE_PARALLEL_SIZE
-SEQUENCE_PARALLEL_SIZE = 0      # ranks that share one row; 0: the fewest that are about fastest
+SEQUENCE_PARALLEL_SIZE = 0      # ranks that share one row; 0: the fewest within 5% of the fastest
 GLOBAL_BATCH_SIZE = 8           # rows per optimizer step, independent of the number of ranks
 REPLICAS = 1                    # copies of the sharded states; raise where hosts are slowly linked
 
@@ -188,6 +188,11 @@ EXAMPLES = {
     "COLUMNS": "'COLUMNS={\"text\": \"content\"}'",
     "SAMPLE_PROMPTS": "'SAMPLE_PROMPTS=[\"Once\"]'",
 }
+
+# Constants that change the documents or their tokens.
+DATA_CONSTANTS = (
+    "DATA", "EVAL_DATA", "SYNTHETIC_DOCUMENT", "MAX_LENGTH", "OVERLONG", "APPEND_EOS",
+    "TRAIN_ON_PROMPT", "MASK_HISTORY", "ACCEPT_LOSS", "NO_STOP_TOKEN", "FORMAT", "COLUMNS", "BAD_ROWS")
 
 # The constants that RECOMPUTE="auto" chooses, and the fields of costs.Settings that they are.
 CHOSEN = {
@@ -528,7 +533,7 @@ def speed_and_memory(config, sums, seconds, grid):
     """Return the entries of metrics.jsonl that tell how well a step used the hardware."""
     model_flops, hardware_flops = flops(
         config, sums.tokens, sums.attention_pairs, RECOMPUTE, KEEP_LAYERS,
-        chunked=0 < MLP_CHUNK < row_length() / grid.sp)
+        chunked=0 < MLP_CHUNK < sums.tokens / GLOBAL_BATCH_SIZE / grid.sp)   # of the mean row
     # MFU counts what the model needs, HFU also what backward recomputes.
     mfu = None
     hfu = None
@@ -820,6 +825,8 @@ def open_corpus(source, folder, config):
         return synthetic_corpus(config.vocab_size)
     # The hash of the files is the key of the token cache, so changed files are tokenized again.
     files = f"{CACHE_DIR}/demo/demo.jsonl" if source == "demo" else source
+    if COLUMNS and source == DATA:  # EVAL_DATA may have other keys
+        data.check_columns(files, COLUMNS)
     cap = 0 if OVERLONG == "split" else MAX_LENGTH  # tokens per document; 0: no limit
     return data.build_corpus(
         files, folder, CACHE_DIR, APPEND_EOS, TRAIN_ON_PROMPT, MASK_HISTORY, OVERLONG, cap,
@@ -1059,10 +1066,11 @@ def resume(notes, model, optimizer, grid):
             f"The config of {folder} differs from that of MODEL {MODEL}: {', '.join(of_config)}. Set "
             "RUN_DIR to a new folder.")
     if notes["data"] != manifest["data"]:
+        causes = [change for change in changes if change.split()[0] in DATA_CONSTANTS]
         raise ValueError(
             f"The data of {folder}, {manifest['data']}, differs from that of this run, "
-            f"{notes['data']}: {', '.join(changes) or 'the files or the tokenizer have changed'}. Set "
-            "these as they were, or RUN_DIR to a new folder.")
+            f"{notes['data']}: {', '.join(causes) or 'the files or the tokenizer have changed'}. "
+            "Undo this, or set RUN_DIR to a new folder.")
     for change in changes:
         print_once(grid, f"{change}, compared with {folder.name}")
 
@@ -1073,8 +1081,8 @@ def resume(notes, model, optimizer, grid):
 
 def changed_values(before, now):
     """Return a text about each key whose value differs in two dicts: "KEY was 1 and is now 2"."""
-    return [f"{key} was {before.get(key)!r} and is now {value!r}" for key, value in now.items()
-            if before.get(key) != value]
+    return [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in {**before, **now}
+            if before.get(key) != now.get(key)]
 
 
 def open_run(notes, steps_done, accounting):
@@ -1155,21 +1163,31 @@ def choose_settings(config, world, gpu, host):
         return sizes[0], Settings(**{"recompute": "none", **given})
 
     execution = execution_settings(config, "cuda")
+
+    def seconds_of(sp, settings):
+        work = work_of_gpu(config, world, sp)
+        parts = step_seconds(config, gpu, work, settings.execution(execution),
+                             settings.zero_stage, settings.offload_optimizer)
+        return sum(parts.values())
+
+    # No step of a size is shorter than one that recomputes and offloads nothing. If the best so far
+    # is about as short as that of all larger sizes, these need not be tried.
+    least = {sp: seconds_of(sp, Settings(zero_stage=1)) for sp in sizes}
     for offload_optimizer in (False, True):
-        fitting = []
+        best = None
+        fitting = {}    # sp: (seconds, Settings)
         for sp in sizes:
-            work = work_of_gpu(config, world, sp)
             limited = {"offload_optimizer": offload_optimizer, **given}
-            settings = choose(config, gpu, work, execution, limited, host)
+            settings = choose(
+                config, gpu, work_of_gpu(config, world, sp), execution, limited, host)
             if settings is not None:
-                seconds = sum(step_seconds(
-                    config, gpu, work, settings.execution(execution), settings.zero_stage,
-                    settings.offload_optimizer).values())
-                fitting.append((seconds, sp, settings))
-        if fitting:
-            shortest = min(seconds for seconds, _, _ in fitting)
-            return next((sp, settings) for seconds, sp, settings in fitting
-                        if seconds <= ABOUT_AS_SHORT * shortest)
+                fitting[sp] = seconds_of(sp, settings), settings
+                shortest = min(seconds for seconds, _ in fitting.values())
+                best = next(sp for sp, (seconds, _) in fitting.items()
+                            if seconds <= ABOUT_AS_SHORT * shortest)
+            if best is not None and all(fitting[best][0] <= ABOUT_AS_SHORT * least[larger]
+                                        for larger in sizes if larger > sp):
+                return best, fitting[best][1]
     if RECOMPUTE != "auto":  # everything was set by hand, and is tried
         return sizes[-1], Settings(**given)
     raise ValueError(
@@ -1410,7 +1428,7 @@ def check_collections():
     for key in COLUMNS:
         if key not in data.KEYS:
             raise ValueError(f"COLUMNS {COLUMNS!r} names {key!r}, which no format has: use {{key of "
-                             "a format: key in DATA}, with keys of formats such as "
+                             "a format: key in DATA}, with one of the keys "
                              f"{', '.join(sorted(data.KEYS))}.")
 
 
@@ -1597,9 +1615,7 @@ def describe_error(error):
             text += f": set {ours[0]} to a folder in which this user can write all files"
         else:
             text += ": let this user read it"
-    is_ours = type(error) is ValueError or (
-        isinstance(error, FileNotFoundError) and error.errno is None)
-    if not is_ours:
+    if type(error) is not ValueError:
         text = f"{type(error).__name__}: {text} (DEBUG=1 shows where)"
     return text
 

@@ -1490,9 +1490,15 @@ def test_columns_that_no_row_has_are_refused(tmp_path, tokenizer_files):
         settings = (True, False, False, "split", 0, "", columns)
         return data.build_corpus(path, tmp_path, tmp_path / "cache", *settings)
 
-    with pytest.raises(ValueError, match="COLUMNS reads 'text' from 'contents', which is no key of "
-                                         "the first rows of DATA. Their keys are content, text"):
-        build_with({"text": "contents"})
+    with pytest.raises(ValueError, match="COLUMNS .* names 'contents', which is no key of the first "
+                                         "rows of DATA: their keys are content, text. Name one"):
+        data.check_columns(path, {"text": "contents"})
+    data.check_columns(path, {"text": "content", "system": "only in some rows"})
+    other = write_jsonl(tmp_path / "b.jsonl", [{"text": "of another form"}])
+    data.check_columns([other, path], {"text": "content"})
+    bad = tmp_path / "c.jsonl"
+    bad.write_text("{")
+    data.check_columns(str(bad), {"text": "content"})   # this row is named when all are read
     assert texts_of(build_with({"text": "content"})) == ["the long body"]
     with pytest.raises(ValueError, match=r"keys .'content', 'text'., with COLUMNS .'content', 'output'., "):
         build_with({"output": "text"})
@@ -1506,8 +1512,12 @@ def test_conversations_need_a_chat_template(build, tmp_path, tokenizer_files):
     path = write_jsonl(tmp_path / "a.jsonl", [ONE_TURN] * 20)
     with pytest.raises(ValueError) as failure:
         build(path)
-    assert "has no chat template: copy chat_template.jinja" in str(failure.value)
+    assert "conversations need a chat template, and the tokenizer of MODEL" in str(failure.value)
     assert len(str(failure.value).splitlines()) == 1
+
+    path = write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, ONE_TURN])
+    with pytest.raises(ValueError, match="b.jsonl:2: conversations need a chat template, and"):
+        build(path)
 
 
 def test_many_dropped_tokens_are_warned_of(build, tmp_path):
@@ -1522,6 +1532,15 @@ def test_colors_of_a_row_end_with_its_pieces():
     labels = [5, 6, 7, data.IGNORE, 9, data.IGNORE]
     marks = show.color_marks(labels, [0, 3])
     assert marks == [(1, show.GREEN), (3, show.PLAIN), (5, show.GREEN)]
+
+
+def test_colors_of_a_row_end_with_padding(capsys):
+    """The last piece is cut, so that its last token has a label, and padding follows."""
+    rows = data.Rows(corpus_of_tokens([20]), "none", 6, seed=0)
+    row = next(row for row in range(4) if rows.find(row)["length"].sum() == 6)
+    show.show_row(rows, row, 4, lambda ids: f"<{len(ids)}>")
+    before_padding, _ = capsys.readouterr().out.split("--- padding")
+    assert before_padding.rindex(show.PLAIN) > before_padding.rindex(show.GREEN)
 
 
 def test_named_templates_are_a_part_of_the_key(build, tmp_path):

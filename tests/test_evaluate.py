@@ -44,6 +44,10 @@ def test_a_share_is_held_out_by_hash(setup, tmp_path):  # noqa: F811
     everything = trained | held_out
     assert 0.15 * len(everything) < len(held_out) < 0.45 * len(everything)
     assert not trained & held_out
+    folder, config, _, _ = train.plan(1)
+    rows, _ = train.open_all_data(folder, config)
+    assert f"{len(rows.corpus.hashes) - len(rows.documents(0))} of 60 documents are held out for " in (
+        rows.describe())
 
     # The same ones in another order, in another format, with other rows, with keys in any order.
     lines = Path(settings["DATA"]).read_text().splitlines()
@@ -462,7 +466,7 @@ def test_loss_by_position():
 def test_what_has_no_longppl_says_why():
     summary = {"scores": [], "evidence": {"0-1k": 1.25}, "loss_by_position": {"0-1k": 2.0}}
     assert evaluate.describe("a", summary) == (
-        "a\n  gain of an answer from its facts, in nats  0-1k 1.25\n  loss  0-1k 2.0000\n"
+        "a\n  gain of an answer from its facts, in nats, by their distance  0-1k 1.25\n  loss  0-1k 2.0000\n"
         "  LongPPL: needs a length of LENGTHS above 4,096 tokens")
     summary.update(longppl=None, key_tokens=0, evidence={})
     assert evaluate.describe("a", summary) == (
@@ -656,9 +660,9 @@ def test_wrong_arguments_are_refused_first(folder, tmp_path, monkeypatch, argume
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (["evaluate.py", "."], "MODEL '.' has no config.json: give the path"),
+    (["evaluate.py", "."], "FileNotFoundError: MODEL '.' has no config.json: give the path"),
     (["show.py", "SHOW=a"], "SHOW=a are not numbers of rows: use values like 0 or 0,5."),
-    (["check.py", "missing"], "MODEL 'missing' has no config.json: give the"),
+    (["check.py", "missing"], "FileNotFoundError: MODEL 'missing' has no config.json: give the"),
     (["plan.py", "GPU=V100"], "GPU 'V100' is unknown: use one of A100-40"),
     (["../convert.py", "missing", "out"], "CHECKPOINT 'missing' is no folder: name one such as"),
 ])

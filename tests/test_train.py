@@ -375,7 +375,7 @@ def test_changed_data_is_not_resumed(setup, tmp_path):
     with open(settings["DATA"], "a") as f:
         f.write('{"text": "more"}\n')
     with pytest.raises(AssertionError, match="The data of .*step-00000001.* differs .*: the files "):
-        on_ranks(1, run, settings, tmp_path=tmp_path)
+        on_ranks(1, run, {**settings, "LEARNING_RATE": 0.5}, tmp_path=tmp_path)
 
 
 def test_a_second_run_of_a_folder_is_refused(setup, tmp_path):
@@ -834,7 +834,8 @@ def test_the_smallest_size_that_is_about_fastest_is_chosen(length, world, host):
             return math.inf, size
         execution = settings.execution(train.execution_settings(llama_8b, "cuda"))
         work = train.work_of_gpu(llama_8b, world, sp)
-        parts = step_seconds(llama_8b, gpu, work, execution, settings.zero_stage)
+        parts = step_seconds(llama_8b, gpu, work, execution, settings.zero_stage,
+                             settings.offload_optimizer)
         return sum(parts.values()), sp
 
     chosen_seconds, chosen = seconds_with(0)

@@ -484,7 +484,7 @@ def describe(folder, summary):
         lines.append(f"  {task:<10} {length:>9,} tokens  {score:6.1%} of answers")
     if summary["evidence"]:
         gains = "  ".join(f"{name} {gain:.2f}" for name, gain in summary["evidence"].items())
-        lines.append(f"  gain of an answer from its facts, in nats  {gains}")
+        lines.append(f"  gain of an answer from its facts, in nats, by their distance  {gains}")
     if "loss_by_position" in summary:
         losses = summary["loss_by_position"].items()
         lines.append("  loss  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses))
@@ -497,6 +497,7 @@ def describe(folder, summary):
 
 
 def why_no_longppl(summary):
+    """Returns what keeps the LongPPL of a folder from being measured."""
     if "longppl" in summary:
         return "there are no key tokens"
     return f"needs a length of LENGTHS above {SHORT_CONTEXT:,} tokens"

@@ -5,11 +5,12 @@
 Only config.json of MODEL is read. GPU is a name in costs.GPUS, by default H100; GPUS is their
 number, by default 8; HOST_MEMORY is the CPU memory of a host of 8 GPUs in GiB, by default 1000;
 DOCUMENT is the length of the documents in tokens, by default one fills a row; TOKENS is how many the
-run trains, by default 1e9. The other names are constants of train.py. The first column of the table is the plan. The others have half and twice the length, and
-other sequence-parallel sizes. Where a run does not fit, its column shows the settings that come
-nearest to it, and whether the memory of the GPU or of the CPU is short. The parts of the memory are
-those at its peak, when some of them are zero. Rates were measured on H200s and are estimates for
-other GPUs.
+run trains, by default 1e9. The other names are constants of train.py.
+
+The first column of the table is the plan. The others have half and twice the length, and other
+sequence-parallel sizes. Where a run does not fit, its column shows the settings that come nearest to
+it, and whether the memory of the GPU or of the CPU is short. The parts of the memory are those at
+its peak, when some of them are zero. Rates were measured on H200s and are estimates for other GPUs.
 """
 import ast
 import signal

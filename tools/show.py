@@ -35,8 +35,8 @@ def show_row(rows, row, sp, decode):
         for rank in range(sp):
             marks.append((len(ids) // sp * rank, f"\n=== shard of rank {rank}"))
     pieces = rows.find(row)
-    starts = np.cumsum(pieces["length"]) - pieces["length"]
-    marks += color_marks(labels, starts.tolist())
+    starts = [0, *np.cumsum(pieces["length"])]  # of pieces, and of the padding or the next row
+    marks += color_marks(labels, [start for start in starts if start < len(ids)])
     marks += document_marks(rows, pieces, positions)
     marks.sort(key=lambda mark: mark[0])
     marks.append((len(ids), PLAIN + "\n"))
@@ -50,7 +50,8 @@ def show_row(rows, row, sp, decode):
 def color_marks(labels, starts):
     """Marks where trained tokens begin and end: a token is trained if it is the label before it.
 
-    starts: the indices at which pieces of documents begin. The label before is of another piece.
+    starts: the indices at which pieces of documents and the padding begin. The label before such a
+    token is of another piece.
     """
     trained = [False] + [label != data.IGNORE for label in labels[:-1]]
     for start in starts:
