@@ -257,7 +257,7 @@ def main():
     total_rows = rows.count(EPOCHS) if MAX_STEPS < 0 else MAX_STEPS * GLOBAL_BATCH_SIZE
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
 
-    # Process groups, model and optimizer. What the run will need is printed before it is taken.
+    # Process groups. What the run will need is printed before it is taken.
     notes = manifest_notes(folder, config, rows)
     agreed = {**notes["constants"], "the sequence-parallel size": sp,
               "the attention kernel": kernel_name, **facts_of_files(notes, rows, eval_rows)}
@@ -266,19 +266,24 @@ def main():
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")
     print_once(grid, describe_context(folder, config, rows) + describe_plan(
         config, grid, execution, rows, steps))
-    with timed(grid, "loading the model"), explain_out_of_memory(config, grid, execution):
-        model = build_model(folder, config, grid, execution, dtype)
-        optimizer = build_optimizer(model)
-    print_once(grid, describe(model, kernel_name, grid))
 
-    # Resume, train, export and sample. The lock keeps other runs out of RUN_DIR.
+    # Model and optimizer, new or from a checkpoint. Then train, export and sample. The lock keeps
+    # other runs out of RUN_DIR.
     run_lock = FileLock(Path(RUN_DIR) / "lock")
     log = None
     saver = None
     try:
         parallel.together("RUN_DIR", lock_run, run_lock, only=0)
         refuse_separate_folders()
-        steps_done = resume(notes, model, optimizer, grid)
+        checkpoint, steps_done = find_checkpoint(notes, grid)
+        with timed(grid, "loading the model"), explain_out_of_memory(config, grid, execution):
+            model = build_model(folder, config, grid, execution, dtype, checkpoint)
+            optimizer = build_optimizer(model)
+            if checkpoint is not None:
+                parallel.load_checkpoint(checkpoint, model, optimizer)
+        if checkpoint is not None:
+            print_once(grid, f"resumed from {checkpoint}")
+        print_once(grid, describe(model, kernel_name, grid))
         if 0 < steps <= steps_done:
             print_once(grid, f"all {steps:,} steps are done, so that nothing is trained: raise "
                              "MAX_STEPS or EPOCHS for more, or set RUN_DIR to a new folder for a new "
@@ -853,16 +858,20 @@ def synthetic_corpus(vocab_size):
 
 # ------------------------------------------------------------------------------ model and optimizer
 
-def build_model(folder, config, grid, execution, dtype):
-    """Return the model, sharded over the ranks, with its first weights."""
+def build_model(folder, config, grid, execution, dtype, checkpoint=None):
+    """Return the model, sharded over the ranks, with its first weights.
+
+    With a checkpoint, which is loaded next, it has no weights yet.
+    """
     with torch.device("meta"):  # a rank allocates memory for its own shard only
         model = Transformer(config, grid.sp_group, execution)
-    if INIT == "weights":
+    loads_weights = INIT == "weights" and checkpoint is None
+    if loads_weights:
         convert.check_weights(model, folder)  # before memory is taken for sizes that may be wrong
     parallel.shard(model, model.block_groups(), grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
-    if INIT == "weights":
+    if loads_weights:
         convert.load_weights(model, folder)
-    else:
+    elif checkpoint is None:
         model.init_weights(SEED)
     return model
 
@@ -1038,8 +1047,8 @@ def refuse_separate_folders():
             "it to one on a disk that all hosts share.")
 
 
-def resume(notes, model, optimizer, grid):
-    """Load the checkpoint that RESUME selects and return how many steps it has done, or 0.
+def find_checkpoint(notes, grid):
+    """Return the folder of the checkpoint that RESUME selects, or None, and how many steps it has done.
 
     Raises ValueError if the checkpoint is of another model or data, or if RUN_DIR has a newer one.
     """
@@ -1056,7 +1065,7 @@ def resume(notes, model, optimizer, grid):
             f"{RUN_DIR} holds {newest}, but this run would start after step {steps_done}: set "
             "RUN_DIR to a new folder, or RESUME=auto to continue from it.")
     if folder is None:
-        return 0
+        return None, 0
 
     # Another model or other data cannot be continued. Changes of other constants are reported.
     changes = changed_values(manifest["constants"], notes["constants"])
@@ -1073,10 +1082,7 @@ def resume(notes, model, optimizer, grid):
             "Undo this, or set RUN_DIR to a new folder.")
     for change in changes:
         print_once(grid, f"{change}, compared with {folder.name}")
-
-    parallel.load_checkpoint(folder, model, optimizer)
-    print_once(grid, f"resumed from {folder}")
-    return steps_done
+    return folder, steps_done
 
 
 def changed_values(before, now):

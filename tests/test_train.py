@@ -292,6 +292,25 @@ def test_changed_constants_are_shown_and_another_model_is_refused(setup, tmp_pat
         on_ranks(1, run, {**changed, "MAX_POSITION_EMBEDDINGS": 1024}, tmp_path=tmp_path)
 
 
+def load_no_first_weights():
+    def fail(*arguments):
+        raise AssertionError("the weights of MODEL are read")
+    convert.load_weights = fail
+    convert.check_weights = fail
+    Transformer.init_weights = fail
+
+
+@pytest.mark.parametrize("init", ["weights", "random"])
+def test_a_resumed_run_reads_no_first_weights(setup, tmp_path, init):
+    """The checkpoint has all of them, and reading them takes minutes for a large model."""
+    settings = {"MAX_STEPS": 2, "SAVE_EVERY": 1, "INIT": init}
+    whole = tmp_path / "whole"
+    on_ranks(2, run, setup("whole", **settings), tmp_path=tmp_path)
+    shutil.copytree(whole / "checkpoints/step-00000001", tmp_path / "run/checkpoints/step-00000001")
+    on_ranks(2, run, setup("run", **settings), load_no_first_weights, tmp_path=tmp_path)
+    assert exported_weights(tmp_path / "run") == exported_weights(whole)
+
+
 def terminate_one_rank():
     """Rank 1 receives SIGTERM while it works on step 2."""
     learning_rate = train.learning_rate
@@ -969,6 +988,14 @@ def test_a_plan_says_why_a_run_does_not_fit(large_folder, plan_for):
     on_host = float(table["CPU, of 42 usable GiB"]["the plan"])
     assert on_gpu > 0.95 * 79 or on_host > 42
     assert any(line.startswith("the plan: does not fit; nearest to it is ") for line in lines)
+
+    # With the memory that it names it fits, and with less it does not.
+    [note] = [line for line in lines if line.startswith("the plan: ")]
+    least = int(re.search(r"\(with HOST_MEMORY=(\d+) it fits\)", note)[1])
+    for host, fits in ((least, "yes"), (least - 2, "NO:GPU")):
+        _, table = plan_for(
+            f"MODEL={folder}", "MAX_LENGTH=1048576", "GPUS=2", f"HOST_MEMORY={host}")
+        assert table["fits"]["the plan"] == fits
 
     # The settings of the least GPU memory would offload all to a CPU memory that is short.
     lines, table = plan_for(f"MODEL={folder}", "MAX_LENGTH=1048576", "GPUS=2", "HOST_MEMORY=10")

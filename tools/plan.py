@@ -13,6 +13,7 @@ it, and whether the memory of the GPU or of the CPU is short. The parts of the m
 its peak, when some of them are zero. Rates were measured on H200s and are estimates for other GPUs.
 """
 import ast
+import math
 import signal
 import sys
 from pathlib import Path
@@ -120,6 +121,10 @@ def make_column(title, config, options, length, sp):
     note = train.format_settings(settings, sp)
     if not it_fits:
         note = f"does not fit; nearest to it is {note}"
+        least = least_host_memory(config, gpu, work, execution)
+        if least is not None:
+            of_host = math.ceil(least * min(world, GPUS_PER_HOST))
+            note += f" (with HOST_MEMORY={of_host} it fits)"
     if sp > GPUS_PER_HOST:
         note += f" (rows are exchanged between hosts of {GPUS_PER_HOST} GPUs, which is slow)"
     return Column(title, cells, note)
@@ -145,6 +150,17 @@ def nearest_settings(config, gpu, work, execution, host):
         return max(overruns(config, gpu, work, execution, settings, host))
 
     return min(candidates(config, work, train.settings_by_hand(config)), key=overrun)
+
+
+def least_host_memory(config, gpu, work, execution):
+    """-> GiB of CPU memory for each GPU with which some Settings fit; None if the GPU is too small."""
+    least = None
+    for settings in candidates(config, work, train.settings_by_hand(config)):
+        needed = needs(config, work, execution, settings)
+        if needed.allocated <= usable_memory(gpu, work):
+            host = needed.on_host / USABLE_HOST_MEMORY
+            least = host if least is None else min(least, host)
+    return least
 
 
 def host_memory_of_gpu(options):
