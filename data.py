@@ -1,8 +1,8 @@
 """From documents to micro-batches: packing and order.
 
-A row of the run holds up to MAX_LENGTH tokens: pieces of documents, side by side. The rows of a
-step depend on the seed and the step alone. Ranks appear as integers only: how many there are, and
-which one asks for its shard of a row.
+A row of the run holds pieces of documents, side by side: up to MAX_LENGTH tokens of them or, with
+PACKING=none, up to BATCH_SIZE documents. The rows of a step depend on the seed and the step alone.
+Ranks appear as integers only: how many there are, and which one asks for its shard of a row.
 """
 import bisect
 import functools
@@ -224,7 +224,7 @@ def divide(documents, lengths, left_capacity, right_capacity):
 WEIGHT_EXPONENT = {"token": 0.0, "sample": -1.0, "square": -0.5}  # of the targets of a document
 
 
-class Epoch(NamedTuple):
+class PackedEpoch(NamedTuple):
     """The rows of one epoch in the order of training. Row i is pieces[first[i]:end[i]]."""
     pieces: np.ndarray  # (pieces,) PIECE
     first: np.ndarray   # (rows,) int64
@@ -256,7 +256,8 @@ class Rows:
         n_documents = [end - first for first, end, _ in corpus.sources]
         self.source_of_document = np.repeat(np.arange(len(n_documents)), n_documents)
         self.sizes = {}  # epoch: its number of rows
-        self.epoch = functools.lru_cache(maxsize=2)(self.pack)  # a step may have rows of two
+        # A step may have rows of two epochs, so the last two that were packed are remembered.
+        self.packed = functools.lru_cache(maxsize=2)(self.pack)
         self.per_epoch = self.size(0)
 
     def documents(self, epoch):
@@ -275,7 +276,7 @@ class Rows:
         return np.concatenate(chosen)
 
     def pack(self, epoch):
-        """Packs the documents of an epoch. Returns its Epoch; self.epoch remembers the last two."""
+        """Packs the documents of an epoch. Returns its PackedEpoch; others call self.packed."""
         rng = np.random.default_rng((self.seed, epoch))
         documents = rng.permutation(self.documents(epoch))
         documents = documents[self.lengths[documents] > 0]
@@ -299,14 +300,14 @@ class Rows:
             rows_before = sum(self.size(earlier) for earlier in range(epoch))
             at = rows_before * self.batch_size % self.documents_per_step
             order = group_by_length(pieces["length"], self.documents_per_step, rng, at)
-            return Epoch(pieces[order], first, end)
+            return PackedEpoch(pieces[order], first, end)
         order = rng.permutation(len(first))
-        return Epoch(pieces, first[order], end[order])
+        return PackedEpoch(pieces, first[order], end[order])
 
     def size(self, epoch):
         """Returns the number of rows of an epoch."""
         if epoch not in self.sizes:
-            self.sizes[epoch] = len(self.epoch(epoch).first)
+            self.sizes[epoch] = len(self.packed(epoch).first)
         return self.sizes[epoch]
 
     def count(self, epochs):
@@ -329,7 +330,7 @@ class Rows:
         while row >= self.size(epoch):
             row -= self.size(epoch)
             epoch += 1
-        pieces, first, end = self.epoch(epoch)
+        pieces, first, end = self.packed(epoch)
         return pieces[first[row]:end[row]]
 
     def batch(self, row, sp, sp_rank):
@@ -422,7 +423,7 @@ class Rows:
 
         # The attention of a row is the sum of its squared piece lengths. Without the boundaries of
         # documents it would be the square of the row's length.
-        pieces, first, _ = self.epoch(0)
+        pieces, first, _ = self.packed(0)
         lengths = pieces["length"]
         row_lengths = np.add.reduceat(lengths, np.sort(first))
         capacity = len(first) * self.max_length * self.batch_size

@@ -164,7 +164,7 @@ def remove_lines(path, after_step):
 
 
 def append(path, text):
-    """Append text to a file. If it is not written as a whole, OSError, and nothing is appended."""
+    """Append text to a file. Raises OSError if it is not written as a whole, and then removes it."""
     content = text.encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
@@ -175,7 +175,7 @@ def append(path, text):
 
 @contextlib.contextmanager
 def warning_if_not_written():
-    """Training goes on where its record cannot be written, as on a full disk."""
+    """Warn once of an OSError in the body and go on: training does not need what it records."""
     try:
         yield
     except OSError as error:

@@ -66,7 +66,8 @@ class CastWeights:
         """-> lists of parameters: those of each block, and one of each that is in no block."""
         lists = {}
         for parameter in parameters:
-            lists.setdefault(self.block_of.get(parameter, parameter), []).append(parameter)
+            key = self.block_of.get(parameter, parameter)   # its block, or itself if it is in none
+            lists.setdefault(key, []).append(parameter)
         return list(lists.values())
 
     def cast(self, parameter):

@@ -58,7 +58,7 @@ RUN_DIR = "runs/demo"           # checkpoints, metrics and the trained hf/ folde
 CACHE_DIR = "runs/cache"        # tokenized data and the demo; can be shared by all runs
 
 # How documents become rows
-MAX_LENGTH = 8192               # tokens per row, and at most per document or piece of one
+MAX_LENGTH = 8192               # tokens per packed row, and at most per piece of a document
 PACKING = "split"               # "split": concatenate and cut; "whole": uncut documents; "none"
 USE_VARLEN_ATTN = True          # attention within documents; False: within the whole packed row
 BATCH_SIZE = 1                  # documents per row, used with PACKING="none" only
