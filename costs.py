@@ -32,10 +32,7 @@ GPUS = {
     "B200": GPU(178.0, 2250e12, 1350e12, 1300e12, 1110e12, 5.6e12, 550e9, 55e9),
 }
 USABLE_MEMORY = 0.95        # of a GPU, for tensors: the rest is for CUDA and what memory() misses
-NCCL_MEMORY = 1.5           # GiB of a GPU. An estimate
-RESERVABLE_MEMORY = 0.96    # of a GPU, that the allocator can take
-MEMORY_FULL = 0.5           # seconds a step in which the allocator gives memory back to the GPU and
-                            # takes it again, since it cannot take more. Measured: 0.2 to 1
+NCCL_MEMORY = 2.5           # GiB of a GPU. With CUDA's own, two GPUs take 1.6 to 2.1, and four 3.1
 USABLE_HOST_MEMORY = 0.85   # of a host: the rest is for the system and the page cache
 HALF_RATE_LENGTH = 1200     # tokens of a document with which attention reaches half of its rate
 GPUS_PER_HOST = 8
@@ -354,31 +351,27 @@ def gradients_of_earlier(config, work, zero_stage, offload_optimizer):
 class Moment(NamedTuple):
     """Bytes on a GPU at a moment that can be the peak of a step, besides the optimizer states."""
     weights: float = 0
-    gradients: float = 0    # those that are not yet reduced
-    reduced: float = 0      # reduced gradients, of this micro-batch and earlier ones
+    gradients: float = 0
     kept: float = 0
     transient: float = 0
     loss: float = 0
 
 
-def unreduced_and_reduced(earlier, reduced, ranks, zero_stage):
-    """-> bytes of the gradients that are not reduced, and of those that are. earlier: bytes of
-    those of earlier micro-batches, which ZeRO 1 has not reduced; reduced: of this one's shards."""
+def accumulated_gradients(earlier, reduced, ranks, zero_stage):
+    """-> bytes of the gradients of all micro-batches so far. earlier: of earlier ones, which ZeRO 1
+    has not reduced; reduced: of the shards that this one has reduced."""
     if zero_stage == 1:
-        return max(earlier - ranks * reduced, 0), reduced
-    return 0, max(earlier, reduced)
+        return max(earlier - ranks * reduced, 0) + reduced
+    return max(earlier, reduced)
 
 
 def end_of_forward(kept, config, work, execution, zero_stage, offload_optimizer):
     """-> the Moment of the loss. kept: bytes that blocks keep on the GPU."""
     L = config.num_hidden_layers
     gathered = L if zero_stage < 3 else gathered_together(execution)
-    earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
-    gradients, reduced = unreduced_and_reduced(earlier, 0, work.ranks, zero_stage)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
-        gradients=gradients,
-        reduced=reduced,
+        gradients=gradients_of_earlier(config, work, zero_stage, offload_optimizer),
         kept=kept,
         loss=loss_memory(config, work.tokens, execution.loss_chunk))
 
@@ -400,12 +393,11 @@ def backward_of_block(i, kept, transient, config, work, execution, zero_stage, o
     head = 2 * config.vocab_size * config.hidden_size
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
     size = gradient_bytes(work, zero_stage, offload_optimizer)
-    gradients, reduced = unreduced_and_reduced(
-        earlier, size * (L - 1 - i) * block / work.ranks, work.ranks, zero_stage)
+    reduced = size * (L - 1 - i) * block / work.ranks
+    gradients = accumulated_gradients(earlier, reduced, work.ranks, zero_stage)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
         gradients=gradients + head + 2 * block,
-        reduced=reduced,
         kept=kept,
         transient=transient)
 
@@ -416,14 +408,14 @@ def end_of_backward(config, work, zero_stage, offload_optimizer):
     _, embeddings = count_parameters(config)
     earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
     size = gradient_bytes(work, zero_stage, offload_optimizer)
-    gradients, reduced = unreduced_and_reduced(
-        earlier, size * total_parameters(config) / work.ranks, work.ranks, zero_stage)
+    reduced = size * total_parameters(config) / work.ranks
+    gradients = accumulated_gradients(earlier, reduced, work.ranks, zero_stage)
     weights = 0
     added = 4
     if does_without_fsdp(work.world, zero_stage, offload_optimizer):
         weights = gathered_weights(L, config, work.ranks)
         added = size
-    return Moment(weights=weights, gradients=gradients + added * embeddings, reduced=reduced)
+    return Moment(weights=weights, gradients=gradients + added * embeddings)
 
 
 def moments_of_step(config, work, execution, zero_stage, offload_optimizer):
@@ -461,7 +453,7 @@ def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
     parts = {
         "optimizer states": optimizer_states(config, ranks, offload_optimizer),
         "gathered weights": peak.weights,
-        "gradients": peak.gradients + peak.reduced,
+        "gradients": peak.gradients,
         "kept for backward": peak.kept,
         "transient activations": peak.transient,
         "loss": peak.loss,
@@ -636,31 +628,19 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
 
 class Needs(NamedTuple):
     """GiB that a step takes, for each rank."""
-    allocated: float    # of a GPU, at most at one time: the sum of memory()
-    reserved: float     # of a GPU, by the allocator, if there is enough
-    on_host: float      # of CPU memory
+    on_gpu: float       # the sum of memory()
+    on_host: float      # CPU memory, host_memory()
 
 
 def needs(config, work, execution, settings):
-    """-> the Needs of a step with these Settings.
-
-    With FSDP2 more is reserved than is ever allocated. It allocates the gradients that it reduces on
-    a stream of its own, and the allocator keeps the memory of streams apart. So each step takes the
-    memory of its gradients and that of its activations, unless the allocator has to give back what
-    the other stream does not use."""
-    work = work._replace(document=mean_document(work))
+    """-> the Needs of a step with these Settings."""
     execution = settings.execution(execution)
-    moments = moments_of_step(
-        config, work, execution, settings.zero_stage, settings.offload_optimizer)
-    allocated = max(sum(moment) for moment in moments)
-    reserved = allocated
-    if not does_without_fsdp(work.world, settings.zero_stage, settings.offload_optimizer):
-        reduced = max(moment.reduced for moment in moments)
-        reserved = max(sum(moment) - moment.reduced for moment in moments) + reduced
-    states = optimizer_states(config, work.ranks, settings.offload_optimizer)
+    document = mean_document(work)
+    parts = memory(config, work.tokens, work.ranks, execution, settings.zero_stage,
+                   work.accumulate, work.sp, settings.offload_optimizer, document, work.replicas)
     on_host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
-                          work.sp, work.document)
-    return Needs((allocated + states) / 2**30, (reserved + states) / 2**30, on_host)
+                          work.sp, document)
+    return Needs(sum(parts.values()), on_host)
 
 
 def usable_memory(gpu, work):
@@ -691,8 +671,7 @@ def seconds_to_compare(config, gpu, work, execution, settings, needed, host):
 
     They leave out attention, which all Settings have in common, and which hides no copies to CPU
     memory here: the documents of a row may be shorter than `work` says, and then it takes little
-    time. Added are the times for a GPU that is full, and for saves that training has to wait for.
-    needed: the Needs of the step."""
+    time. Added is the time of saves that training has to wait for. needed: the Needs of the step."""
     execution_of_settings = settings.execution(execution)
     parts = step_seconds(config, gpu, work, execution_of_settings, settings.zero_stage,
                          settings.offload_optimizer)
@@ -700,8 +679,6 @@ def seconds_to_compare(config, gpu, work, execution, settings, needed, host):
     parts["offloading"] = work.accumulate * offloading_seconds(
         config, gpu, work, execution_of_settings, products_of_block(config, gpu, work))
     seconds = sum(parts.values())
-    if needed.reserved > RESERVABLE_MEMORY * gpu.memory:
-        seconds += MEMORY_FULL
     checkpoint = ADAMW_STATES * total_parameters(config) / work.ranks / 2**30
     if needed.on_host + checkpoint > USABLE_HOST_MEMORY * host:
         seconds += (WAITS_FOR_SAVES - 1) * (seconds + attention)
@@ -723,7 +700,7 @@ def choose(config, gpu, work, execution, given, host):
         best = None
         for settings in variants:
             needed = needs(config, work, execution, settings)
-            if needed.allocated > usable or needed.on_host > usable_host:
+            if needed.on_gpu > usable or needed.on_host > usable_host:
                 break   # nor does it fit if more layers keep everything
             seconds = seconds_to_compare(config, gpu, work, execution, settings, needed, host)
             if best is None or seconds < best[0]:

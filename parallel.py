@@ -46,6 +46,9 @@ from costs import does_without_fsdp
 from one_rank import CastWeights
 from recompute import pin
 
+# The name in torch 2.13, or the one before.
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 # How long a collective waits for other ranks. Loading and compiling take some ranks longer than
 # others; once training runs, a rank that is late for minutes is stuck.
 START_TIMEOUT = timedelta(minutes=30)
@@ -529,6 +532,26 @@ def segments_of_rank(cu_seqlens, group, device):
 
 # ------------------------------------------------------------------------------------------- FSDP2
 
+class ReduceScatter:
+    """The reduce-scatter of FSDP2's gradients, whose memory is that of the main stream.
+
+    FSDP2 runs it on a stream of its own and would allocate the result there. The allocator keeps the
+    memory of streams apart, so activations could never use the memory that gradients take later."""
+
+    def allocate(self, size, *, dtype, device):
+        """-> a tensor for the current stream, which has waited for the main one."""
+        if device.type == "cpu":
+            return torch.empty(size, dtype=dtype, device=device)
+        with torch.cuda.stream(torch.cuda.default_stream(device)):
+            tensor = torch.empty(size, dtype=dtype, device=device)
+        # When it is freed, its memory is not used again before the current stream is done with it.
+        tensor.record_stream(torch.cuda.current_stream(device))
+        return tensor
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        return reduce_scatter_single(output_tensor, input_tensor, op, group, async_op)
+
+
 def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
     """Shard the float32 parameters over grid.mesh. Forward and backward see them whole, in `dtype`.
 
@@ -554,8 +577,9 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
         fully_shard(block, **settings, reshard_after_forward=zero_stage == 3 and not is_last)
     fully_shard(model, **settings, reshard_after_forward=False)
 
-    if grid.world > 1:
-        for module in sharded_modules(model):
+    for module in sharded_modules(model):
+        module.set_custom_reduce_scatter(ReduceScatter())
+        if grid.world > 1:
             module.set_gradient_divide_factor(1.0)  # the default is the number of ranks
             # NCCL multiplies by the factor while it reduces, at no cost; gloo cannot.
             module.set_force_sum_reduction_for_comms(grid.device.type == "cpu")

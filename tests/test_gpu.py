@@ -16,6 +16,7 @@ from conftest import generated_logits, row, tiny_model
 
 import train
 from model import KERNELS, Execution, attention_kernel
+from parallel import ReduceScatter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -179,6 +180,26 @@ SETTINGS = [
     ["COMPILE=False", "ATTENTION=torch_varlen"],
     ["OFFLOAD_ACTIVATIONS=1", "MLP_CHUNK=100", "LOSS_CHUNK=100", "KEEP_LAYERS=1"],
 ]
+
+
+def test_reduced_gradients_use_the_memory_of_activations():
+    """FSDP2 reduces on a stream of its own, whose memory the allocator keeps apart."""
+    options = {"dtype": torch.float32, "device": torch.device("cuda")}
+    size = (2**26,)
+    torch.cuda.empty_cache()
+    activation = torch.empty(size, **options)
+    address = activation.data_ptr()
+    del activation
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradient = ReduceScatter().allocate(size, **options)
+        assert gradient.data_ptr() == address
+        torch.cuda._sleep(10**9)    # cycles, for which the stream is busy
+    # Nor is its memory used again before the stream is done with it.
+    del gradient
+    following = torch.empty(size, **options)
+    assert following.data_ptr() != address
 
 
 def test_saves_in_the_background(tmp_path):

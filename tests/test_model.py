@@ -630,39 +630,11 @@ def test_a_window_saves_no_exchange():
 LLAMA_7B = Config(32000, 4096, 11008, 32, 32, 32, 128)
 
 
-def test_gradients_of_fsdp_lie_apart():
-    """Activations do not use their memory: 4 bytes a parameter, of which each rank has its part."""
+def test_the_best_measured_settings_are_chosen():
+    """For two H200s at 128k, mixed lengths: all others that were tried took longer."""
     work = Work(65536, 131072 * 4600 / 2, sp=2, ranks=2, document=4600)
-    settings = Settings("all_but_attention", keep_layers=22, zero_stage=2, offload_layers=20)
-    allocated, reserved, _ = needs(LLAMA_7B, work, Execution(), settings)
-    gradients = 4 * total_parameters(LLAMA_7B) / 2 / 2**30
-    assert allocated + 0.9 * gradients < reserved <= allocated + gradients
-
-    alone = work._replace(sp=1, ranks=1)    # no FSDP
-    allocated, reserved, _ = needs(LLAMA_7B, alone, Execution(), settings)
-    assert reserved == allocated
-
-
-def test_settings_do_not_fill_the_memory_for_little():
-    """It takes time in every step if the allocator has to give memory back: more than what there is
-    to gain at 128k, and less than at 1M."""
-    gpu = GPUS["H200"]
-    llama_8b = Config(128256, 4096, 14336, 32, 32, 8, 128)
-
-    def choose_for_two(config, length, document):
-        work = Work(length // 2, length * document / 2, sp=2, ranks=2, document=document)
-        settings = choose(config, gpu, work, Execution(), {}, host=128)
-        return settings, needs(config, work, Execution(), settings).reserved
-
-    # The best of those that were measured, with 5.8 s; others took 6.5 and 6.7 s.
-    settings, reserved = choose_for_two(LLAMA_7B, 131072, 4600)
+    settings = choose(LLAMA_7B, GPUS["H200"], work, Execution(), {}, host=128)
     assert settings == Settings("all_but_attention", 20, zero_stage=3, offload_layers=20)
-    assert reserved < 0.96 * gpu.memory
-    _, reserved = choose_for_two(llama_8b, 131072, 131072)
-    assert reserved < 0.96 * gpu.memory
-    settings, reserved = choose_for_two(llama_8b, 2**20, 8192)
-    assert settings.recompute == "all"
-    assert reserved > 0.96 * gpu.memory
 
 
 @pytest.mark.parametrize("length", [8192, 65536, 131072, 262144])

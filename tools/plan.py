@@ -140,7 +140,7 @@ def memory_of(config, work, execution, settings):
 def overruns(config, gpu, work, execution, settings, host):
     """-> what a step needs over what it may take, of a GPU and of `host` GiB of CPU memory."""
     needed = needs(config, work, execution, settings)
-    return (needed.allocated / usable_memory(gpu, work),
+    return (needed.on_gpu / usable_memory(gpu, work),
             needed.on_host / (USABLE_HOST_MEMORY * host))
 
 
@@ -157,7 +157,7 @@ def least_host_memory(config, gpu, work, execution):
     least = None
     for settings in candidates(config, work, train.settings_by_hand(config)):
         needed = needs(config, work, execution, settings)
-        if needed.allocated <= usable_memory(gpu, work):
+        if needed.on_gpu <= usable_memory(gpu, work):
             host = needed.on_host / USABLE_HOST_MEMORY
             least = host if least is None else min(least, host)
     return least
