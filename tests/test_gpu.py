@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,14 @@ def losses_and_norms(folder, name, *settings):
     return torch.tensor([[line["loss"], line["grad_norm"]] for line in lines])
 
 
+def train_side_by_side(folder, runs):
+    """runs: lists of settings. -> losses_and_norms of each. Most of their time is the start."""
+    with ThreadPoolExecutor(max_workers=5) as pool:
+        futures = [pool.submit(losses_and_norms, folder, f"run{i}", *settings)
+                   for i, settings in enumerate(runs)]
+        return [future.result() for future in futures]
+
+
 SETTINGS = [
     ["OFFLOAD_OPTIMIZER=True"],
     ["RECOMPUTE=all", "ZERO_STAGE=3", "OFFLOAD_ACTIVATIONS=-1"],
@@ -220,22 +229,19 @@ def test_saves_in_the_background(tmp_path):
 def test_training_agrees(tmp_path):
     """Through FSDP2, the optimizer and the data, whatever is recomputed, offloaded or cut: the
     error of bfloat16, and no more."""
-    truth = losses_and_norms(tmp_path, "float32", "DTYPE=float32")
-    plain = losses_and_norms(tmp_path, "plain")
+    truth, plain, *others = train_side_by_side(tmp_path, [["DTYPE=float32"], [], *SETTINGS])
     largest_error = (plain - truth).abs().max(0).values
     allowed = 2 * largest_error + 2e-3 * truth.abs().max(0).values
-    for i, settings in enumerate(SETTINGS):
-        found = losses_and_norms(tmp_path, f"run{i}", *settings)
+    for settings, found in zip(SETTINGS, others):
         assert ((found - truth).abs() <= allowed).all(), (
             f"{settings}: {found.tolist()}, in float32 {truth.tolist()}")
 
 
 def test_one_row_a_step_agrees_with_fsdp(tmp_path):
     """Then AdamW reads gradients in bfloat16, and no others are added to them."""
-    one_row = "GLOBAL_BATCH_SIZE=1"
-    truth = losses_and_norms(tmp_path, "float32", one_row, "DTYPE=float32")
-    fsdp = losses_and_norms(tmp_path, "fsdp", one_row, "ZERO_STAGE=3")
-    found = losses_and_norms(tmp_path, "cast", one_row)
+    runs = [["DTYPE=float32"], ["ZERO_STAGE=3"], []]
+    truth, fsdp, found = train_side_by_side(
+        tmp_path, [[*settings, "GLOBAL_BATCH_SIZE=1"] for settings in runs])
     largest_error = (fsdp - truth).abs().max(0).values
     assert ((found - truth).abs() <= 2 * largest_error + 2e-3 * truth.abs().max(0).values).all()
 
@@ -300,8 +306,9 @@ def wait_for_steps(folder, n, process):
 def test_a_stopped_rank_is_named(tmp_path, sp):
     """Rank 0 may wait for its GPU, or on the CPU. Before, no rank is taken for stuck."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    # To compile for rows of another length can take longer than the short time-outs.
     process = start_changed(tmp_path, launcher, SHORT_TIMES, f"SEQUENCE_PARALLEL_SIZE={sp}",
-                            "MAX_STEPS=1000000", "MAX_LENGTH=2048")
+                            "MAX_STEPS=1000000", "MAX_LENGTH=2048", "COMPILE=False")
     wait_for_steps(tmp_path, 5, process)
     time.sleep(25)  # longer than the time-outs
     assert process.poll() is None, process.communicate()[0]
