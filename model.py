@@ -457,12 +457,9 @@ class Attention(nn.Module):
         such documents."""
         if segments.all_crossing:   # `project` has split the heads
             return [self.exchange(qkv, segments)]
-        local, crossing = zip(*[segments.divide(x) for x in qkv])
-        inputs = []
-        if segments.any_local:
-            inputs.append(local)
-        if segments.any_crossing:
-            inputs.append(self.exchange(split_heads_by_rank(crossing, self.P), segments))
+        inputs = list(zip(*[segments.divide(x) for x in qkv]))
+        if segments.any_crossing:   # they are the last
+            inputs[-1] = self.exchange(split_heads_by_rank(inputs[-1], self.P), segments)
         return inputs
 
     def exchange(self, by_rank, segments):
@@ -478,12 +475,9 @@ class Attention(nn.Module):
 
     def kernel_outputs(self, a, segments):
         """Attention's output a (t, H, D) -> what the kernels returned for `kernel_inputs`."""
-        local, crossing = segments.divide(a)
-        outputs = []
-        if segments.any_local:
-            outputs.append(local)
+        outputs = segments.divide(a)
         if segments.any_crossing:
-            outputs.append(seq_to_heads(crossing, self.sp_group, segments.crossing_tokens))
+            outputs[-1] = seq_to_heads(outputs[-1], self.sp_group, segments.crossing_tokens)
         return outputs
 
     def forward(self, qkv, segments, recompute_tensors=None, cache=None):
@@ -507,13 +501,11 @@ class Attention(nn.Module):
             flat_inputs = itertools.chain(*inputs)
             outputs = AttendWithRecompute.apply(recompute_tensors, kernels, *flat_inputs)
 
-        outputs = list(outputs)     # in the order of kernel_inputs
-        local = outputs.pop(0) if segments.any_local else None                  # (t - n, H, D)
-        crossing = None
+        outputs = list(outputs)
         if segments.any_crossing:
-            crossing = heads_to_seq(
-                outputs.pop(0), self.sp_group, segments.crossing_tokens)        # (n, H, D)
-        return segments.join(local, crossing).flatten(1)                        # (t, H*D)
+            outputs[-1] = heads_to_seq(
+                outputs[-1], self.sp_group, segments.crossing_tokens)           # (n, H, D)
+        return segments.join(outputs).flatten(1)                                # (t, H*D)
 
     def kernels(self, segments, q):
         """-> the attention kernel for local documents and for crossing ones, if there are any."""

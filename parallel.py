@@ -446,35 +446,32 @@ class Segments(NamedTuple):
     Each of the three may be missing. A shard in the middle of a long document is all crossing.
     """
     local: slice                            # the tokens of local documents in this rank's shard
-    local_cu_seqlens: torch.Tensor          # (m+1,) int32 on the device, from 0
+    local_cu_seqlens: torch.Tensor          # (local documents + 1,) int32 on the device, from 0
     local_max_seqlen: int
     crossing_tokens: list                   # [r]: tokens of crossing documents in shard r
-    crossing_cu_seqlens: torch.Tensor       # (c+1,) int32 on the device, from 0
+    crossing_cu_seqlens: torch.Tensor       # (crossing documents + 1,), the same
     crossing_max_seqlen: int
     any_local: bool                         # on this rank
     any_crossing: bool                      # in the row
     all_crossing: bool                      # in the row, as when it is one document
 
     def divide(self, x):
-        """x (t, ...), this rank's tokens -> (t - n, ...), those of local documents, and (n, ...), of
-        crossing ones. The first is None if there are none on this rank, the other if none in the row.
+        """x (t, ...), the tokens of this rank -> [local ones (t - n, ...), crossing ones (n, ...)].
 
-        Backward of `split` writes each gradient once; that of a slice first fills a whole tensor with
-        zeros."""
-        if not self.any_local:
-            return None, x
-        if not self.any_crossing:
-            return x, None
+        The first is left out if this rank has no local document, the other if no document of the
+        row crosses. Backward of `split` writes the gradient once; that of a slice would first fill a
+        whole tensor with zeros."""
+        if not (self.any_local and self.any_crossing):
+            return [x]
         lengths = (self.local.start, self.local.stop - self.local.start, len(x) - self.local.stop)
         before, local, after = x.split(lengths)
-        return local, torch.cat((before, after))
+        return [local, torch.cat((before, after))]
 
-    def join(self, local, crossing):
-        """The inverse of `divide`: (t - n, ...) and (n, ...) -> (t, ...)."""
-        if local is None:
-            return crossing
-        if crossing is None:
-            return local
+    def join(self, parts):
+        """The inverse of `divide` -> (t, ...)."""
+        if len(parts) == 1:
+            return parts[0]
+        local, crossing = parts
         before = self.local.start
         return torch.cat((crossing[:before], local, crossing[before:]))
 
