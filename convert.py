@@ -3,8 +3,8 @@
     python convert.py CHECKPOINT OUT [MODEL]    export a training checkpoint as such a folder
 
 MODEL is the folder that was trained, where it is no longer at the path that the checkpoint records.
-In this order: the table of architectures (FAMILIES), config.json to Config, longer contexts,
-loading weights, saving weights, and the demo model.
+In this order: config.json to Config, longer contexts, loading weights, saving weights, and the demo
+model. The table of architectures is in families.py.
 """
 import json
 import math

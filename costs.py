@@ -1,12 +1,14 @@
 """What a step costs: its FLOPs, memory and time, and the settings that make it fast where it fits.
 
 Everything here is arithmetic on a Config of model.py; no tensor is made. train.py prints it before
-the weights are loaded, and tools/plan.py prints it for GPUs one does not have. C, I, V, L and t are
-those of model.py.
+the weights are loaded, and tools/plan.py prints it for GPUs one does not have. L is the number of
+layers. C, I, V and t are those of model.py.
 """
 import itertools
 from dataclasses import replace
 from typing import NamedTuple
+
+from one_rank import runs_without_fsdp
 
 
 class GPU(NamedTuple):
@@ -250,7 +252,7 @@ def transient_of_block(config, recompute, chunk, work):
         attention += C                      # measured: the chunks still hold a gradient
 
     # Tensors before and after their exchange: the output, if it is not kept, and its gradient; and
-    # contiguous copies, see Attention.kernel_inputs.
+    # contiguous copies, see Attention.exchange.
     exchanged = q
     if recompute != "none":
         exchanged += q
@@ -315,12 +317,6 @@ def gathered_together(execution):
     return 2 if execution.recompute == "pairs" else 1
 
 
-def does_without_fsdp(world, zero_stage, offload_optimizer):
-    """-> whether one_rank.py casts the weights, instead of FSDP2. ZeRO 3 and offload_optimizer need
-    FSDP2, which frees the bfloat16 weights between their uses."""
-    return world == 1 and zero_stage < 3 and not offload_optimizer
-
-
 def gathered_weights(blocks, config, ranks):
     """-> bytes of the bfloat16 weights of the embeddings and of `blocks` blocks, and of the buffer
     of the last all-gather."""
@@ -334,7 +330,7 @@ def gradient_bytes(work, zero_stage, offload_optimizer):
     micro-batch, whose gradients are not added; 0 if they go to CPU memory."""
     if offload_optimizer:
         return 0
-    uncast = does_without_fsdp(work.world, zero_stage, offload_optimizer)
+    uncast = runs_without_fsdp(work.world, zero_stage, offload_optimizer)
     return 2 if uncast and work.accumulate == 1 else 4
 
 
@@ -386,7 +382,7 @@ def backward_of_block(i, kept, transient, config, work, execution, zero_stage, o
     gathered = L
     if zero_stage == 3:
         gathered = min(i + 1, 2 * gathered_together(execution))
-    elif work.accumulate == 1 and not does_without_fsdp(work.world, zero_stage, offload_optimizer):
+    elif work.accumulate == 1 and not runs_without_fsdp(work.world, zero_stage, offload_optimizer):
         gathered = i + 1
 
     # Those of the head and of this block are bfloat16 and not yet reduced.
@@ -412,7 +408,7 @@ def end_of_backward(config, work, zero_stage, offload_optimizer):
     gradients = accumulated_gradients(earlier, reduced, work.ranks, zero_stage)
     weights = 0
     added = 4
-    if does_without_fsdp(work.world, zero_stage, offload_optimizer):
+    if runs_without_fsdp(work.world, zero_stage, offload_optimizer):
         weights = gathered_weights(L, config, work.ranks)
         added = size
     return Moment(weights=weights, gradients=gradients + added * embeddings)
@@ -484,9 +480,9 @@ def product_seconds(config, gpu, work, execution):
     t = work.tokens
     head = config.hidden_size * config.vocab_size
     forward = config.num_hidden_layers * block_parameters(config) + head
-    again = recomputed_parameters(
+    recomputed = recomputed_parameters(
         config, execution.recompute, execution.keep_layers, 0 < execution.mlp_chunk < t)
-    return 6 * t * forward / gpu.products, 2 * t * again / gpu.products
+    return 6 * t * forward / gpu.products, 2 * t * recomputed / gpu.products
 
 
 def attention_seconds(config, gpu, work):
@@ -571,7 +567,7 @@ def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
 
     compute: seconds of a micro-batch that hide a part of it."""
     parameters = total_parameters(config)
-    if does_without_fsdp(work.world, zero_stage, offload_optimizer):
+    if runs_without_fsdp(work.world, zero_stage, offload_optimizer):
         if work.accumulate == 1:
             return 0
         # The gradients of a second micro-batch make those of the first float32 (reads 2 bytes,
@@ -669,9 +665,8 @@ def candidates(config, work, given):
 def seconds_to_compare(config, gpu, work, execution, settings, needed, host):
     """-> seconds of a step by which Settings are compared.
 
-    They leave out attention, which all Settings have in common, and which hides no copies to CPU
-    memory here: the documents of a row may be shorter than `work` says, and then it takes little
-    time. Added is the time of saves that training has to wait for. needed: the Needs of the step."""
+    Attention is left out, which all Settings have in common. Nor does it hide copies to CPU memory
+    here, since documents may be shorter than `work` says, so that it takes little time. Added is the time of saves that training has to wait for. needed: the Needs of the step."""
     execution_of_settings = settings.execution(execution)
     parts = step_seconds(config, gpu, work, execution_of_settings, settings.zero_stage,
                          settings.offload_optimizer)

@@ -182,7 +182,8 @@ def order_span(documents, lengths, before, after, levels):
         return documents
     half = (before + after + sum(lengths[i] for i in documents)) / 2
 
-    # Either the longest document lies across the middle, or none is meant to.
+    # Two layouts: no document across the middle, or the longest one, half of whose work is then on
+    # each side. The one whose busier side has less work is taken.
     left, right, work = divide(documents, lengths, half - before, half - after)
     middle = []
     longest = documents[0]

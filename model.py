@@ -540,8 +540,8 @@ class MLP(nn.Module):
         return self.down_proj(y)                                                # (t, C)
 
 
-def call(function, recompute, *args):
-    """function(*args); with `recompute`, only args are kept for its backward."""
+def maybe_checkpoint(function, recompute, *args):
+    """function(*args). With `recompute`, backward runs it again from args, which alone are kept."""
     if not recompute:
         return function(*args)
     return checkpoint(
@@ -551,7 +551,7 @@ def call(function, recompute, *args):
 # Compiled together with its checkpoint, backward recomputes only what gradients need, so the last
 # product of a half is not computed again. All blocks share one compiled function: their weights
 # are its inputs. It is specialized on the half, recompute, gradients on or off, and the shape.
-compiled_call = torch.compile(call)
+compiled_maybe_checkpoint = torch.compile(maybe_checkpoint)
 torch._dynamo.config.recompile_limit = 64
 # A compiled half that is not recomputed keeps gate and up, but not their product, nor what a norm
 # has computed: backward computes these again while it reads their inputs anyway. That is a third
@@ -610,7 +610,7 @@ class Block(nn.Module):
         self.residual_multiplier = config.residual_multiplier
         self.recompute = recompute
         self.mlp_chunk = execution.mlp_chunk
-        self.call_half = compiled_call if execution.compile else call
+        self.call_half = compiled_maybe_checkpoint if execution.compile else maybe_checkpoint
 
     def pre_attention(self, x, cos, sin, for_exchange):
         """x (t, C) -> q, k and v as Attention.project returns them."""
@@ -653,7 +653,7 @@ class Block(nn.Module):
             kept.add("x", x)
             if self.recompute == "all":
                 # Not compiled as a whole: it contains the kernels and the exchange.
-                return call(self.compute, True, x, cos, sin, segments)
+                return maybe_checkpoint(self.compute, True, x, cos, sin, segments)
             return self.compute_and_keep_attention(x, cos, sin, segments, kept)
 
     def compute(self, x, cos, sin, segments, cache=None):
@@ -728,7 +728,7 @@ class Transformer(nn.Module):
         if caches is not None:
             x = x[-1:]                                                          # (1, C)
         # Not compiled, the norm would keep and compute float32 copies of x: 12 GiB each at t = 1M.
-        call_norm = compiled_call if self.execution.compile else call
+        call_norm = compiled_maybe_checkpoint if self.execution.compile else maybe_checkpoint
         x = call_norm(self.model["norm"], False, x)                             # (t, C)
         head = self.head_weight()                                               # (V, C)
         if self.config.logit_scale != 1:
@@ -771,7 +771,7 @@ class Transformer(nn.Module):
         kept = Kept(offload)
         with kept.saved_by_reference():
             kept.add("x", x)
-            return call(run, True, x, None)
+            return maybe_checkpoint(run, True, x, None)
 
     def block_groups(self):
         """-> the blocks of each group, whose weights are gathered together."""

@@ -20,20 +20,26 @@ from torch.autograd import Variable
 WIDTH = 1024
 
 
+def runs_without_fsdp(world, zero_stage, offload_optimizer):
+    """-> whether CastWeights is used. ZeRO 3 and offload_optimizer need FSDP2, which frees the weights
+    in `dtype` between their uses."""
+    return world == 1 and zero_stage < 3 and not offload_optimizer
+
+
 class CastWeights:
     """Copies of a model's float32 parameters in `dtype`, which forward and backward use.
 
     During forward and backward the modules hold the copies, otherwise the parameters. Gradients are
     in `dtype` after one backward, and summed in float32 after several. AdamW keeps the copies equal
-    to the parameters. Whatever else changes these has to call `free` before."""
+    to the parameters. Other code that changes the parameters has to call `free` first."""
 
     def __init__(self, model, blocks, dtype, compiled=False):
-        """blocks: modules, or lists of them, whose parameters are updated together."""
+        """blocks: lists of modules, whose parameters are updated together."""
         self.dtype = dtype
         self.compiled = compiled
         self.block_of = {}  # parameter: index of its block
         for i, block in enumerate(blocks):
-            for module in block if isinstance(block, list) else [block]:
+            for module in block:
                 for parameter in module.parameters():
                     self.block_of[parameter] = i
         self.copies = {}    # parameter: its copy; empty before the first forward and after `free`

@@ -42,8 +42,7 @@ from torch.distributed.fsdp import (
 )
 from tqdm import tqdm
 
-from costs import does_without_fsdp
-from one_rank import CastWeights
+from one_rank import CastWeights, runs_without_fsdp
 from recompute import pin
 
 # The name in torch 2.13, or the one before.
@@ -87,8 +86,8 @@ def sequence_parallel_sizes(world, heads, kv_heads):
     return sizes
 
 
-def check(world, replicas, sp, heads, kv_heads):
-    """-> dp, the number of rows that are processed at the same time.
+def data_parallel_size(world, replicas, sp, heads, kv_heads):
+    """-> dp: rows that are processed at the same time.
 
     ValueError if the sizes do not fit together, naming those that do. Needs no process group."""
     if world % replicas != 0:
@@ -338,10 +337,11 @@ def any_rank(flag):
     return all_sum(votes).item() > 0
 
 
-def together(what, function, *args, only=None, group=None):
+def run_on_ranks(what, function, *args, only=None, group=None):
     """Call function(*args) on every rank, or on rank `only`. -> list of the results of all ranks.
 
-    If it fails on any rank, all raise RuntimeError, so that none waits for one that stopped."""
+    If it fails on any rank, all raise RuntimeError, so that none waits for one that stopped.
+    what: the beginning of that error's message."""
     rank = dist.get_rank()
     result = None
     error = None
@@ -552,11 +552,11 @@ class ReduceScatter:
 def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
     """Shard the float32 parameters over grid.mesh. Forward and backward see them whole, in `dtype`.
 
-    blocks: modules, or lists of them, whose weights are gathered together.
+    blocks: lists of modules, whose weights are gathered together.
     Gradients are reduced in float32, and summed instead of averaged: the loss is already divided
     by the weights of all targets of the step. On one rank FSDP2 is used only to free weights
     between their uses (ZeRO 3, offload_optimizer), and where nothing is cast; else CastWeights."""
-    if dtype != torch.float32 and does_without_fsdp(grid.world, zero_stage, offload_optimizer):
+    if dtype != torch.float32 and runs_without_fsdp(grid.world, zero_stage, offload_optimizer):
         model.to_empty(device=grid.device)
         model.cast_weights = CastWeights(model, blocks, dtype, compiled=model.execution.compile)
         return
@@ -676,18 +676,18 @@ def published(root):
     return sorted(root / name for name in os.listdir(root) if re.fullmatch(STEP, name))
 
 
-def save_checkpoint(root, step, model, optimizer, notes, keep):
-    """Write root/step-00000100: every rank its shards, then a manifest of sizes, hashes, `notes`.
+def save_checkpoint(root, step, model, optimizer, record, keep):
+    """Write root/step-00000100: every rank its shards, then a manifest of sizes, hashes, `record`.
 
     The folder gets its name last, by a rename, so a folder with this name is complete. A step that
     is already published stays as it is. Only the newest `keep` checkpoints stay; -1: all of them.
     RuntimeError on all ranks if any of them cannot write; earlier checkpoints are intact then."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    write_checkpoint(root, step, state, notes, keep)
+    write_checkpoint(root, step, state, record, keep)
 
 
-def write_checkpoint(root, step, state, notes, keep, group=None):
+def write_checkpoint(root, step, state, record, keep, group=None):
     """Write and publish the checkpoint of `state`. The collectives are those of `group`."""
     folder = Path(root) / f"step-{step:08d}"
     partial = folder.with_suffix(".part")
@@ -712,7 +712,7 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
         files = {}
         for files_of_rank in files_of_ranks:
             files.update(files_of_rank)
-        manifest = {**notes, "step": step, "files": files}
+        manifest = {**record, "step": step, "files": files}
         manifest["hash"] = manifest_hash(manifest)
         # The contents must be on disk before the name that says they are complete. Each rank has
         # synchronized its shards in dcp.save.
@@ -740,12 +740,12 @@ def write_checkpoint(root, step, state, notes, keep, group=None):
                 f"{full}{cause}. {free:,.1f} GiB are free there. Earlier checkpoints are "
                 "intact: free space or make the folder writable, and start again") from e
 
-    already_published = together(f"looking for {folder}", folder.exists, only=0, group=group)[0]
+    already_published = run_on_ranks(f"looking for {folder}", folder.exists, only=0, group=group)[0]
     if already_published:
         return
-    together(f"preparing {partial}", attempt, prepare, only=0, group=group)
-    files_of_ranks = together(f"saving {partial}", attempt, write, group=group)
-    together(f"publishing {folder}", attempt, publish, files_of_ranks, only=0, group=group)
+    run_on_ranks(f"preparing {partial}", attempt, prepare, only=0, group=group)
+    files_of_ranks = run_on_ranks(f"saving {partial}", attempt, write, group=group)
+    run_on_ranks(f"publishing {folder}", attempt, publish, files_of_ranks, only=0, group=group)
 
 
 def remove_checkpoint(folder):
@@ -767,9 +767,9 @@ class Saver:
     Training waits only while this rank's shards are copied to CPU memory, and for the previous
     save, if it is not complete. Where CPU memory is short, it waits for the whole save."""
 
-    def __init__(self, root, notes):
+    def __init__(self, root, record):
         self.root = Path(root)
-        self.notes = notes
+        self.record = record
         self.thread = None
         self.error = None
         # The thread's collectives must not mix with those of training.
@@ -782,7 +782,7 @@ class Saver:
     def check_space(self, model, keep):
         """RuntimeError on all ranks if the disk has no space for a checkpoint, and no older ones to
         remove for it. Their space counts unless keep is -1."""
-        together("checking the space for checkpoints", self.make_space, model, keep, True, only=0)
+        run_on_ranks("checking the space for checkpoints", self.make_space, model, keep, True, only=0)
 
     def make_space(self, model, keep, check_only=False):
         """Remove checkpoints, but for the newest one, if the disk has no space for another one."""
@@ -811,15 +811,15 @@ class Saver:
         """Begin to save a step, see save_checkpoint. RuntimeError if the previous save failed."""
         self.wait()
         folder = self.root / f"step-{step:08d}"
-        if together(f"looking for {folder}", folder.exists, only=0)[0]:
+        if run_on_ranks(f"looking for {folder}", folder.exists, only=0)[0]:
             return
-        together("making space for a checkpoint", self.make_space, model, keep, only=0)
+        run_on_ranks("making space for a checkpoint", self.make_space, model, keep, only=0)
         self.step = step
         began = time.monotonic()
         if self.in_foreground is None:
             self.in_foreground = self.memory_is_short(model)
         if self.in_foreground:
-            save_checkpoint(self.root, step, model, optimizer, self.notes, keep)
+            save_checkpoint(self.root, step, model, optimizer, self.record, keep)
             self.seconds = time.monotonic() - began
             return
         model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -831,7 +831,7 @@ class Saver:
             interval = sys.getswitchinterval()
             sys.setswitchinterval(SWITCH_SECONDS)
             try:
-                write_checkpoint(self.root, step, state, self.notes, keep, self.group)
+                write_checkpoint(self.root, step, state, self.record, keep, self.group)
                 self.seconds = time.monotonic() - began
             except BaseException as e:
                 self.error = e
@@ -859,8 +859,8 @@ class Saver:
     def copy_to_cpu(self, value, name=""):
         """A state, of dicts, lists and tensors -> its copy in CPU memory.
 
-        The first copy of a tensor is pinned, and all later ones use its memory. It is the caller
-        who waits for the GPU."""
+        The first copy of a tensor is pinned, and all later ones use its memory. The caller must
+        synchronize with the GPU before it uses the copy."""
         if isinstance(value, dict):
             return {key: self.copy_to_cpu(x, f"{name}/{key}") for key, x in value.items()}
         if isinstance(value, (list, tuple)):
@@ -984,17 +984,17 @@ def find_checkpoint(root, resume):
     if resume == "never":
         candidates = []
     elif resume == "auto":
-        found = together(f"looking into {root}", published, root, only=0)[0]
+        found = run_on_ranks(f"looking into {root}", published, root, only=0)[0]
         candidates = reversed(found)
     else:
         candidates = [Path(resume)]
 
     damaged = {}  # folder: what is wrong with it
     for folder in candidates:
-        outcomes = together(f"reading {folder}", inspect, folder)
+        outcomes = run_on_ranks(f"reading {folder}", inspect, folder)
         problems = [problem for _, problem in outcomes if problem is not None]
         if not problems:
-            together("renaming damaged checkpoints", set_aside, damaged, only=0)
+            run_on_ranks("renaming damaged checkpoints", set_aside, damaged, only=0)
             manifest, _ = outcomes[0]
             return folder, manifest
         damaged[folder] = problems[0]
@@ -1018,16 +1018,16 @@ def set_aside(damaged):
               flush=True)
 
 
-def load_checkpoint(folder, model, *optimizer):
-    """Fill the model, and the optimizer if given, from a checkpoint of any number of ranks.
+def load_checkpoint(folder, model, optimizers=()):
+    """Fill the model, and optimizers if given, from a checkpoint of any number of ranks.
 
     Nothing in the checkpoint is executed: pickles of anything but plain values are refused."""
     free_gathered(model)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizers)
     states = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(states, storage_reader=SafeReader(folder), planner=SafePlanner())
     set_state_dict(
-        model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        model, optimizers, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
 
 
 # The module and the names that the metadata of our checkpoints refers to. A pickle can have any

@@ -21,6 +21,7 @@ SLAB = 2**28    # bytes that are pinned at a time
 SMALL = 2**20   # bytes of a tensor that is not worth two copies
 ALIGNMENT = 2**9    # bytes: copies begin at multiples of it
 TOUCHED = 2**24     # bytes of new memory that a thread touches at a time
+KEEP_EVERYTHING_UNITS = 5   # memory of a group that keeps everything, in that of one that recomputes
 
 
 class Group(NamedTuple):
@@ -69,15 +70,17 @@ def divide_blocks(n_blocks, recompute, keep_layers, offload_layers):
 def count_released(i, n_offloaded, recomputes):
     """-> Group.n_released of group i, where the first n_offloaded groups offload.
 
-    recomputes: whether each group recomputes. As far as there is memory, copies may lag behind the
-    groups in forward and run ahead of them in backward. Memory is counted in units: a group that
-    keeps everything has 5, and one that recomputes 1."""
-    units = [1 if is_recomputed else 5 for is_recomputed in recomputes]
+    recomputes: whether each group recomputes. The groups from n_released to i - 1 may still be on
+    the GPU while group i runs: in forward their copies need not be complete, and in backward they
+    may have been copied back already. That takes memory, which has to be free at that moment."""
+    # Memory is counted in that of a group that recomputes. One that keeps everything takes more.
+    units = [1 if is_recomputed else KEEP_EVERYTHING_UNITS for is_recomputed in recomputes]
 
-    # There is the memory of the groups after this one that stay on the GPU: in forward they have
-    # not filled it yet, and in backward they have freed it. That of one is for what blocks compute.
+    # The groups after this one that stay on the GPU leave memory free: in forward they have not
+    # filled theirs yet, in backward they have freed it. That of one group is left for transient
+    # activations.
     n_staying = len(units) - max(i + 1, n_offloaded)
-    allowed = 5 * (n_staying - 1)
+    allowed = KEEP_EVERYTHING_UNITS * (n_staying - 1)
     if recomputes[0]:   # all that offload recompute, and have little to copy
         allowed = min(allowed, 1)
     if 0 < i < n_offloaded:     # in any case the group before is copied while this one runs
@@ -303,8 +306,8 @@ class Offload:
     Group.n_released says. Each forward fills the pinned memory from its beginning, whatever lengths
     its row and its documents have.
 
-    Backward has to come before the next forward, and to load all that comes back: `load` lets the
-    main stream wait for a copy, whose memory it may reuse later."""
+    Each forward of training has to be followed by its backward, which has to load every tensor that
+    comes back: `load` makes the main stream wait for the copy, before it may reuse the memory."""
 
     def __init__(self):
         self.stream = None

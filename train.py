@@ -69,19 +69,19 @@ TRAIN_ON_PROMPT = False         # chat: train all tokens; False: the assistant's
 MASK_HISTORY = False            # chat: train the last assistant turn only
 ACCEPT_LOSS = False             # chat: train although the template leaves out contents of a chat
 NO_STOP_TOKEN = "refuse"        # chat: where no stop token ends an answer: "append" eos; "accept"
-FORMAT = ""                     # of rows that have the keys of several formats, such as "text"
+FORMAT = ""                     # of the rows, such as "messages"; "": told by their keys
 COLUMNS = {}                    # {key that a format has: the key in the rows of DATA}
-BAD_ROWS = "stop"               # at an unusable row; or the share of rows that may be skipped
+BAD_ROWS = "stop"               # "stop" at an unusable row; or the share that may be skipped
 MAX_POSITION_EMBEDDINGS = 0     # extend the context to so many tokens; 0: as in the checkpoint
 ROPE_SCALING = None             # how: "yarn", "linear", "dynamic", "llama3" or a dict; None: yarn
-LOSS_WEIGHT = "token"           # n targets in a document count n; "sample": 1; "square": sqrt(n)
+LOSS_WEIGHT = "token"           # of a document with n targets: n; "sample": 1; "square": sqrt(n)
 
 # How the work is divided: world = REPLICAS x data parallel x SEQUENCE_PARALLEL_SIZE
 SEQUENCE_PARALLEL_SIZE = 0      # ranks that share one row; 0: the fewest within 5% of the fastest
 GLOBAL_BATCH_SIZE = 8           # rows per optimizer step, independent of the number of ranks
-REPLICAS = 1                    # copies of the sharded states; raise where hosts are slowly linked
+REPLICAS = 1                    # copies of the sharded model (HSDP), such as one on each host
 
-# Memory for time. "auto" chooses this and the five below, except those that are set, by what fits.
+# Memory and speed. RECOMPUTE="auto" also chooses the next five, except those that you set.
 RECOMPUTE = "auto"              # "none", "all_but_attention", "all"; the least memory: "pairs"
 KEEP_LAYERS = 0                 # layers exempt from RECOMPUTE; raise while memory is free
 ZERO_STAGE = 2                  # 2 shards gradients; 3 also frees weights after forward; 1 neither
@@ -91,7 +91,7 @@ MLP_CHUNK = 0                   # tokens per pass through an MLP; 0: all; lower 
 LOSS_CHUNK = 8192               # tokens whose logits exist at a time; lower to save memory
 COMPILE = True                  # use torch.compile on a GPU
 ATTENTION = "auto"              # flash_attn_4, flash_attn_3, flash_attn_2, torch_varlen, sdpa
-DTYPE = "auto"                  # of matrix products: "bfloat16"; "float32", for exact tests, CPUs
+DTYPE = "auto"                  # of matrix products: "bfloat16" on GPUs, "float32" on CPUs
 
 # Optimization
 LEARNING_RATE = 1e-5            # peak, reached after the warm-up; for pretrained models of 1 to 8B
@@ -235,7 +235,7 @@ class StepSums(NamedTuple):
     targets: float          # tokens that are trained
     tokens: float
     attention_pairs: float  # pairs of a query and a key that it attends to, for the FLOPs
-    mismatch: float         # 0 if the ranks have the same step, see `fingerprint_difference`
+    mismatch: float         # 0 if the ranks have the same step, see `mismatch_term`
 
 
 def main():
@@ -258,11 +258,13 @@ def main():
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
 
     # Process groups. What the run will need is printed before it is taken.
-    notes = manifest_notes(folder, config, rows)
-    agreed = {**notes["constants"], "the sequence-parallel size": sp,
-              "the attention kernel": kernel_name, **facts_of_files(notes, rows, eval_rows)}
-    grid = parallel.init(REPLICAS, sp, agreed)
-    execution = execution_settings(config, device_type)
+    record = run_record(folder, config, rows)
+    grid = parallel.init(REPLICAS, sp, {
+        **record["constants"],
+        "the sequence-parallel size": sp,
+        "the attention kernel": kernel_name,
+        **facts_of_run(record, rows, eval_rows)})
+    execution = execution_settings(device_type)
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")
     print_once(grid, describe_context(folder, config, rows) + describe_plan(
         config, grid, execution, rows, steps))
@@ -273,14 +275,14 @@ def main():
     log = None
     saver = None
     try:
-        parallel.together("RUN_DIR", lock_run, run_lock, only=0)
+        parallel.run_on_ranks("RUN_DIR", lock_run, run_lock, only=0)
         refuse_separate_folders()
-        checkpoint, steps_done = find_checkpoint(notes, grid)
+        checkpoint, steps_done = find_checkpoint(record, grid)
         with timed(grid, "loading the model"), explain_out_of_memory(config, grid, execution):
             model = build_model(folder, config, grid, execution, dtype, checkpoint)
             optimizer = build_optimizer(model)
             if checkpoint is not None:
-                parallel.load_checkpoint(checkpoint, model, optimizer)
+                parallel.load_checkpoint(checkpoint, model, [optimizer])
         if checkpoint is not None:
             print_once(grid, f"resumed from {checkpoint}")
         print_once(grid, describe(model, kernel_name, grid))
@@ -288,13 +290,13 @@ def main():
             print_once(grid, f"all {steps:,} steps are done, so that nothing is trained: raise "
                              "MAX_STEPS or EPOCHS for more, or set RUN_DIR to a new folder for a new "
                              "run")
-        parallel.together("RUN_DIR", open_run, notes, steps_done, rows.accounting(), only=0)
+        parallel.run_on_ranks("RUN_DIR", open_run, record, steps_done, rows.accounting(), only=0)
         if SAVE_EVERY >= 0:
-            saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", notes)
+            saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", record)
         if saver is not None and steps_done < steps:
             saver.check_space(model, KEEP_CHECKPOINTS)
         if grid.rank == 0:
-            log = Log(Path(RUN_DIR), steps, steps_done, WANDB, notes["constants"])
+            log = Log(Path(RUN_DIR), steps, steps_done, WANDB, record["constants"])
         with parallel.naming_lost_ranks():
             with (explain_out_of_memory(config, grid, execution),
                   receive_signals() as stop_requests):
@@ -331,7 +333,8 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
 
         loss_sum = forward_backward(model, batches, sums.weight, grid, stop_requests)
         if loss_sum is None:
-            stop(saver, step - 1, steps_done, model, optimizer, not_finite, grid)
+            is_saved = step - 1 == steps_done
+            stop(saver, step - 1, is_saved, model, optimizer, not_finite, grid)
             return True
         norm = parallel.grad_norm(model.parameters())
 
@@ -383,7 +386,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
             saver.wait()
     stopped = parallel.any_rank(bool(stop_requests))
     if stopped:  # in the last step, which is saved: what remains is the export
-        stop(saver, steps, steps, model, optimizer, not_finite, grid)
+        stop(saver, steps, True, model, optimizer, not_finite, grid)
     return stopped
 
 
@@ -463,7 +466,7 @@ def load_step(step, rows, total_rows, grid, config):
             attention_pairs=pairs / grid.sp,  # cu_seqlens describe the whole row on every rank
             mismatch=0))
     # The fingerprint is about the step, not about a micro-batch.
-    parts.append(StepSums(0, 0, 0, 0, fingerprint_difference(step, batches, grid)))
+    parts.append(StepSums(0, 0, 0, 0, mismatch_term(step, batches, grid)))
 
     sums = torch.tensor(parts, dtype=torch.float64).sum(0)
     parallel.all_sum(sums)
@@ -473,18 +476,18 @@ def load_step(step, rows, total_rows, grid, config):
     return [to_device(batch, grid.device) for batch in batches], sums
 
 
-def fingerprint_difference(step, batches, grid):
-    """Return an integer whose sum over all ranks is 0 if they have the same step.
+def mismatch_term(step, batches, grid):
+    """Return the term of this rank in StepSums.mismatch, a sum that is 0 if the ranks agree.
 
-    All ranks must have the same number of micro-batches, and those of one row the same tokens. The
-    sum is also 0 with a probability of about 2^-32 if they do not.
+    All ranks must have the same number of micro-batches, and those of one row the same tokens. If
+    they do not, the sum is 0 with a probability of about 2^-32.
     """
     count = zlib.crc32(f"{step} {len(batches)}".encode())
     row = zlib.crc32(str([batch.checksum for batch in batches]).encode())
-    # The first of n ranks adds n - 1 times its number, and each of the others subtracts its own.
-    difference = count * (grid.world - 1) if grid.rank == 0 else -count
-    difference += row * (grid.sp - 1) if grid.sp_rank == 0 else -row
-    return difference
+    # The first of n ranks adds n - 1 times its hash, and each of the others subtracts its own.
+    term = count * (grid.world - 1) if grid.rank == 0 else -count
+    term += row * (grid.sp - 1) if grid.sp_rank == 0 else -row
+    return term
 
 
 def describe_mismatch(step, batches, grid):
@@ -492,7 +495,7 @@ def describe_mismatch(step, batches, grid):
     checksums = [batch.checksum for batch in batches]
     mine = f"step {step} with {len(batches)} micro-batches of the rows {checksums}"
     lines = []
-    for rank, theirs in enumerate(parallel.together("comparing ranks", str, mine)):
+    for rank, theirs in enumerate(parallel.run_on_ranks("comparing ranks", str, mine)):
         lines.append(f"rank {rank}, of sequence group {rank // grid.sp}: {theirs}")
     return ("The ranks do not have the same step. All need the same number of micro-batches, and "
             "those of one sequence group the same rows (named by checksums). Remove CACHE_DIR, "
@@ -590,9 +593,10 @@ def eval_due(step, steps):
 
 
 def evaluation_is_missing(steps_done, steps, log):
-    """Return whether to evaluate before the first step of this process, on rank 0's word.
+    """Return whether to evaluate before the first step of this process.
 
-    A signal may have stopped the run in the evaluation of its last step.
+    A signal may have stopped the run in the evaluation of its last step. Rank 0 decides, which has
+    read metrics.jsonl.
     """
     missing = log is not None and steps_done not in log.evaluated
     return MAX_STEPS == 0 or (eval_due(steps_done, steps) and parallel.any_rank(missing))
@@ -700,13 +704,13 @@ def save(saver, step, model, optimizer, not_finite, grid):
     saver.save(step, model, optimizer, keep)
 
 
-def stop(saver, step, steps_done, model, optimizer, not_finite, grid):
-    """Save `step`, unless this process has done none after `steps_done`. Print how to continue."""
+def stop(saver, step, is_saved, model, optimizer, not_finite, grid):
+    """Save `step` if it is not, and print the command that continues the run."""
     if saver is None:
         print_once(grid, f"stopped by a signal after step {step}: nothing is saved, as SAVE_EVERY "
                          "is -1")
         return
-    if step > steps_done:
+    if not is_saved:
         with timed(grid, "saving the last checkpoint"):
             save(saver, step, model, optimizer, not_finite, grid)
             saver.wait()
@@ -904,16 +908,13 @@ def build_optimizer(model):
     return optimizer
 
 
-def execution_settings(config, device_type):
-    """Collect the constants that change speed and memory, but no result."""
-    offload_layers = OFFLOAD_ACTIVATIONS
-    if OFFLOAD_ACTIVATIONS == -1:
-        offload_layers = config.num_hidden_layers
+def execution_settings(device_type):
+    """Return the constants that change speed and memory, but no result, as an Execution."""
     return Execution(
         attention=ATTENTION,
         recompute=RECOMPUTE,
         keep_layers=KEEP_LAYERS,
-        offload_layers=offload_layers,
+        offload_layers=OFFLOAD_ACTIVATIONS,
         mlp_chunk=MLP_CHUNK,
         loss_chunk=LOSS_CHUNK,
         compile=COMPILE and device_type == "cuda")
@@ -926,7 +927,7 @@ def finish(model, folder, grid):
     if SAVE_EVERY >= 0:
         hf_folder = Path(RUN_DIR) / "hf"
         with timed(grid, "exporting"):
-            parallel.together("export", convert.save_weights, model, folder, hf_folder)
+            parallel.run_on_ranks("export", convert.save_weights, model, folder, hf_folder)
         print_once(grid, f"the trained model is in {hf_folder}, a Hugging Face folder")
     if SAMPLE_PROMPTS and DATA != "synthetic":
         sample(model, folder, grid)
@@ -991,24 +992,24 @@ def generate(model, prompt, grid, generator, deadline):
 
 # ----------------------------------------------------------------------------------- files of a run
 
-def manifest_notes(folder, config, rows):
+def run_record(folder, config, rows):
     """Return what a checkpoint records about its run, as reading the JSON gives it back."""
-    notes = {
+    record = {
         "model": str(folder.resolve()),
         "config": vars(config),
         "data": [rows.corpus.key, rows.corpus.sources],
         "constants": {name: globals()[name] for name in CONSTANTS},
     }
-    return json.loads(json.dumps(notes))  # tuples become lists
+    return json.loads(json.dumps(record))  # tuples become lists
 
 
-def facts_of_files(notes, rows, eval_rows):
-    """Return what all ranks must have alike besides the constants, as a dict."""
+def facts_of_run(record, rows, eval_rows):
+    """Return {what: value} of what all ranks must have in common, besides the constants."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         code.update(path.read_bytes())
     return {
-        "the model's config": notes["config"],
+        "the model's config": record["config"],
         "the hash of DATA": rows.corpus.key,
         "the hash of EVAL_DATA": eval_rows.corpus.key if eval_rows is not None else None,
         "the hash of the code": code.hexdigest()[:16],
@@ -1039,7 +1040,7 @@ def refuse_separate_folders():
         owner = Path(RUN_DIR) / "owner"
         return owner.read_text() if owner.exists() else None
 
-    owners = parallel.together("RUN_DIR", read_owner)
+    owners = parallel.run_on_ranks("RUN_DIR", read_owner)
     others = [str(rank) for rank, owner in enumerate(owners) if owner != owners[0]]
     if others:
         raise ValueError(
@@ -1047,7 +1048,7 @@ def refuse_separate_folders():
             "it to one on a disk that all hosts share.")
 
 
-def find_checkpoint(notes, grid):
+def find_checkpoint(record, grid):
     """Return the folder of the checkpoint that RESUME selects, or None, and how many steps it has done.
 
     Raises ValueError if the checkpoint is of another model or data, or if RUN_DIR has a newer one.
@@ -1068,17 +1069,17 @@ def find_checkpoint(notes, grid):
         return None, 0
 
     # Another model or other data cannot be continued. Changes of other constants are reported.
-    changes = changed_values(manifest["constants"], notes["constants"])
-    if notes["config"] != manifest["config"]:
-        of_config = changed_values(manifest["config"], notes["config"])
+    changes = changed_values(manifest["constants"], record["constants"])
+    if record["config"] != manifest["config"]:
+        of_config = changed_values(manifest["config"], record["config"])
         raise ValueError(
             f"The config of {folder} differs from that of MODEL {MODEL}: {', '.join(of_config)}. Set "
             "RUN_DIR to a new folder.")
-    if notes["data"] != manifest["data"]:
+    if record["data"] != manifest["data"]:
         causes = [change for change in changes if change.split()[0] in DATA_CONSTANTS]
         raise ValueError(
             f"The data of {folder}, {manifest['data']}, differs from that of this run, "
-            f"{notes['data']}: {', '.join(causes) or 'the files or the tokenizer have changed'}. "
+            f"{record['data']}: {', '.join(causes) or 'the files or the tokenizer have changed'}. "
             "Undo this, or set RUN_DIR to a new folder.")
     for change in changes:
         print_once(grid, f"{change}, compared with {folder.name}")
@@ -1091,11 +1092,11 @@ def changed_values(before, now):
             if before.get(key) != now.get(key)]
 
 
-def open_run(notes, steps_done, accounting):
+def open_run(record, steps_done, accounting):
     """Write config.json and env.json to RUN_DIR. metrics.jsonl keeps the steps to `steps_done`."""
     run = Path(RUN_DIR)
-    (run / "config.json").write_text(json.dumps(notes["constants"], indent=2))
-    environment = {**describe_environment(), "data": notes["data"], "accounting": accounting}
+    (run / "config.json").write_text(json.dumps(record["constants"], indent=2))
+    environment = {**describe_environment(), "data": record["data"], "accounting": accounting}
     (run / "env.json").write_text(json.dumps(environment, indent=2, default=int))
 
     # Steps after the checkpoint will be run again, and without one the evaluation at step 0, too.
@@ -1105,7 +1106,7 @@ def open_run(notes, steps_done, accounting):
 # --------------------------------------------------------------------------------------------- plan
 
 def plan(world):
-    """Check the constants, choose those that choose themselves, and return the Plan for `world`
+    """Check the constants, set those in CHOSEN to what is chosen, and return the Plan for `world`
     processes.
 
     Raises ValueError or FileNotFoundError that names the constant, the rule and the remedy.
@@ -1146,7 +1147,7 @@ def possible_sizes(config, world):
 
     # All sizes divide the largest, so what the largest does not allow no other does.
     largest = sizes[-1]
-    dp = parallel.check(world, REPLICAS, largest, *heads)
+    dp = parallel.data_parallel_size(world, REPLICAS, largest, *heads)
     if GLOBAL_BATCH_SIZE % dp != 0:
         next_multiple = ceil_div(GLOBAL_BATCH_SIZE, dp) * dp
         raise ValueError(
@@ -1168,7 +1169,7 @@ def choose_settings(config, world, gpu, host):
     if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
         return sizes[0], Settings(**{"recompute": "none", **given})
 
-    execution = execution_settings(config, "cuda")
+    execution = execution_settings("cuda")
 
     def seconds_of(sp, settings):
         work = work_of_gpu(config, world, sp)
@@ -1176,9 +1177,9 @@ def choose_settings(config, world, gpu, host):
                              settings.zero_stage, settings.offload_optimizer)
         return sum(parts.values())
 
-    # No step of a size is shorter than one that recomputes and offloads nothing. If the best so far
-    # is about as short as that of all larger sizes, these need not be tried.
-    least = {sp: seconds_of(sp, Settings(zero_stage=1)) for sp in sizes}
+    # A lower bound for each size: a step that recomputes and offloads nothing. Larger sizes are not
+    # tried if the best step so far is about as short as their bounds.
+    lower_bound = {sp: seconds_of(sp, Settings(zero_stage=1)) for sp in sizes}
     for offload_optimizer in (False, True):
         best = None
         fitting = {}    # sp: (seconds, Settings)
@@ -1191,8 +1192,9 @@ def choose_settings(config, world, gpu, host):
                 shortest = min(seconds for seconds, _ in fitting.values())
                 best = next(sp for sp, (seconds, _) in fitting.items()
                             if seconds <= ABOUT_AS_SHORT * shortest)
-            if best is not None and all(fitting[best][0] <= ABOUT_AS_SHORT * least[larger]
-                                        for larger in sizes if larger > sp):
+            bounds = [lower_bound[larger] for larger in sizes if larger > sp]
+            if best is not None and all(
+                    fitting[best][0] <= ABOUT_AS_SHORT * bound for bound in bounds):
                 return best, fitting[best][1]
     if RECOMPUTE != "auto":  # everything was set by hand, and is tried
         return sizes[-1], Settings(**given)
@@ -1552,7 +1554,7 @@ def explain_out_of_memory(config, grid, execution):
         raise RuntimeError(
             f"{error}\n"
             f"The expected peak was {describe_memory(config, grid, execution)}.\n"
-            f"{less_memory(config, grid, execution)}"
+            f"{describe_next_settings(config, grid, execution)}"
             "Or change these constants one after the other, in this order, until the run fits: "
             "RECOMPUTE=all_but_attention, KEEP_LAYERS=0, ZERO_STAGE=3, MLP_CHUNK=32768, "
             "OFFLOAD_ACTIVATIONS=-1, RECOMPUTE=all, RECOMPUTE=pairs, OFFLOAD_OPTIMIZER=True. If it "
@@ -1560,8 +1562,9 @@ def explain_out_of_memory(config, grid, execution):
             "Checkpoints that are published are complete.") from error
 
 
-def less_memory(config, grid, execution):
-    """Return the fastest settings that need a little less memory than those of this run."""
+def describe_next_settings(config, grid, execution):
+    """Return a line that names the fastest settings that need less memory than those of this run, or
+    "" if there are none."""
     # A GPU as large as the memory that was expected, of which choose() leaves a part free.
     gpu = this_gpu() or gpu_of("H200")
     gpu = gpu._replace(memory=sum(memory_parts(config, grid, execution).values()))

@@ -367,7 +367,7 @@ def load_sharded(folder):
     grid = parallel.init(1, 1)
     with torch.device("meta"):
         model = Transformer(convert.load_config(folder), grid.sp_group)
-    parallel.shard(model, model.model["layers"], grid, torch.float32, 3, False)
+    parallel.shard(model, model.block_groups(), grid, torch.float32, 3, False)
     convert.load_weights(model, folder)
     return grid, model
 
@@ -1842,7 +1842,7 @@ def export_where_one_cannot_write(folder, out):
     if grid.rank == 1:
         out = folder / "config.json" / "out"  # below a file
     with pytest.raises(RuntimeError, match="export: rank 1: OSError: .*Not a directory.* Free space"):
-        parallel.together("export", convert.save_weights, model, folder, out)
+        parallel.run_on_ranks("export", convert.save_weights, model, folder, out)
     assert grid.rank != 0 or not out.with_name("out.part").exists()
 
 

@@ -28,11 +28,9 @@ from costs import (
     mean_attention_pairs,
     mean_document,
     memory,
-    needs,
     offloaded_bytes,
     offloading_seconds,
     step_seconds,
-    total_parameters,
 )
 from model import Config, Execution, rope_cos_sin, rope_frequencies
 

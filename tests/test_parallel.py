@@ -181,7 +181,7 @@ def test_without_a_group_the_exchange_is_the_identity():
     (4, 3, 1, 8, 8, "REPLICAS 3 does not divide 4 processes")])
 def test_sizes_that_do_not_fit_are_refused(world, replicas, sp, heads, kv_heads, message):
     with pytest.raises(ValueError, match=message):
-        parallel.check(world, replicas, sp, heads, kv_heads)
+        parallel.data_parallel_size(world, replicas, sp, heads, kv_heads)
 
 
 # --------------------------------------------------------------------- local and crossing documents
@@ -297,7 +297,7 @@ def copy_a_state_twice(folder):
     grid = parallel.init(1, 1)
     model = sharded_model(grid, Execution(), zero_stage=2)
     model.init_weights(seed=5)
-    saver = parallel.Saver(folder, notes={})
+    saver = parallel.Saver(folder, record={})
     parameters = dict(model.named_parameters())
     state = {"model": parameters, "groups": [{"betas": (0.9, 0.95), "step": torch.tensor(1.0)}]}
     first = saver.copy_to_cpu(state)
@@ -367,11 +367,11 @@ def fail_on(rank):
 
 def work_together():
     """Runs on every rank."""
-    assert parallel.together("work", fail_on, 7) == [0, 1, 2]
-    assert parallel.together("work", fail_on, 7, only=1) == [None, 1, None]
+    assert parallel.run_on_ranks("work", fail_on, 7) == [0, 1, 2]
+    assert parallel.run_on_ranks("work", fail_on, 7, only=1) == [None, 1, None]
     for only in (1, None):
         with pytest.raises(RuntimeError, match="work: rank 1: OSError: no space"):
-            parallel.together("work", fail_on, 1, only=only)
+            parallel.run_on_ranks("work", fail_on, 1, only=only)
 
 
 def test_a_failure_of_one_rank_is_raised_on_all(tmp_path):

@@ -94,7 +94,7 @@ def load_model(folder, grid):
     with torch.device("meta"):
         execution = Execution(train.ATTENTION, mlp_chunk=MLP_CHUNK)
         model = Transformer(convert.load_config(folder), grid.sp_group, execution)
-    parallel.shard(model, model.model["layers"], grid, getattr(torch, train.DTYPE), 3, False)
+    parallel.shard(model, model.block_groups(), grid, getattr(torch, train.DTYPE), 3, False)
     convert.load_weights(model, folder)
     return model
 
@@ -113,7 +113,7 @@ def score_rows(model, rows, grid, description):
         return scores if grid.sp_rank == 0 else {}
 
     merged = {}
-    for part in parallel.together(description, mine):
+    for part in parallel.run_on_ranks(description, mine):
         merged.update(part)
     return [merged[i] for i in range(len(rows))]
 
@@ -415,7 +415,8 @@ def prepare(folders, options):
     sp = train.SEQUENCE_PARALLEL_SIZE or choose_sp(world, folders)
     for folder in folders:
         config = convert.load_config(folder)
-        parallel.check(world, 1, sp, config.num_attention_heads, config.num_key_value_heads)
+        parallel.data_parallel_size(
+            world, 1, sp, config.num_attention_heads, config.num_key_value_heads)
     train.make_folder("CACHE_DIR", train.CACHE_DIR)
     train.make_folder("OUT", options.out)
 
@@ -439,7 +440,7 @@ def choose_sp(world, folders):
     for sp in range(world, 0, -1):
         try:
             for config in configs:
-                parallel.check(
+                parallel.data_parallel_size(
                     world, 1, sp, config.num_attention_heads, config.num_key_value_heads)
             return sp
         except ValueError:
