@@ -78,22 +78,6 @@ class Work(NamedTuple):
         return self.ranks * self.replicas
 
 
-class Settings(NamedTuple):
-    """The constants of train.py that trade memory for time."""
-    recompute: str = "none"
-    keep_layers: int = 0
-    zero_stage: int = 2
-    mlp_chunk: int = 0
-    offload_layers: int = 0
-    offload_optimizer: bool = False
-
-    def execution(self, given):
-        """-> a copy of the Execution `given` with these settings."""
-        return replace(
-            given, recompute=self.recompute, keep_layers=self.keep_layers,
-            mlp_chunk=self.mlp_chunk, offload_layers=self.offload_layers)
-
-
 def attention_pairs(cu_seqlens, window=None):
     """cu_seqlens, a list of ints -> number of (query, key) pairs that causal attention computes.
 
@@ -317,6 +301,11 @@ def gathered_together(execution):
     return 2 if execution.recompute == "pairs" else 1
 
 
+def without_fsdp(work, execution):
+    """-> whether one_rank.py does the work of FSDP2."""
+    return runs_without_fsdp(work.world, execution.zero_stage, execution.offload_optimizer)
+
+
 def gathered_weights(blocks, config, ranks):
     """-> bytes of the bfloat16 weights of the embeddings and of `blocks` blocks, and of the buffer
     of the last all-gather."""
@@ -325,22 +314,22 @@ def gathered_weights(blocks, config, ranks):
     return 2 * (embeddings + blocks * block) + buffer
 
 
-def gradient_bytes(work, zero_stage, offload_optimizer):
+def gradient_bytes(work, execution):
     """-> bytes a parameter of a reduced gradient: 4, float32; 2, bfloat16, with one_rank.py and one
     micro-batch, whose gradients are not added; 0 if they go to CPU memory."""
-    if offload_optimizer:
+    if execution.offload_optimizer:
         return 0
-    uncast = runs_without_fsdp(work.world, zero_stage, offload_optimizer)
+    uncast = without_fsdp(work, execution)
     return 2 if uncast and work.accumulate == 1 else 4
 
 
-def gradients_of_earlier(config, work, zero_stage, offload_optimizer):
+def gradients_of_earlier(config, work, execution):
     """-> bytes of the gradients of earlier micro-batches, which ZeRO 1 does not reduce."""
     if work.accumulate == 1:
         return 0
-    if zero_stage == 1:
+    if execution.zero_stage == 1:
         return 4 * total_parameters(config)
-    size = gradient_bytes(work, zero_stage, offload_optimizer)
+    size = gradient_bytes(work, execution)
     return size * total_parameters(config) / work.ranks
 
 
@@ -353,26 +342,26 @@ class Moment(NamedTuple):
     loss: float = 0
 
 
-def accumulated_gradients(earlier, reduced, ranks, zero_stage):
+def accumulated_gradients(earlier, reduced, work, execution):
     """-> bytes of the gradients of all micro-batches so far. earlier: of earlier ones, which ZeRO 1
     has not reduced; reduced: of the shards that this one has reduced."""
-    if zero_stage == 1:
-        return max(earlier - ranks * reduced, 0) + reduced
+    if execution.zero_stage == 1:
+        return max(earlier - work.ranks * reduced, 0) + reduced
     return max(earlier, reduced)
 
 
-def end_of_forward(kept, config, work, execution, zero_stage, offload_optimizer):
+def end_of_forward(kept, config, work, execution):
     """-> the Moment of the loss. kept: bytes that blocks keep on the GPU."""
     L = config.num_hidden_layers
-    gathered = L if zero_stage < 3 else gathered_together(execution)
+    gathered = L if execution.zero_stage < 3 else gathered_together(execution)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
-        gradients=gradients_of_earlier(config, work, zero_stage, offload_optimizer),
+        gradients=gradients_of_earlier(config, work, execution),
         kept=kept,
         loss=loss_memory(config, work.tokens, execution.loss_chunk))
 
 
-def backward_of_block(i, kept, transient, config, work, execution, zero_stage, offload_optimizer):
+def backward_of_block(i, kept, transient, config, work, execution):
     """-> the Moment of block i. kept, transient: bytes that blocks keep, and its own at most."""
     L = config.num_hidden_layers
     block, _ = count_parameters(config)
@@ -380,17 +369,17 @@ def backward_of_block(i, kept, transient, config, work, execution, zero_stage, o
     # ZeRO 3 has gathered this block, or pair, and the next one. FSDP2 with ZeRO 1 and 2 frees a
     # block after its backward, unless other micro-batches need its weights.
     gathered = L
-    if zero_stage == 3:
+    if execution.zero_stage == 3:
         gathered = min(i + 1, 2 * gathered_together(execution))
-    elif work.accumulate == 1 and not runs_without_fsdp(work.world, zero_stage, offload_optimizer):
+    elif work.accumulate == 1 and not without_fsdp(work, execution):
         gathered = i + 1
 
     # Those of the head and of this block are bfloat16 and not yet reduced.
     head = 2 * config.vocab_size * config.hidden_size
-    earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
-    size = gradient_bytes(work, zero_stage, offload_optimizer)
+    earlier = gradients_of_earlier(config, work, execution)
+    size = gradient_bytes(work, execution)
     reduced = size * (L - 1 - i) * block / work.ranks
-    gradients = accumulated_gradients(earlier, reduced, work.ranks, zero_stage)
+    gradients = accumulated_gradients(earlier, reduced, work, execution)
     return Moment(
         weights=gathered_weights(gathered, config, work.ranks),
         gradients=gradients + head + 2 * block,
@@ -398,56 +387,45 @@ def backward_of_block(i, kept, transient, config, work, execution, zero_stage, o
         transient=transient)
 
 
-def end_of_backward(config, work, zero_stage, offload_optimizer):
+def end_of_backward(config, work, execution):
     """-> the Moment in which the embeddings' gradient is reduced, or added to that of the head."""
     L = config.num_hidden_layers
     _, embeddings = count_parameters(config)
-    earlier = gradients_of_earlier(config, work, zero_stage, offload_optimizer)
-    size = gradient_bytes(work, zero_stage, offload_optimizer)
+    earlier = gradients_of_earlier(config, work, execution)
+    size = gradient_bytes(work, execution)
     reduced = size * total_parameters(config) / work.ranks
-    gradients = accumulated_gradients(earlier, reduced, work.ranks, zero_stage)
+    gradients = accumulated_gradients(earlier, reduced, work, execution)
     weights = 0
     added = 4
-    if runs_without_fsdp(work.world, zero_stage, offload_optimizer):
+    if without_fsdp(work, execution):
         weights = gathered_weights(L, config, work.ranks)
         added = size
     return Moment(weights=weights, gradients=gradients + added * embeddings)
 
 
-def moments_of_step(config, work, execution, zero_stage, offload_optimizer):
+def moments_of_step(config, work, execution):
     """-> the Moments in which a step's memory can be at its peak."""
-    given = (config, work, execution, zero_stage, offload_optimizer)
     at_loss, in_backward = kept_on_gpu(config, work, execution)
-    moments = [end_of_forward(at_loss, *given)]
+    moments = [end_of_forward(at_loss, config, work, execution)]
     chunk = min(execution.mlp_chunk or work.tokens, work.tokens)
     transient = {recompute: transient_of_block(config, recompute, chunk, work)
                  for recompute in ("none", execution.recompute)}
     for group in execution.groups(config.num_hidden_layers):
         i = group.blocks[-1]
-        moments.append(
-            backward_of_block(i, in_backward[i], transient[group.recompute], *given))
-    moments.append(end_of_backward(config, work, zero_stage, offload_optimizer))
+        moments.append(backward_of_block(
+            i, in_backward[i], transient[group.recompute], config, work, execution))
+    moments.append(end_of_backward(config, work, execution))
     return moments
 
 
-def optimizer_states(config, ranks, offload_optimizer):
-    """-> bytes of them on a GPU."""
-    return 0 if offload_optimizer else ADAMW_STATES * total_parameters(config) / ranks
-
-
-def memory(config, tokens, ranks, execution, zero_stage=2, accumulate=1, sp=1,
-           offload_optimizer=False, document=None, replicas=1):
+def memory(config, work, execution):
     """-> {part: GiB} of one GPU at the peak of a step, compiled and with FlashAttention 4.
 
-    tokens: t of this rank; ranks: over which states are sharded; accumulate: micro-batches a step;
-    sp: P; document: tokens of the mean document, None: the row is one document, which takes the
-    most memory. Within 5% of what was measured (bench/results.jsonl)."""
-    document = document or tokens * sp
-    work = Work(tokens, pairs=0, sp=sp, ranks=ranks, replicas=replicas, accumulate=accumulate,
-                document=document)
-    peak = max(moments_of_step(config, work, execution, zero_stage, offload_optimizer), key=sum)
+    A row of one document takes the most. Within 5% of what was measured (bench/results.jsonl)."""
+    peak = max(moments_of_step(config, work, execution), key=sum)
+    states = ADAMW_STATES * total_parameters(config) / work.ranks
     parts = {
-        "optimizer states": optimizer_states(config, ranks, offload_optimizer),
+        "optimizer states": 0 if execution.offload_optimizer else states,
         "gathered weights": peak.weights,
         "gradients": peak.gradients,
         "kept for backward": peak.kept,
@@ -464,12 +442,11 @@ def offloaded_bytes(config, work, execution):
     return sum(size for group, (size, _) in zip(groups, kept) if group.offloads)
 
 
-def host_memory(config, tokens, ranks, execution, offload_optimizer=False, sp=1, document=None):
-    """-> GiB of CPU memory of one rank's process. The arguments are those of memory()."""
-    work = Work(tokens, pairs=0, sp=sp, document=document or tokens * sp)
+def host_memory(config, work, execution):
+    """-> GiB of CPU memory of one rank's process."""
     size = PROCESS + offloaded_bytes(config, work, execution)
-    if offload_optimizer:
-        size += (ADAMW_STATES + 4) * total_parameters(config) / ranks  # and float32 gradients
+    if execution.offload_optimizer:  # and float32 gradients
+        size += (ADAMW_STATES + 4) * total_parameters(config) / work.ranks
     return size / 2**30
 
 
@@ -562,19 +539,19 @@ def offloading_seconds(config, gpu, work, execution, forward):
     return waits + now - backward * config.num_hidden_layers
 
 
-def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
+def sharding_seconds(config, gpu, work, execution, compute):
     """-> seconds of FSDP in a step: gathers in bfloat16, and the reduction in float32.
 
     compute: seconds of a micro-batch that hide a part of it."""
     parameters = total_parameters(config)
-    if runs_without_fsdp(work.world, zero_stage, offload_optimizer):
+    if without_fsdp(work, execution):
         if work.accumulate == 1:
             return 0
         # The gradients of a second micro-batch make those of the first float32 (reads 2 bytes,
         # writes 4). Like those of later ones, they are added (reads 4 and 2, writes 4).
         return (6 + 10 * (work.accumulate - 1)) * parameters / gpu.bandwidth
-    n_gathers = 2 * work.accumulate if zero_stage == 3 else 1
-    n_reductions = 1 if zero_stage == 1 else work.accumulate
+    n_gathers = 2 * work.accumulate if execution.zero_stage == 3 else 1
+    n_reductions = 1 if execution.zero_stage == 1 else work.accumulate
     moved = (2 * n_gathers + 4 * n_reductions) * parameters
     transfer = moved * (work.ranks - 1) / work.ranks / link_of(gpu, work.ranks)
     # About half of it is hidden; all of it is not where it takes longer than the computing.
@@ -582,13 +559,13 @@ def sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute):
     # Copies: the cast (reads 4 bytes, writes 2), into the parameters (2, 2), gradients to float32
     # (2, 4) and their reduction (4, 4).
     seconds += (10 * n_gathers + 14 * n_reductions) * parameters / gpu.bandwidth
-    if offload_optimizer:
+    if execution.offload_optimizer:
         copied = 4 * (n_gathers + n_reductions) * parameters / work.ranks
         seconds += copied / gpu.host_link
     return seconds
 
 
-def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=False):
+def step_seconds(config, gpu, work, execution):
     """-> {part: seconds} of one optimizer step. Within 10% of what was measured on H200s."""
     L = config.num_hidden_layers
     recomputed = recomputed_layers(config, execution.recompute, execution.keep_layers)
@@ -607,8 +584,8 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
     compute = products + recomputation + attention + exchange
     offloading = offloading_seconds(
         config, gpu, work, execution, products_of_block(config, gpu, work) + forward)
-    sharding = sharding_seconds(config, gpu, work, zero_stage, offload_optimizer, compute)
-    bandwidth = HOST_BANDWIDTH if offload_optimizer else gpu.bandwidth
+    sharding = sharding_seconds(config, gpu, work, execution, compute)
+    bandwidth = HOST_BANDWIDTH if execution.offload_optimizer else gpu.bandwidth
     optimizer = ADAMW_TRAFFIC * total_parameters(config) / work.ranks / bandwidth
 
     return {
@@ -622,32 +599,22 @@ def step_seconds(config, gpu, work, execution, zero_stage=2, offload_optimizer=F
     }
 
 
-class Needs(NamedTuple):
-    """GiB that a step takes, for each rank."""
-    on_gpu: float       # the sum of memory()
-    on_host: float      # CPU memory, host_memory()
-
-
-def needs(config, work, execution, settings):
-    """-> the Needs of a step with these Settings."""
-    execution = settings.execution(execution)
-    document = mean_document(work)
-    parts = memory(config, work.tokens, work.ranks, execution, settings.zero_stage,
-                   work.accumulate, work.sp, settings.offload_optimizer, document, work.replicas)
-    on_host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
-                          work.sp, document)
-    return Needs(sum(parts.values()), on_host)
-
-
 def usable_memory(gpu, work):
     """-> GiB of a GPU that the tensors of a step may take, by memory()."""
     return USABLE_MEMORY * gpu.memory - (NCCL_MEMORY if work.world > 1 else 0)
 
 
-def candidates(config, work, given):
-    """Yields Settings that recompute without keep_layers, the simplest first.
+def overruns(config, gpu, work, execution, host):
+    """-> what a step needs over what it may take, of a GPU and of `host` GiB of CPU memory."""
+    on_gpu = sum(memory(config, work, execution).values())
+    on_host = host_memory(config, work, execution)
+    return on_gpu / usable_memory(gpu, work), on_host / (USABLE_HOST_MEMORY * host)
 
-    given: {field of Settings: value} for those that are not to be chosen."""
+
+def candidates(config, work, execution, given):
+    """Yields copies of `execution` with other settings, without keep_layers, the simplest first.
+
+    given: {field: value} for those that are not to be chosen."""
     L = config.num_hidden_layers
     tries = {
         "offload_optimizer": [False, True],
@@ -659,50 +626,46 @@ def candidates(config, work, given):
     }
     tries.update({name: [value] for name, value in given.items()})
     for values in itertools.product(*tries.values()):
-        yield Settings(**dict(zip(tries, values)))
+        yield replace(execution, **dict(zip(tries, values)))
 
 
-def seconds_to_compare(config, gpu, work, execution, settings, needed, host):
-    """-> seconds of a step by which Settings are compared.
+def seconds_to_compare(config, gpu, work, execution, host):
+    """-> seconds of a step by which settings are compared.
 
-    Attention is left out, which all Settings have in common. Nor does it hide copies to CPU memory
-    here, since documents may be shorter than `work` says, so that it takes little time. Added is the time of saves that training has to wait for. needed: the Needs of the step."""
-    execution_of_settings = settings.execution(execution)
-    parts = step_seconds(config, gpu, work, execution_of_settings, settings.zero_stage,
-                         settings.offload_optimizer)
+    Attention is left out, which all of them have in common. Nor does it hide copies to CPU memory
+    here, since documents may be shorter than `work` says, so that it takes little time. Added is the
+    time of saves that training has to wait for."""
+    parts = step_seconds(config, gpu, work, execution)
     attention = parts.pop("attention")
     parts["offloading"] = work.accumulate * offloading_seconds(
-        config, gpu, work, execution_of_settings, products_of_block(config, gpu, work))
+        config, gpu, work, execution, products_of_block(config, gpu, work))
     seconds = sum(parts.values())
     checkpoint = ADAMW_STATES * total_parameters(config) / work.ranks / 2**30
-    if needed.on_host + checkpoint > USABLE_HOST_MEMORY * host:
+    if host_memory(config, work, execution) + checkpoint > USABLE_HOST_MEMORY * host:
         seconds += (WAITS_FOR_SAVES - 1) * (seconds + attention)
     return seconds
 
 
 def choose(config, gpu, work, execution, given, host):
-    """-> the Settings that fit with the shortest step, the simplest of those that are alike; or None
-    if none fits.
+    """-> a copy of `execution` with the settings that fit and have the shortest step, the simplest
+    of those that are alike; or None if none fit.
 
     given: see candidates. host: GiB of CPU memory for each rank."""
-    usable = usable_memory(gpu, work)
-    usable_host = USABLE_HOST_MEMORY * host
     fitting = []
-    for base in candidates(config, work, given):
+    for base in candidates(config, work, execution, given):
         variants = [base]
         if base.recompute != "none" and "keep_layers" not in given:
-            variants = [base._replace(keep_layers=n) for n in range(config.num_hidden_layers)]
+            variants = [replace(base, keep_layers=n) for n in range(config.num_hidden_layers)]
         best = None
-        for settings in variants:
-            needed = needs(config, work, execution, settings)
-            if needed.on_gpu > usable or needed.on_host > usable_host:
+        for variant in variants:
+            if max(overruns(config, gpu, work, variant, host)) > 1:
                 break   # nor does it fit if more layers keep everything
-            seconds = seconds_to_compare(config, gpu, work, execution, settings, needed, host)
+            seconds = seconds_to_compare(config, gpu, work, variant, host)
             if best is None or seconds < best[0]:
-                best = seconds, settings
+                best = seconds, variant
         if best is not None:
             fitting.append(best)
     if not fitting:
         return None
     shortest = min(seconds for seconds, _ in fitting)
-    return next(settings for seconds, settings in fitting if seconds <= ALIKE * shortest)
+    return next(variant for seconds, variant in fitting if seconds <= ALIKE * shortest)

@@ -99,6 +99,8 @@ class Execution:
     offload_layers: int = 0             # first blocks that offload what they keep to CPU memory
     mlp_chunk: int = 0                  # tokens that pass the MLP at a time; 0: all t
     loss_chunk: int = 8192              # tokens whose logits exist at a time
+    zero_stage: int = 2                 # of parallel.shard
+    offload_optimizer: bool = False     # keep parameters and optimizer states in CPU memory
     compile: bool = False               # torch.compile the two halves of a block, and the loss
 
     def groups(self, n_blocks):

@@ -35,8 +35,8 @@ import convert
 import data
 import parallel
 from costs import (
-    Settings,
     Work,
+    candidates,
     choose,
     flops,
     gpu_of,
@@ -194,7 +194,7 @@ DATA_CONSTANTS = (
     "DATA", "EVAL_DATA", "SYNTHETIC_DOCUMENT", "MAX_LENGTH", "OVERLONG", "APPEND_EOS",
     "TRAIN_ON_PROMPT", "MASK_HISTORY", "ACCEPT_LOSS", "NO_STOP_TOKEN", "FORMAT", "COLUMNS", "BAD_ROWS")
 
-# The constants that RECOMPUTE="auto" chooses, and the fields of costs.Settings that they are.
+# The constants that RECOMPUTE="auto" chooses, and the fields of Execution that they are.
 CHOSEN = {
     "RECOMPUTE": "recompute",
     "KEEP_LAYERS": "keep_layers",
@@ -405,7 +405,8 @@ def forward_backward(model, batches, step_weight, grid, stop_requests):
         # ranks. So each micro-batch is divided by the weight of the whole step, and losses and
         # gradients are summed over micro-batches and ranks, never averaged.
         weights = batch.weights / max(step_weight, 1e-9)
-        parallel.set_gradient_sync(model, ZERO_STAGE, is_last=i == len(batches) - 1)
+        parallel.set_gradient_sync(
+            model, model.execution.zero_stage, is_last=i == len(batches) - 1)
         batch_loss = model(batch.input_ids, batch.position_ids, batch.cu_seqlens.tolist(),
                            batch.max_seqlen, batch.labels, weights)
         batch_loss.backward()
@@ -872,7 +873,8 @@ def build_model(folder, config, grid, execution, dtype, checkpoint=None):
     loads_weights = INIT == "weights" and checkpoint is None
     if loads_weights:
         convert.check_weights(model, folder)  # before memory is taken for sizes that may be wrong
-    parallel.shard(model, model.block_groups(), grid, dtype, ZERO_STAGE, OFFLOAD_OPTIMIZER)
+    parallel.shard(model, model.block_groups(), grid, dtype, execution.zero_stage,
+                   execution.offload_optimizer)
     if loads_weights:
         convert.load_weights(model, folder)
     elif checkpoint is None:
@@ -917,6 +919,8 @@ def execution_settings(device_type):
         offload_layers=OFFLOAD_ACTIVATIONS,
         mlp_chunk=MLP_CHUNK,
         loss_chunk=LOSS_CHUNK,
+        zero_stage=ZERO_STAGE,
+        offload_optimizer=OFFLOAD_OPTIMIZER,
         compile=COMPILE and device_type == "cuda")
 
 
@@ -1129,9 +1133,9 @@ def plan(world):
     if config.sliding_window and config.sliding_window >= MAX_LENGTH:
         config.sliding_window = None  # it covers every row; kernels are faster without a window
 
-    sp, settings = choose_settings(config, world, this_gpu(), host_memory_per_process())
+    sp, execution = choose_settings(config, world, this_gpu(), host_memory_per_process())
     for name, field in CHOSEN.items():
-        globals()[name] = getattr(settings, field)
+        globals()[name] = getattr(execution, field)
     return Plan(folder, config, sp, dp=world // sp)
 
 
@@ -1157,38 +1161,35 @@ def possible_sizes(config, world):
 
 
 def choose_settings(config, world, gpu, host):
-    """Return the sequence-parallel size and the Settings of a run of `world` processes.
+    """Return the sequence-parallel size and the Execution of a run of `world` processes.
 
     Of what fits in the costs.GPU and `host` GiB of CPU memory a process, they are the smallest of
-    possible_sizes whose step is about as short as with any, and the fastest Settings with it.
+    possible_sizes whose step is about as short as with any, and the fastest settings with it.
     OFFLOAD_OPTIMIZER is taken only if nothing fits without it. What is set by hand stays.
     Raises ValueError if nothing fits.
     """
     sizes = possible_sizes(config, world)
     given = settings_by_hand(config)
-    if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
-        return sizes[0], Settings(**{"recompute": "none", **given})
-
     execution = execution_settings("cuda")
+    if gpu is None:  # a CPU: its memory is not planned, and recomputing only takes time
+        work = work_of_gpu(config, world, sizes[0])
+        return sizes[0], next(candidates(config, work, execution, given))
 
-    def seconds_of(sp, settings):
-        work = work_of_gpu(config, world, sp)
-        parts = step_seconds(config, gpu, work, settings.execution(execution),
-                             settings.zero_stage, settings.offload_optimizer)
-        return sum(parts.values())
+    def seconds_of(sp, execution):
+        return sum(step_seconds(config, gpu, work_of_gpu(config, world, sp), execution).values())
 
     # A lower bound for each size: a step that recomputes and offloads nothing. Larger sizes are not
     # tried if the best step so far is about as short as their bounds.
-    lower_bound = {sp: seconds_of(sp, Settings(zero_stage=1)) for sp in sizes}
+    lower_bound = {sp: seconds_of(sp, Execution(zero_stage=1)) for sp in sizes}
     for offload_optimizer in (False, True):
         best = None
-        fitting = {}    # sp: (seconds, Settings)
+        fitting = {}    # sp: (seconds, Execution)
         for sp in sizes:
             limited = {"offload_optimizer": offload_optimizer, **given}
-            settings = choose(
+            chosen = choose(
                 config, gpu, work_of_gpu(config, world, sp), execution, limited, host)
-            if settings is not None:
-                fitting[sp] = seconds_of(sp, settings), settings
+            if chosen is not None:
+                fitting[sp] = seconds_of(sp, chosen), chosen
                 shortest = min(seconds for seconds, _ in fitting.values())
                 best = next(sp for sp, (seconds, _) in fitting.items()
                             if seconds <= ABOUT_AS_SHORT * shortest)
@@ -1197,7 +1198,8 @@ def choose_settings(config, world, gpu, host):
                     fitting[best][0] <= ABOUT_AS_SHORT * bound for bound in bounds):
                 return best, fitting[best][1]
     if RECOMPUTE != "auto":  # everything was set by hand, and is tried
-        return sizes[-1], Settings(**given)
+        work = work_of_gpu(config, world, sizes[-1])
+        return sizes[-1], next(candidates(config, work, execution, given))
     raise ValueError(
         f"Rows of MAX_LENGTH {MAX_LENGTH} do not fit in {gpu.memory:.0f} GiB of a GPU and "
         f"{host:.0f} GiB of CPU memory for each of {world} processes: use more GPUs or a "
@@ -1205,7 +1207,7 @@ def choose_settings(config, world, gpu, host):
 
 
 def settings_by_hand(config):
-    """Return {field of Settings: value} of the constants in CHOSEN that are not to be chosen."""
+    """Return {field of Execution: value} of the constants in CHOSEN that are not to be chosen."""
     given = {}
     for name, field in CHOSEN.items():
         if RECOMPUTE != "auto" or (name != "RECOMPUTE" and is_set(name)):
@@ -1215,14 +1217,9 @@ def settings_by_hand(config):
     return given
 
 
-def current_settings():
-    """Return the Settings that the constants say."""
-    return Settings(**{field: globals()[name] for name, field in CHOSEN.items()})
-
-
-def format_settings(settings, sp):
-    """Return Settings as constants to paste into a command line."""
-    constants = [f"{name}={getattr(settings, field)}" for name, field in CHOSEN.items()]
+def format_settings(execution, sp):
+    """Return the settings in CHOSEN as constants to paste into a command line."""
+    constants = [f"{name}={getattr(execution, field)}" for name, field in CHOSEN.items()]
     return " ".join([f"SEQUENCE_PARALLEL_SIZE={sp}", *constants])
 
 
@@ -1489,7 +1486,7 @@ def describe_context(folder, config, rows):
 
 def describe_plan(config, grid, execution, rows, steps):
     """Return what the run is expected to take, and the constants that were chosen, to paste."""
-    lines = [f"settings: {format_settings(current_settings(), grid.sp)}"]
+    lines = [f"settings: {format_settings(execution, grid.sp)}"]
     largest = grid.world // REPLICAS
     sizes = parallel.sequence_parallel_sizes(
         largest, config.num_attention_heads, config.num_key_value_heads)
@@ -1502,10 +1499,9 @@ def describe_plan(config, grid, execution, rows, steps):
     gpu = this_gpu()
     if gpu is not None:
         work = work_of_gpu(config, grid.world, grid.sp, mean_pairs(config, rows))
-        step = sum(step_seconds(
-            config, gpu, work, execution, ZERO_STAGE, OFFLOAD_OPTIMIZER).values())
+        step = sum(step_seconds(config, gpu, work, execution).values())
         hours = steps * step / 3600
-        host = host_memory(config, work.tokens, work.ranks, execution, OFFLOAD_OPTIMIZER, grid.sp)
+        host = host_memory(config, work_of_gpu(config, grid.world, grid.sp), execution)
         speed = GLOBAL_BATCH_SIZE * row_length() / step / grid.world
         lines += [
             f"expected peak memory of a GPU of {gpu.memory:.0f} GiB: "
@@ -1531,9 +1527,7 @@ def mean_pairs(config, rows, n=64):
 
 def memory_parts(config, grid, execution):
     """Return {part: GiB} of the expected peak memory of a GPU."""
-    work = work_of_gpu(config, grid.world, grid.sp)
-    return memory(config, work.tokens, work.ranks, execution, ZERO_STAGE, work.accumulate, grid.sp,
-                  OFFLOAD_OPTIMIZER, replicas=work.replicas)
+    return memory(config, work_of_gpu(config, grid.world, grid.sp), execution)
 
 
 def describe_memory(config, grid, execution):
@@ -1569,10 +1563,10 @@ def describe_next_settings(config, grid, execution):
     gpu = this_gpu() or gpu_of("H200")
     gpu = gpu._replace(memory=sum(memory_parts(config, grid, execution).values()))
     work = work_of_gpu(config, grid.world, grid.sp)
-    settings = choose(config, gpu, work, execution, {}, host_memory_per_process())
-    if settings is None:
+    smaller = choose(config, gpu, work, execution, {}, host_memory_per_process())
+    if smaller is None:
         return ""
-    return f"The next settings to take are {format_settings(settings, grid.sp)}.\n"
+    return f"The next settings to take are {format_settings(smaller, grid.sp)}.\n"
 
 
 def print_help():

@@ -161,8 +161,8 @@ def choose_another_size_on_rank_1():
     choose_settings = train.choose_settings
 
     def choose(*arguments):
-        sp, settings = choose_settings(*arguments)
-        return sp + own_rank(), settings
+        sp, execution = choose_settings(*arguments)
+        return sp + own_rank(), execution
     train.choose_settings = choose
 
 

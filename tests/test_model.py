@@ -18,7 +18,6 @@ import recompute
 from bench.run import SHAPES
 from costs import (
     GPUS,
-    Settings,
     Work,
     attention_pairs,
     choose,
@@ -26,7 +25,6 @@ from costs import (
     flops,
     host_memory,
     mean_attention_pairs,
-    mean_document,
     memory,
     offloaded_bytes,
     offloading_seconds,
@@ -464,7 +462,7 @@ def test_pairs_of_layers_with_different_windows():
 
 
 def execution_of(constants, layers):
-    """The constants of a row of bench/results.jsonl -> Execution, ZERO_STAGE, GLOBAL_BATCH_SIZE."""
+    """The constants of a row of bench/results.jsonl -> Execution, GLOBAL_BATCH_SIZE."""
     given = dict(constant.split("=") for constant in constants)
 
     def number(name, default):
@@ -476,13 +474,14 @@ def execution_of(constants, layers):
         keep_layers=number("KEEP_LAYERS", 0),
         offload_layers=number("OFFLOAD_ACTIVATIONS", 0),
         mlp_chunk=number("MLP_CHUNK", 0),
-        loss_chunk=number("LOSS_CHUNK", 8192))
-    return execution, number("ZERO_STAGE", 2), number("GLOBAL_BATCH_SIZE", 1)
+        loss_chunk=number("LOSS_CHUNK", 8192),
+        zero_stage=number("ZERO_STAGE", 2))
+    return execution, number("GLOBAL_BATCH_SIZE", 1)
 
 
 def measured_rows():
     """Yields what the runs of bench/results.jsonl that name their code were given and have taken:
-    result, config, Work, Execution, ZERO_STAGE. With FlashAttention 4 only."""
+    result, config, Work, Execution. With FlashAttention 4 only."""
     text = (Path(__file__).parents[1] / "bench/results.jsonl").read_text()
     for line in text.splitlines():
         result = json.loads(line)
@@ -495,28 +494,26 @@ def measured_rows():
         layers = result["layers"]
         config = Config(vocabulary, width, inner, layers, heads, kv_heads, head_dim=128,
                         tie_word_embeddings=tied)
-        execution, zero_stage, global_batch_size = execution_of(constants, layers)
+        execution, global_batch_size = execution_of(constants, layers)
         P = int(gpus)
         T = int(length)
         given = dict(constant.split("=") for constant in constants)
         document = result.get("document") or int(given.get("SYNTHETIC_DOCUMENT", T))
         work = Work(T // P, T * document / 2, sp=P, ranks=P, accumulate=global_batch_size)
-        yield result, config, work, execution, zero_stage
+        yield result, config, work, execution
 
 
 def test_memory_is_what_was_measured():
     errors = []
-    for result, config, work, execution, zero_stage in measured_rows():
+    for result, config, work, execution in measured_rows():
         if "note" in result:  # measured when more was kept or exchanged
             continue
-        parts = memory(config, work.tokens, work.ranks, execution, zero_stage, work.accumulate,
-                       work.sp, document=mean_document(work))
+        parts = memory(config, work, execution)
         total = sum(parts.values())
         if "MAX_STEPS=1" in result["row"].split():
             total -= parts["optimizer states"] * 2 / 3  # the first step has no moments yet
         assert_close(total, result["peak_memory_gib"], f"{result['row']}: {parts}", rtol=0.05)
-        host = host_memory(config, work.tokens, work.ranks, execution, sp=work.sp,
-                           document=mean_document(work))
+        host = host_memory(config, work, execution)
         measured_host = result["peak_host_memory_gib"]
         assert_close(host, measured_host, f"{result['row']}: CPU memory", atol=0.2, rtol=0.05)
         errors.append(abs(total / result["peak_memory_gib"] - 1))
@@ -526,12 +523,12 @@ def test_memory_is_what_was_measured():
 
 def test_seconds_are_what_was_measured():
     compared = 0
-    for result, config, work, execution, zero_stage in measured_rows():
+    for result, config, work, execution in measured_rows():
         if "MAX_STEPS=1" in result["row"].split():
             continue  # the first step also pins memory
         if "document" in result:
             continue  # rows differ in their documents, so the median step is not the mean one
-        parts = step_seconds(config, GPUS["H200"], work, execution, zero_stage)
+        parts = step_seconds(config, GPUS["H200"], work, execution)
         assert_close(sum(parts.values()), result["seconds"], f"{result['row']}: {parts}", rtol=0.1)
         compared += 1
     assert compared >= 18
@@ -541,7 +538,7 @@ LLAMA_3B = Config(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True)
 
 
 def choose_for(length, document=None, given=None, gpu_memory=139.8, host=128):
-    """-> the Settings for llama3.2-3b on one H200, or one of another memory."""
+    """-> the Execution for llama3.2-3b on one H200, or one of another memory."""
     gpu = GPUS["H200"]._replace(memory=gpu_memory)
     work = Work(length, length * (document or length) / 2)
     return choose(LLAMA_3B, gpu, work, Execution(), given or {}, host)
@@ -553,14 +550,14 @@ def test_replicas_of_one_rank_use_fsdp():
     two = one._replace(replicas=2)
     parts = [step_seconds(LLAMA_3B, GPUS["H200"], work, Execution()) for work in (one, two)]
     assert parts[0]["gathers and reductions"] == 0 < parts[1]["gathers and reductions"]
-    sizes = [memory(LLAMA_3B, 256, 1, Execution(), replicas=work.replicas) for work in (one, two)]
+    sizes = [memory(LLAMA_3B, work._replace(tokens=256), Execution()) for work in (one, two)]
     assert sum(sizes[0].values()) < sum(sizes[1].values())
 
 
 def test_the_fastest_settings_that_fit_are_chosen():
     """Where nothing has to be recomputed nothing is; otherwise what was found best by hand."""
-    assert choose_for(8192) == Settings()
-    assert choose_for(32768) == Settings()
+    assert choose_for(8192) == Execution()
+    assert choose_for(32768) == Execution()
     offloaded = choose_for(131072)
     assert offloaded.recompute == "all_but_attention"
     assert offloaded.offload_layers + offloaded.keep_layers > 28    # some do both
@@ -600,15 +597,17 @@ def test_copies_need_not_hide_behind_attention():
         settings = choose_for(131072, document, host=1000)
         assert settings.offload_layers > 0
         short = Work(131072, pairs=131072 * 1024 / 2, document=131072)
-        parts = step_seconds(
-            LLAMA_3B, GPUS["H200"], short, settings.execution(Execution()), settings.zero_stage)
+        parts = step_seconds(LLAMA_3B, GPUS["H200"], short, settings)
         assert parts["offloading"] < 0.01 * sum(parts.values())
 
 
 def test_host_memory_is_that_of_the_exchanged_outputs_too():
     """Where ranks share a document, as memory() has it."""
     execution = Execution(offload_layers=28)
-    sizes = [host_memory(LLAMA_3B, 65536, sp, execution, sp=sp) for sp in (1, 2)]
+    sizes = []
+    for sp in (1, 2):
+        work = Work(65536, pairs=0, sp=sp, ranks=sp, document=sp * 65536)
+        sizes.append(host_memory(LLAMA_3B, work, execution))
     output = 28 * 65536 * 2 * 24 * 128 / 2**30
     assert sizes[1] - sizes[0] == pytest.approx(output)
 
@@ -621,7 +620,7 @@ def test_a_window_saves_no_exchange():
     work = Work(65536, pairs, sp=4, ranks=4, document=262144)
     assert crossing(work) == 1
     settings = choose(config, gpu, work, Execution(), {}, host=128)
-    parts = memory(config, 65536, 4, settings.execution(Execution()), settings.zero_stage, sp=4)
+    parts = memory(config, work, settings)
     assert sum(parts.values()) <= 0.95 * gpu.memory
 
 
@@ -632,7 +631,8 @@ def test_the_best_measured_settings_are_chosen():
     """For two H200s at 128k, mixed lengths: all others that were tried took longer."""
     work = Work(65536, 131072 * 4600 / 2, sp=2, ranks=2, document=4600)
     settings = choose(LLAMA_7B, GPUS["H200"], work, Execution(), {}, host=128)
-    assert settings == Settings("all_but_attention", 20, zero_stage=3, offload_layers=20)
+    assert settings == Execution(
+        recompute="all_but_attention", keep_layers=20, zero_stage=3, offload_layers=20)
 
 
 @pytest.mark.parametrize("length", [8192, 65536, 131072, 262144])
@@ -640,8 +640,7 @@ def test_the_best_measured_settings_are_chosen():
 def test_what_is_chosen_fits(length, size):
     settings = choose_for(length, gpu_memory=size)
     if settings is not None:
-        parts = memory(LLAMA_3B, length, 1, settings.execution(Execution()), settings.zero_stage,
-                       offload_optimizer=settings.offload_optimizer)
+        parts = memory(LLAMA_3B, Work(length, pairs=0, document=length), settings)
         assert sum(parts.values()) <= 0.95 * size
 
 
@@ -658,18 +657,17 @@ def test_settings_that_are_given_stay():
 def test_less_memory_takes_longer():
     """The settings that README lists, from the fastest to the least memory."""
     order = [
-        Settings(),
-        Settings(recompute="all_but_attention", keep_layers=14),
-        Settings(recompute="all_but_attention"),
-        Settings(recompute="all"),
-        Settings(recompute="all", mlp_chunk=8192),
+        Execution(),
+        Execution(recompute="all_but_attention", keep_layers=14),
+        Execution(recompute="all_but_attention"),
+        Execution(recompute="all"),
+        Execution(recompute="all", mlp_chunk=8192),
     ]
     work = Work(32768, 32768**2 / 2)
     sizes = []
     seconds = []
-    for settings in order:
-        execution = settings.execution(Execution())
-        sizes.append(sum(memory(LLAMA_3B, work.tokens, 1, execution).values()))
+    for execution in order:
+        sizes.append(sum(memory(LLAMA_3B, work, execution).values()))
         seconds.append(sum(step_seconds(LLAMA_3B, GPUS["H200"], work, execution).values()))
     assert seconds == sorted(seconds)
     assert sizes == sorted(sizes, reverse=True)

@@ -848,14 +848,11 @@ def test_the_smallest_size_that_is_about_fastest_is_chosen(length, world, host):
         set_constants({"MAX_LENGTH": length, "SEQUENCE_PARALLEL_SIZE": size,
                        "GLOBAL_BATCH_SIZE": world})
         try:
-            sp, settings = train.choose_settings(llama_8b, world, gpu, host)
+            sp, execution = train.choose_settings(llama_8b, world, gpu, host)
         except ValueError:
             return math.inf, size
-        execution = settings.execution(train.execution_settings("cuda"))
         work = train.work_of_gpu(llama_8b, world, sp)
-        parts = step_seconds(llama_8b, gpu, work, execution, settings.zero_stage,
-                             settings.offload_optimizer)
-        return sum(parts.values()), sp
+        return sum(step_seconds(llama_8b, gpu, work, execution).values()), sp
 
     chosen_seconds, chosen = seconds_with(0)
     set_constants({"GLOBAL_BATCH_SIZE": world})

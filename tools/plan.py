@@ -33,11 +33,9 @@ from costs import (  # noqa: E402
     host_memory,
     mean_attention_pairs,
     memory,
-    needs,
+    overruns,
     step_seconds,
-    usable_memory,
 )
-from model import Execution  # noqa: E402
 
 OPTIONS = {"GPU": "H100", "GPUS": 8, "HOST_MEMORY": 1000, "DOCUMENT": 0, "TOKENS": 10**9}
 SIZES = (1, 2, 4, 8)
@@ -94,17 +92,15 @@ def make_column(title, config, options, length, sp):
         sizes = train.possible_sizes(config, world)
     except ValueError as error:
         return Column(title, {**cells, "fits": "refused"}, str(error))
-    execution = Execution(loss_chunk=train.LOSS_CHUNK)
     try:
-        sp, settings = train.choose_settings(config, world, gpu, host_of_gpu)
+        sp, execution = train.choose_settings(config, world, gpu, host_of_gpu)
     except ValueError:
         sp = sizes[-1]
-        settings = nearest_settings(
-            config, gpu, train.work_of_gpu(config, world, sp), execution, host_of_gpu)
-    execution = settings.execution(execution)
+        execution = nearest_settings(
+            config, gpu, train.work_of_gpu(config, world, sp), host_of_gpu)
 
     work = train.work_of_gpu(config, world, sp)
-    gpu_overrun, host_overrun = overruns(config, gpu, work, execution, settings, host_of_gpu)
+    gpu_overrun, host_overrun = overruns(config, gpu, work, execution, host_of_gpu)
     it_fits = gpu_overrun <= 1 and host_overrun <= 1
     row = work.tokens * sp
     document = min(options["DOCUMENT"] or row, row)
@@ -115,13 +111,13 @@ def make_column(title, config, options, length, sp):
         cells["fits"] = "yes"
     else:
         cells["fits"] = "NO:GPU" if gpu_overrun > 1 else "NO:CPU"
-    cells.update(memory_cells(config, options, work, execution, settings))
+    cells.update(memory_cells(config, options, work, execution))
     if it_fits:
-        cells.update(time_cells(config, options, work, execution, settings))
-    note = train.format_settings(settings, sp)
+        cells.update(time_cells(config, options, work, execution))
+    note = train.format_settings(execution, sp)
     if not it_fits:
         note = f"does not fit; nearest to it is {note}"
-        least = least_host_memory(config, gpu, work, execution)
+        least = least_host_memory(config, gpu, work)
         if least is not None:
             of_host = math.ceil(least * min(world, GPUS_PER_HOST))
             note += f" (with HOST_MEMORY={of_host} it fits)"
@@ -130,35 +126,26 @@ def make_column(title, config, options, length, sp):
     return Column(title, cells, note)
 
 
-def memory_of(config, work, execution, settings):
-    """-> {part: GiB} of a GPU, see costs.memory."""
-    return memory(config, work.tokens, work.ranks, settings.execution(execution),
-                  settings.zero_stage, work.accumulate, work.sp, settings.offload_optimizer,
-                  replicas=work.replicas)
+def all_settings(config, work):
+    """-> iterator over the Executions that can be chosen, as far as they are not set by hand."""
+    execution = train.execution_settings("cuda")
+    return candidates(config, work, execution, train.settings_by_hand(config))
 
 
-def overruns(config, gpu, work, execution, settings, host):
-    """-> what a step needs over what it may take, of a GPU and of `host` GiB of CPU memory."""
-    needed = needs(config, work, execution, settings)
-    return (needed.on_gpu / usable_memory(gpu, work),
-            needed.on_host / (USABLE_HOST_MEMORY * host))
+def nearest_settings(config, gpu, work, host):
+    """-> the Execution that comes nearest to fitting, where none fits."""
+    def overrun(execution):
+        return max(overruns(config, gpu, work, execution, host))
+
+    return min(all_settings(config, work), key=overrun)
 
 
-def nearest_settings(config, gpu, work, execution, host):
-    """-> the Settings that come nearest to fitting, where none fit."""
-    def overrun(settings):
-        return max(overruns(config, gpu, work, execution, settings, host))
-
-    return min(candidates(config, work, train.settings_by_hand(config)), key=overrun)
-
-
-def least_host_memory(config, gpu, work, execution):
-    """-> GiB of CPU memory for each GPU with which some Settings fit; None if the GPU is too small."""
+def least_host_memory(config, gpu, work):
+    """-> GiB of CPU memory for each GPU with which some settings fit; None if the GPU is too small."""
     least = None
-    for settings in candidates(config, work, train.settings_by_hand(config)):
-        needed = needs(config, work, execution, settings)
-        if needed.on_gpu <= usable_memory(gpu, work):
-            host = needed.on_host / USABLE_HOST_MEMORY
+    for execution in all_settings(config, work):
+        gpu_overrun, host = overruns(config, gpu, work, execution, host=1)
+        if gpu_overrun <= 1:
             least = host if least is None else min(least, host)
     return least
 
@@ -168,12 +155,11 @@ def host_memory_of_gpu(options):
     return options["HOST_MEMORY"] / min(options["GPUS"], GPUS_PER_HOST)
 
 
-def memory_cells(config, options, work, execution, settings):
+def memory_cells(config, options, work, execution):
     """-> what a GPU and its process need in GiB. Not all of a GPU's memory is usable."""
     usable_host = USABLE_HOST_MEMORY * host_memory_of_gpu(options)
-    parts = memory_of(config, work, execution, settings)
-    host = host_memory(config, work.tokens, work.ranks, execution, settings.offload_optimizer,
-                       work.sp)
+    parts = memory(config, work, execution)
+    host = host_memory(config, work, execution)
     cells = {f"GPU, of {GPUS[options['GPU']].memory:.0f} GiB": f"{sum(parts.values()):.1f}"}
     for part, size in parts.items():
         cells[f"  {part}"] = f"{size:.1f}"
@@ -181,17 +167,16 @@ def memory_cells(config, options, work, execution, settings):
     return cells
 
 
-def time_cells(config, options, work, execution, settings):
+def time_cells(config, options, work, execution):
     """-> how fast a step is, and how long TOKENS take."""
     world = options["GPUS"]
     gpu = GPUS[options["GPU"]]
-    seconds = sum(step_seconds(
-        config, gpu, work, execution, settings.zero_stage, settings.offload_optimizer).values())
+    seconds = sum(step_seconds(config, gpu, work, execution).values())
     rows = train.GLOBAL_BATCH_SIZE
     tokens = rows * work.tokens * work.sp
     needed, done = flops(
-        config, tokens, rows * work.pairs, settings.recompute, settings.keep_layers,
-        chunked=0 < settings.mlp_chunk < work.tokens)
+        config, tokens, rows * work.pairs, execution.recompute, execution.keep_layers,
+        chunked=0 < execution.mlp_chunk < work.tokens)
     hours = options["TOKENS"] / tokens * seconds / 3600
     return {
         "seconds a step": f"{seconds:,.1f}",
