@@ -115,14 +115,14 @@ def recomputed_layers(config, recompute, keep_layers):
 def recomputed_parameters(config, recompute, keep_layers, chunked):
     """-> parameters of the matrix products of all blocks that backward computes again.
 
-    Of a block these are all but its last product. With "pairs" every second block is computed once
-    more. chunked: the MLP runs in chunks, which recompute themselves, once more than the block."""
+    Of a block these are all but its last product. With "pairs" the first block of a pair is computed
+    once more. chunked: the MLP runs in chunks, which recompute themselves, once more than the block."""
     n_recomputed = recomputed_layers(config, recompute, keep_layers)
     block = block_parameters(config)
     down_proj = config.hidden_size * config.intermediate_size
     parameters = n_recomputed * (block - down_proj)
     if recompute == "pairs":
-        parameters += n_recomputed / 2 * block
+        parameters += n_recomputed // 2 * block
     if chunked:
         _, mlp_computed = mlp_widths(config)
         o_proj = config.hidden_size * config.num_attention_heads * config.head_dim
@@ -150,7 +150,7 @@ def flops(config, tokens, pairs, recompute="none", keep_layers=0, chunked=False)
     if recompute in KEEP_INPUTS:
         recomputed += n_recomputed * attention
     if recompute == "pairs":
-        recomputed += n_recomputed / 2 * attention
+        recomputed += n_recomputed // 2 * attention
     return 3 * forward, 3 * forward + recomputed
 
 
@@ -578,8 +578,8 @@ def step_seconds(config, gpu, work, execution):
     if execution.recompute in KEEP_INPUTS:
         recomputation += recomputed * forward
     if execution.recompute == "pairs":
-        recomputation += recomputed / 2 * forward
-        exchanges += recomputed / 2
+        recomputation += recomputed // 2 * forward
+        exchanges += recomputed // 2
     exchange = exchanges * exchange_seconds(config, gpu, work)
     compute = products + recomputation + attention + exchange
     offloading = offloading_seconds(

@@ -271,7 +271,8 @@ class Rows:
             n = len(documents)
             # A source of 0.3 epochs cycles through its documents in a fixed random order, so that
             # all of them are seen before any is seen again.
-            order = np.random.default_rng((self.seed, first)).permutation(n)
+            # The 1 keeps it apart from the order of an epoch of that number, see `pack`.
+            order = np.random.default_rng((self.seed, first, 1)).permutation(n)
             position = np.arange(round(epoch * epochs * n), round((epoch + 1) * epochs * n))
             chosen.append(documents[order[position % n]])
         return np.concatenate(chosen)
@@ -282,8 +283,11 @@ class Rows:
         documents = rng.permutation(self.documents(epoch))
         documents = documents[self.lengths[documents] > 0]
         if len(documents) == 0:
-            raise ValueError(f"epoch {epoch} of DATA holds no token: raise the epochs of its "
-                             "sources")
+            if epoch == 0:
+                raise ValueError("the first epoch of DATA holds no token: raise the epochs of its "
+                                 "sources")
+            none = np.empty(0, np.int64)
+            return PackedEpoch(np.empty(0, PIECE), none, none)
 
         lengths = self.lengths[documents]
         if self.packing == "split":
@@ -317,7 +321,7 @@ class Rows:
         rows = 0
         for epoch in range(math.ceil(epochs)):
             rows += min(epochs - epoch, 1) * self.size(epoch)
-        return math.ceil(rows)
+        return math.ceil(round(rows, 6))  # 1.1 epochs of 100 rows are 110.00000000000001
 
     def find(self, row):
         """Returns the pieces of a row of the run in their order in it, an array of PIECE."""

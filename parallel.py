@@ -1021,13 +1021,20 @@ def set_aside(damaged):
 def load_checkpoint(folder, model, optimizers=()):
     """Fill the model, and optimizers if given, from a checkpoint of any number of ranks.
 
-    Nothing in the checkpoint is executed: pickles of anything but plain values are refused."""
+    The optimizers' hyperparameters, such as weight_decay, are not those of the checkpoint. Nothing in
+    it is executed: pickles of anything but plain values are refused."""
     free_gathered(model)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    hyperparameters = [{name: value for name, value in group.items() if name != "params"}
+                       for group in groups]
     model_state, optimizer_state = get_state_dict(model, optimizers)
     states = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(states, storage_reader=SafeReader(folder), planner=SafePlanner())
     set_state_dict(
         model, optimizers, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, values in zip(groups, hyperparameters):
+        group.update(values)
 
 
 # The module and the names that the metadata of our checkpoints refers to. A pickle can have any

@@ -194,6 +194,10 @@ DATA_CONSTANTS = (
     "DATA", "EVAL_DATA", "SYNTHETIC_DOCUMENT", "MAX_LENGTH", "OVERLONG", "APPEND_EOS",
     "TRAIN_ON_PROMPT", "MASK_HISTORY", "ACCEPT_LOSS", "NO_STOP_TOKEN", "FORMAT", "COLUMNS", "BAD_ROWS")
 
+# Constants that decide which rows a step has.
+ROW_CONSTANTS = (
+    "PACKING", "MAX_LENGTH", "BATCH_SIZE", "GROUP_BY_LENGTH", "GLOBAL_BATCH_SIZE", "SEED")
+
 # The constants that RECOMPUTE="auto" chooses, and the fields of Execution that they are.
 CHOSEN = {
     "RECOMPUTE": "recompute",
@@ -1055,7 +1059,8 @@ def refuse_separate_folders():
 def find_checkpoint(record, grid):
     """Return the folder of the checkpoint that RESUME selects, or None, and how many steps it has done.
 
-    Raises ValueError if the checkpoint is of another model or data, or if RUN_DIR has a newer one.
+    Raises ValueError if the checkpoint is of another model, or of steps that have other rows, or if
+    RUN_DIR has a newer one.
     """
     # All ranks verify the files of a checkpoint before any of them loads it.
     checkpoints = Path(RUN_DIR) / "checkpoints"
@@ -1072,7 +1077,7 @@ def find_checkpoint(record, grid):
     if folder is None:
         return None, 0
 
-    # Another model or other data cannot be continued. Changes of other constants are reported.
+    # Another model, other data or other rows cannot be continued. Other changes are reported.
     changes = changed_values(manifest["constants"], record["constants"])
     if record["config"] != manifest["config"]:
         of_config = changed_values(manifest["config"], record["config"])
@@ -1080,11 +1085,20 @@ def find_checkpoint(record, grid):
             f"The config of {folder} differs from that of MODEL {MODEL}: {', '.join(of_config)}. Set "
             "RUN_DIR to a new folder.")
     if record["data"] != manifest["data"]:
-        causes = [change for change in changes if change.split()[0] in DATA_CONSTANTS]
+        causes_of = DATA_CONSTANTS
+        if DATA == "synthetic":     # as many documents as there are steps
+            causes_of = (*DATA_CONSTANTS, "GLOBAL_BATCH_SIZE", "MAX_STEPS")
+        causes = [change for change in changes if change.split()[0] in causes_of]
         raise ValueError(
             f"The data of {folder}, {manifest['data']}, differs from that of this run, "
             f"{record['data']}: {', '.join(causes) or 'the files or the tokenizer have changed'}. "
             "Undo this, or set RUN_DIR to a new folder.")
+    other_rows = [change for change in changes if change.split()[0] in ROW_CONSTANTS]
+    if other_rows:
+        raise ValueError(
+            f"{', '.join(other_rows)}, so that steps after {folder} would have other rows: some would "
+            "be trained twice, and others never. Undo this, or start a new run: export the checkpoint "
+            f"with convert.py, and set MODEL to that folder and RUN_DIR to a new one.")
     for change in changes:
         print_once(grid, f"{change}, compared with {folder.name}")
     return folder, steps_done

@@ -2,6 +2,7 @@
 
 The expected values are what a reader would write by hand, or the rule in its plainest form.
 """
+import collections
 import gzip
 import json
 import math
@@ -1811,6 +1812,39 @@ def test_weights_of_targets(loss_weight, weight_of_document):
             np.add.at(weights, batch.input_ids.numpy() // 1000, batch.weights.numpy())
     expected = [weight_of_document(n) if n > 0 else 0 for n in n_targets]
     assert weights == pytest.approx(expected, rel=1e-6)
+
+
+def corpus_seen_in_part(lengths, epochs):
+    """Documents of which an epoch has a part."""
+    return corpus_of_tokens(lengths)._replace(sources=[(0, len(lengths), epochs)])
+
+
+@pytest.mark.parametrize("packing", ["split", "whole", "none"])
+def test_an_epoch_may_have_no_document(packing):
+    """One document, seen 0.6 times an epoch, is in the first, the third and the fifth."""
+    rows = data.Rows(corpus_seen_in_part([40], 0.6), packing, 16, seed=0)
+    assert [rows.size(epoch) for epoch in range(5)] == [3, 0, 3, 0, 3]
+    assert rows.count(3) == 6
+    tokens = sum(len(rows.batch(row, 1, 0).input_ids) for row in range(6))
+    assert tokens == 2 * 40
+    with pytest.raises(ValueError, match="the first epoch of DATA holds no token: raise the epochs"):
+        data.Rows(corpus_seen_in_part([40], 0.1), packing, 16, seed=0)
+
+
+@pytest.mark.parametrize("n,epochs,rows", [
+    (100, 1.1, 110), (50, 1.1, 55), (50, 2.2, 110), (100, 2.2, 220), (3, 0.5, 2), (7, 1.0, 7)])
+def test_rows_of_a_fraction_of_epochs(n, epochs, rows):
+    assert data.Rows(corpus_of_tokens([8] * n), "split", 8, seed=0).count(epochs) == rows
+
+
+def test_the_first_epoch_has_all_orders_alike():
+    """Among 3 documents in 600 runs, each of the 6 orders."""
+    orders = collections.Counter()
+    for seed in range(600):
+        rows = data.Rows(corpus_of_tokens([4] * 3), "split", 12, seed=seed, use_varlen_attn=False)
+        orders[tuple(rows.find(0)["document"])] += 1
+    assert len(orders) == 6
+    assert min(orders.values()) > 60
 
 
 def test_epochs_differ_and_repeat():

@@ -439,6 +439,10 @@ def test_flops_by_hand():
 
     recomputed = 2 * (2 * 100 * (block - 48 * 80) + attention)
     assert flops(config, 100, pairs, "all") == (3 * forward, 3 * forward + recomputed)
+    # The first block of a pair is computed once more, and a single one is not.
+    pairs_recomputed = recomputed + 2 * 100 * block + attention
+    assert flops(config, 100, pairs, "pairs") == (3 * forward, 3 * forward + pairs_recomputed)
+    assert flops(config, 100, pairs, "pairs", keep_layers=1)[1] == 3 * forward + recomputed / 2
     # Chunks of the MLP recompute themselves: o_proj, gate_proj and up_proj.
     chunks = 2 * (2 * 100 * (48 * 8 * 8 + 2 * 48 * 80))
     assert flops(config, 100, pairs, chunked=True) == (3 * forward, 3 * forward + chunks)

@@ -292,6 +292,38 @@ def test_changed_constants_are_shown_and_another_model_is_refused(setup, tmp_pat
         on_ranks(1, run, {**changed, "MAX_POSITION_EMBEDDINGS": 1024}, tmp_path=tmp_path)
 
 
+def spy_on_hyperparameters():
+    loop = train.training_loop
+
+    def print_and_loop(model, optimizer, *arguments):
+        print("AdamW:", [(group["weight_decay"], *group["betas"]) for group in optimizer.param_groups])
+        return loop(model, optimizer, *arguments)
+    train.training_loop = print_and_loop
+
+
+def test_a_resumed_run_has_its_own_hyperparameters(setup, tmp_path, capfd):
+    """Not those of its checkpoint."""
+    on_ranks(1, run, setup("run", MAX_STEPS=1, WEIGHT_DECAY=0.1), tmp_path=tmp_path)
+    changed = setup("run", MAX_STEPS=2, WEIGHT_DECAY=0.7, BETAS=(0.8, 0.99))
+    on_ranks(2, run, changed, spy_on_hyperparameters, tmp_path=tmp_path)
+    out = capfd.readouterr().out
+    assert "WEIGHT_DECAY was 0.1 and is now 0.7" in out
+    assert "AdamW: [(0.7, 0.8, 0.99), (0.0, 0.8, 0.99)]" in out
+
+
+ROWS_OF_STEPS = [{"GLOBAL_BATCH_SIZE": 2}, {"MAX_LENGTH": 32}, {"PACKING": "whole"}, {"SEED": 5}]
+
+
+@pytest.mark.parametrize("changed", ROWS_OF_STEPS, ids=str)
+def test_a_run_whose_steps_would_have_other_rows_is_not_resumed(setup, tmp_path, changed):
+    """Some rows would be trained twice, and others never."""
+    on_ranks(1, run, setup("run", MAX_STEPS=1), tmp_path=tmp_path)
+    [name] = changed
+    with pytest.raises(AssertionError, match=f"{name} was .* and is now .*, so that steps .* other "
+                       "rows.*Undo this, or .*new run"):
+        on_ranks(1, run, {**setup("run", MAX_STEPS=2), **changed}, tmp_path=tmp_path)
+
+
 def load_no_first_weights():
     def fail(*arguments):
         raise AssertionError("the weights of MODEL are read")
