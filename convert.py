@@ -250,6 +250,12 @@ def _rope_fields(source, family):
         if sliding.get("rope_type", "default") != "default":
             raise ValueError(f"rope_parameters of sliding_attention {sliding} are not supported: "
                              "use rope_type default")
+        older_key = family.keys.get("sliding_rope_theta")
+        older_theta = source.get(older_key)
+        theta = sliding.get("rope_theta", older_theta)
+        if older_theta not in (None, theta):
+            raise ValueError(f"{older_key} {older_theta} and the rope_theta {theta} of "
+                             "sliding_attention differ: remove the wrong one")
 
     found = {}
     older = {key: source.get(key) for key in ("rope_theta", "partial_rotary_factor")}
@@ -297,6 +303,10 @@ def _checked_scaling(given, more_keys=()):
             continue
         if key == "type":
             key = "rope_type"
+            newer = given.get("rope_type", value)
+            if newer != value:
+                raise ValueError(f"rope_scaling's type {value!r} and rope_type {newer!r} differ: "
+                                 "remove the wrong one")
         if key in ("short_factor", "long_factor"):
             raise ValueError("rope_scaling is LongRoPE, which is not supported, because its "
                              "frequencies change with the length of the text: use a folder "

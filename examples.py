@@ -527,13 +527,17 @@ class Chat:
         self.places = self.find_contents()
         self.spans = {}  # see find_span
 
-    def render(self, n_messages, add_generation_prompt=False):
-        """Returns the text of the first messages, and the spans of the generation markers."""
+    def render(self, n_messages, add_generation_prompt=False, messages=None):
+        """Returns the text of the first messages, and the spans of the generation markers.
+
+        messages: those to render instead of this conversation's.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        messages = messages or self.messages
         with naming(f"the chat template, up to message {n_messages - 1}"), bounded():
             texts, marked = render_jinja_template(
-                [self.messages[:n_messages]],
+                [messages[:n_messages]],
                 self.functions or None,
                 chat_template=self.template,
                 return_assistant_tokens_mask=self.has_markers,
@@ -675,12 +679,49 @@ class Chat:
     def find_untrained(self):
         """Returns the spans of the messages whose weight is 0."""
         spans = []
+        contents_to_find = []
         for i, message in enumerate(self.messages):
             if not message["trained"] and message["role"] == "assistant":
                 start, end, _ = self.find_span(i)
                 spans.append((start, end))
-            elif not message["trained"]:
-                spans.append((self.places[i].start, self.places[i].end))
+            elif not message["trained"] and message["content"]:
+                contents_to_find.append(i)
+        return spans + self.find_exactly(contents_to_find)
+
+    def find_exactly(self, indices):
+        """Returns the spans of the contents of these messages.
+
+        The same words may stand elsewhere, such as in the name of a role. So the conversation is
+        rendered once more, with other contents in their places. ValueError if the template does not
+        write a content as it is.
+        """
+        if not indices:
+            return []
+        messages = list(self.messages)
+        index_of = {}   # stand-in: index
+        for i in indices:
+            stand_in = f"content{i}"
+            while stand_in in self.text:
+                stand_in += "x"
+            stand_in += "."     # no other one begins with it
+            index_of[stand_in] = i
+            messages[i] = {**messages[i], "content": stand_in}
+        rendered, _ = self.render(len(messages), messages=messages)
+
+        spans = []
+        expected = ""   # what `rendered` says that self.text is
+        begin = 0       # of what is left of `rendered`
+        for match in any_of(index_of).finditer(rendered):
+            expected += rendered[begin:match.start()]
+            begin = match.end()
+            content = self.messages[index_of[match[0]]]["content"]
+            if not self.text.startswith(content, len(expected)):
+                content = content.strip()
+            spans.append((len(expected), len(expected) + len(content)))
+            expected += content
+        if expected + rendered[begin:] != self.text:
+            raise ValueError(f"message {indices[0]} or a later one has weight 0, but the chat template "
+                             "does not write its content as it is: leave out the weight, or the message")
         return spans
 
     def answers(self):

@@ -62,6 +62,9 @@ MISTRAL = Family(fixed=NO_BIAS, switches=_mistral)
 
 
 def _ministral3(get):
+    if not (get("rope_parameters", None) or get("rope_scaling", None)):
+        raise ValueError("rope_parameters is missing, from which transformers takes the scaling of "
+                         "Ministral 3: take config.json from the origin of the model")
     return {"sliding_window": get("sliding_window", None)}
 
 
@@ -368,7 +371,12 @@ ERNIE_4_5 = Family(
 def _hunyuan(get):
     for key in UNUSED_BY_HUNYUAN:
         get(key, None)
-    scaling = {**get("rope_scaling", {}), **get("rope_parameters", {})}
+    older = get("rope_scaling", None) or {}
+    newer = get("rope_parameters", None) or {}
+    if older and newer and older.get("type", older.get("rope_type")) != newer.get("rope_type"):
+        raise ValueError(f"rope_scaling {older} and rope_parameters {newer} differ: remove the wrong "
+                         "one")
+    scaling = {**older, **newer}
     theta = scaling.get("rope_theta") or get("rope_theta", 1e4)
     rope_type = scaling.get("rope_type") or scaling.get("type", "default")
     if rope_type == "dynamic" and scaling.get("alpha"):

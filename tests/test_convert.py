@@ -1321,6 +1321,8 @@ LLAMA3_INCOMPLETE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
 }
 CONFIG_FAULTS = [  # changes of config.json, and the message
+    ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 4.0}},
+     "type 'yarn' and rope_type 'linear' differ: remove"),
     ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4},
      "rope_theta 10000.0 and rope_parameters' 500000.0 differ"),
     ({"rope_parameters": {"rope_theta": 1e4, **LINEAR},
@@ -1375,6 +1377,21 @@ def test_what_differs_between_layers_is_said_of_every_layer(
         hf_folder, model_type, changes, message):
     folder, _ = hf_folder(model_type, head_dim=6, pad_token_id=0)
     edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        convert.load_config(folder)
+
+
+@pytest.mark.parametrize("model_type,drop,changes,message", [
+    ("gemma3_text", [], {"rope_local_base_freq": 3e4},
+     "rope_local_base_freq 30000.0 and the rope_theta 10000.0 of sliding_attention differ"),
+    ("hunyuan_v1_dense", [], {"rope_scaling": {"type": "linear", "factor": 4.0}},
+     "rope_scaling .*linear.* and rope_parameters .*default.* differ: remove"),
+    ("ministral3", ["rope_parameters"], {"rope_theta": 1e4}, "rope_parameters is missing"),
+])
+def test_ropes_that_transformers_would_read_otherwise_are_refused(
+        hf_folder, model_type, drop, changes, message):
+    folder, _ = hf_folder(model_type, head_dim=6, pad_token_id=0)
+    edit_config(folder, drop, **changes)
     with pytest.raises(ValueError, match=message):
         convert.load_config(folder)
 

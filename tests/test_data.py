@@ -612,6 +612,28 @@ def test_weights_of_zero_hold_where_every_token_is_trained(reader):
         "«\n<|im_start|>user\n»So«<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n»")
 
 
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}You are a helpful assistant.\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}")
+
+
+@pytest.mark.parametrize("template,content,expected", [
+    ("chatml", "use", "«<|im_start|>user\n»use«<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n»"),
+    (DEFAULT_SYSTEM, " help ", "«You are a helpful assistant.\nuser: »help«\nassistant: No\n»")])
+def test_the_content_of_weight_zero_is_not_found_elsewhere(reader, template, content, expected):
+    """In the name of a role, or in a system prompt that the template adds."""
+    row = chat({**user(content), "weight": 0}, assistant("No"))
+    assert reader(template, train_on_prompt=True, no_stop_token="accept")(row) == expected
+
+
+def test_a_content_of_weight_zero_that_is_written_otherwise_is_refused(reader):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}"
+    row = chat({**user("So"), "weight": 0}, assistant("NO"))
+    read = reader(template, train_on_prompt=True, no_stop_token="accept", accept_loss=True)
+    with pytest.raises(ValueError, match="message 0 .* has weight 0, but the chat template does not"):
+        read(row)
+
+
 def test_a_prompt_of_messages_is_trained_as_one_of_text(reader):
     row = {"prompt": [user("Hi"), assistant("Yes")], "completion": [assistant("No")]}
     text = unmarked(reader()(row))
