@@ -6,6 +6,7 @@ MODEL is the folder that was trained, where it is no longer at the path that the
 In this order: config.json to Config, longer contexts, loading weights, saving weights, and the demo
 model. The table of architectures is in families.py.
 """
+import hashlib
 import json
 import math
 import re
@@ -30,6 +31,8 @@ TOKENIZER_FILES = (  # what an export copies from the source folder, with code t
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.jinja", "additional_chat_templates/*", "chat_template.json", "generation_config.json",
     "tekken.json", "*.tiktoken", "*.py")
+FINGERPRINT_PIECES = 64     # of a file of weights, see weights_fingerprint
+FINGERPRINT_BYTES = 2**12   # of a piece
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 CHAT_TEMPLATE = (  # ChatML
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -907,14 +910,43 @@ def _copy_tokenizer(source, out):
                 shutil.copyfile(path, target)
 
 
+def weights_fingerprint(folder):
+    """-> a hash that tells the weights of a folder from others of the same shapes; None if it has none.
+
+    Of each file its size and pieces of it, so that a large model takes no time.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name in sorted(_weight_files(folder)):
+            size = (folder / name).stat().st_size
+            digest.update(f"{name} {size}".encode())
+            with open(folder / name, "rb") as file:
+                for i in range(FINGERPRINT_PIECES):
+                    file.seek(i * size // FINGERPRINT_PIECES)
+                    digest.update(file.read(FINGERPRINT_BYTES))
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()[:16]
+
+
 def main(checkpoint, out, model_folder=None):
     """Export a training checkpoint as a Hugging Face folder, in one process, without a GPU.
 
     model_folder: where the model that it was trained from lies now, if it was moved. ValueError if
-    that is another model.
+    that is another model, or if the export would overwrite it or a run.
     """
-    manifest = parallel.read_manifest(Path(checkpoint))
+    checkpoint = Path(checkpoint)
+    newest = sorted(checkpoint.glob("checkpoints/step-*[0-9]"))
+    if newest:
+        raise ValueError(f"{checkpoint} is the folder of a run: name one of its checkpoints, such as "
+                         f"{newest[-1]}")
+    manifest = parallel.read_manifest(checkpoint)
     source = Path(model_folder or manifest["model"])
+    if Path(out).resolve() == source.resolve() or (Path(out) / "checkpoints").exists():
+        what = "a run" if (Path(out) / "checkpoints").exists() else "the model that was trained"
+        raise ValueError(f"OUT {out} is the folder of {what}, which would be overwritten: name a new "
+                         "folder. If it is where the model lies now, give it as the third argument, "
+                         f"python convert.py {checkpoint} OUT {out}")
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"the folder {source} that was trained has no config.json: "
                                 f"give its new path, python convert.py {checkpoint} {out} MODEL")

@@ -1005,9 +1005,12 @@ def run_record(folder, config, rows):
     record = {
         "model": str(folder.resolve()),
         "config": vars(config),
+        "weights": None,
         "data": [rows.corpus.key, rows.corpus.sources],
         "constants": {name: globals()[name] for name in CONSTANTS},
     }
+    if INIT == "weights" and MODEL != "demo":
+        record["weights"] = convert.weights_fingerprint(folder)
     return json.loads(json.dumps(record))  # tuples become lists
 
 
@@ -1018,6 +1021,7 @@ def facts_of_run(record, rows, eval_rows):
         code.update(path.read_bytes())
     return {
         "the model's config": record["config"],
+        "the hash of the model's weights": record["weights"],
         "the hash of DATA": rows.corpus.key,
         "the hash of EVAL_DATA": eval_rows.corpus.key if eval_rows is not None else None,
         "the hash of the code": code.hexdigest()[:16],
@@ -1084,6 +1088,11 @@ def find_checkpoint(record, grid):
         raise ValueError(
             f"The config of {folder} differs from that of MODEL {MODEL}: {', '.join(of_config)}. Set "
             "RUN_DIR to a new folder.")
+    weights = manifest.get("weights")   # None: it began with random ones
+    if None not in (weights, record["weights"]) and weights != record["weights"]:
+        raise ValueError(
+            f"{folder} was trained from {manifest['model']}, and MODEL {MODEL} has other weights, "
+            "which resuming would ignore: set RUN_DIR to a new folder, or MODEL to that one.")
     if record["data"] != manifest["data"]:
         causes_of = DATA_CONSTANTS
         if DATA == "synthetic":     # as many documents as there are steps
@@ -1137,6 +1146,12 @@ def plan(world):
         make_demo(demo)
 
     folder = demo if MODEL == "demo" else Path(MODEL)
+    run = Path(RUN_DIR).resolve()
+    if folder.resolve() in (run, run / "hf"):
+        raise ValueError(f"RUN_DIR {RUN_DIR} would overwrite MODEL {MODEL}: set another RUN_DIR.")
+    if any(run.glob("*.safetensors")):
+        raise ValueError(f"RUN_DIR {RUN_DIR} holds the weights of a model, whose config.json would be "
+                         "overwritten: set another RUN_DIR.")
     config = convert.load_config(folder)
     convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, MAX_LENGTH)
     if MAX_LENGTH > config.max_position_embeddings:

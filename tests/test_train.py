@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import assert_close, on_ranks, tiny_config, tiny_model, write_jsonl
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
 
 import convert
 import data
@@ -322,6 +323,46 @@ def test_a_run_whose_steps_would_have_other_rows_is_not_resumed(setup, tmp_path,
     with pytest.raises(AssertionError, match=f"{name} was .* and is now .*, so that steps .* other "
                        "rows.*Undo this, or .*new run"):
         on_ranks(1, run, {**setup("run", MAX_STEPS=2), **changed}, tmp_path=tmp_path)
+
+
+def test_other_weights_are_not_resumed(setup, tmp_path):
+    """Of the same shapes, such as those of a base model and of its chat model."""
+    settings = setup("run", MAX_STEPS=1)
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    folder = Path(settings["MODEL"])
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AssertionError, match="was trained from .*MODEL .* has other weights, which "
+                       "resuming would ignore: set RUN_DIR"):
+        on_ranks(1, run, {**settings, "MAX_STEPS": 2}, tmp_path=tmp_path)
+
+    (folder / "model.safetensors").unlink()     # they are not needed any more
+    on_ranks(1, run, {**settings, "MAX_STEPS": 2}, tmp_path=tmp_path)
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+
+
+def test_a_run_and_an_export_overwrite_no_model(setup, tmp_path):
+    settings = setup("run", MAX_STEPS=1)
+    model = settings["MODEL"]
+    set_constants(SMALL, settings, {"RUN_DIR": model})
+    with pytest.raises(ValueError, match="RUN_DIR .* would overwrite MODEL .*: set another RUN_DIR"):
+        train.plan(1)
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    set_constants(SMALL, settings, {"MODEL": str(tmp_path / "run/hf")})
+    with pytest.raises(ValueError, match="RUN_DIR .* would overwrite MODEL .*: set another RUN_DIR"):
+        train.plan(1)
+    set_constants(SMALL, settings, {"RUN_DIR": str(tmp_path / "run/hf")})
+    with pytest.raises(ValueError, match="RUN_DIR .* holds the weights of a model"):
+        train.plan(1)
+
+    checkpoint = tmp_path / "run/checkpoints/step-00000001"
+    with pytest.raises(ValueError, match=f"OUT {model} is the folder of the model that was trained"):
+        convert.main(checkpoint, model)
+    with pytest.raises(ValueError, match="OUT .*run is the folder of a run, which would be overw"):
+        convert.main(checkpoint, tmp_path / "run")
+    with pytest.raises(ValueError, match="is the folder of a run: name .* such as .*step-00000001"):
+        convert.main(tmp_path / "run", tmp_path / "out")
 
 
 def load_no_first_weights():
