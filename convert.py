@@ -115,12 +115,14 @@ def load_config(folder):
     """
     path = Path(folder) / "config.json"
     if not path.exists():
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not Path(folder).exists()
+        hint = f"; hf download {folder} --local-dir FOLDER makes one" if on_hub else ""
         raise FileNotFoundError(f"MODEL {str(folder)!r} has no config.json: "
-                                "give the path of a Hugging Face folder")
+                                f"give the path of a Hugging Face folder{hint}")
     try:
         config = _config(_text_model(json.loads(path.read_text())))
     except KeyError as e:
-        raise ValueError(f"{path}: {e} is missing") from e
+        raise ValueError(f"{path}: {e} is missing: take the file from the model's origin") from e
     except (ValueError, TypeError) as e:
         raise ValueError(f"{path}: {e}") from e
     if config.tie_word_embeddings and _stores_another_head(path.parent, config):
@@ -183,6 +185,8 @@ def _config(source):
     for field in REQUIRED_FIELDS:
         if fields.get(field) is None:
             raise KeyError(keys[field])
+        if type(fields[field]) is not int:
+            raise ValueError(f"{keys[field]} {fields[field]!r} is not a whole number: correct it")
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
 
     layers = fields["num_hidden_layers"]
@@ -689,9 +693,14 @@ def _check_tensors(folder, config, files, shapes):
             expected = shapes.get(name, "expected")
             differences.append(f"{name} is {actual}, not {expected}")
     if differences:
+        hint = ""
+        if not config.tie_word_embeddings and their_name(config, "lm_head.weight") not in found:
+            hint = ". Should tie_word_embeddings be true in config.json?"
+        elif any("k_proj" in difference for difference in differences):
+            hint = ". Is num_key_value_heads right in config.json?"
         raise ValueError(f"{folder} is not the {config.architecture} that its config.json "
                          f"describes: {len(differences)} tensors differ: "
-                         f"{'; '.join(differences[:4])}")
+                         f"{'; '.join(differences[:4])}{hint}")
 
 
 # ------------------------------------------------------------------------------------------------

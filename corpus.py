@@ -95,6 +95,11 @@ def find_source(name, constant):
 
     unknown = sorted(path for path in files if not DATA_FILE.search(path))
     unknown += sorted(path for path in skipped if OTHER_FILE.search(path))
+    if name[:1] in "{[" and not files:
+        raise ValueError(f"{constant} {name!r} is no Python literal, and matches no file: quote its "
+                         "paths, such as '{\"a.jsonl\": 2.0}'")
+    if not files and not unknown and not glob.has_magic(name) and not os.path.exists(name):
+        raise ValueError(f"{constant} {name!r} does not exist: name a file, a folder or a glob")
     if unknown or not files:
         found = os.path.basename(unknown[0]) if unknown else "no file"
         raise ValueError(f"{constant} {name!r} matches {found}: name files whose names end with "
@@ -154,9 +159,11 @@ def read_rows(path):
     """
     name = path.removesuffix(".gz").removesuffix(".zst")
     with naming(printable(path)), open_file(path) as file:
-        byte_order_mark = b"\xef\xbb\xbf"
-        if file.peek(3)[:3] == byte_order_mark:
+        beginning = file.peek(3)[:3]
+        if beginning == b"\xef\xbb\xbf":   # the byte order mark of UTF-8
             file.read(3)
+        elif beginning[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError("the file is UTF-16: convert it, such as with iconv -f UTF-16 -t UTF-8")
         if name.endswith(".parquet"):
             rows = read_parquet(file)
         elif name.endswith(".txt"):
@@ -332,8 +339,8 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
         raise ValueError(f"DATA {data} holds no token to train: name other files")
     largest = documents["largest_id"].max()
     if vocab_size and largest >= vocab_size:
-        raise ValueError(f"token {largest} is beyond the vocabulary of {vocab_size} tokens: use "
-                         "the tokenizer of the model")
+        raise ValueError(f"token {largest} is beyond the vocabulary of {vocab_size} tokens, the "
+                         "vocab_size of config.json: use the tokenizer of the model")
 
     # Documents are stored in the order of their files.
     spans = []

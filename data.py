@@ -468,8 +468,9 @@ class Rows:
             "rows\n"
             "{tokens:,} tokens = {trained:,} trained + {masked:,} masked or first + {dropped:,} "
             "dropped\n"
-            "{rows:,} rows, {fill:.2%} full, {padding:,} tokens of padding; {pieces_a_row:.1f} "
-            "pieces in each, with {attention:.1%} of the attention of undivided rows\n"
+            "{rows:,} rows, {fill:.2%} full (the {padding:,} tokens that they lack are not computed); "
+            "{pieces_a_row:.1f} pieces in each, with {attention:.1%} of the attention of undivided "
+            "rows\n"
             "lengths of documents, in tokens from: {bars}"
         )
         if counts["dropped"] > MANY_DROPPED * counts["tokens"]:

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import signal
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,10 @@ def naming(what):
 
 
 def describe_error(error):
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 ({error}): convert it, such as with iconv -f LATIN1 -t UTF-8"
+    if isinstance(error, (EOFError, zlib.error)) or type(error).__name__.startswith("Arrow"):
+        return f"the file is damaged ({error}): copy or download it again"
     kind = "" if type(error) is ValueError else f"{type(error).__name__} "
     return f"{kind}{error}"
 
@@ -181,10 +186,10 @@ def find_format(keys, wanted, keys_in_data):
         matches = " and ".join(map(repr, found)) if found else "no format"
         known = [" ".join(required) for required in FORMATS.values()]
         renamed = f", with COLUMNS {sorted(keys)}," if set(keys) != set(keys_in_data) else ""
+        remedy = "FORMAT to the first key of one, or " if found else ""
         raise ValueError(f"keys {sorted(keys_in_data)}{renamed} match {matches}: a row must be a "
-                         "JSON object with "
-                         f"the keys of exactly one of {known}; set FORMAT to the first key of one, "
-                         "or COLUMNS to the names that the keys have in DATA")
+                         f"JSON object with the keys of exactly one of {known}, not null; set "
+                         f"{remedy}COLUMNS to the names that the keys have in DATA")
     return found[0]
 
 
@@ -247,7 +252,11 @@ def to_messages(example, kind):
         turns = [*example["prompt"], *example["completion"]]
         n_prompt = len(example["prompt"])
     else:
-        turns = list(example[kind])
+        turns = example[kind]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{kind} {str(turns)[:60]!r} is not a list of objects, the messages: fix or "
+                         "remove the row")
+    turns = list(turns)
     if example.get("system"):
         turns.insert(0, {"role": "system", "content": example["system"]})
 

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -351,7 +352,8 @@ def run_on_ranks(what, function, *args, only=None, group=None):
             result = function(*args)
     except (Exception, dcp.api.CheckpointException) as e:  # the latter is a BaseException
         error = e
-        message = f"rank {rank}: {type(e).__name__}: {e}"
+        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
+        message = f"rank {rank}: {kind}{e}"
 
     outcomes = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, message), group=group)
@@ -1029,7 +1031,10 @@ def load_checkpoint(folder, model, optimizers=()):
                        for group in groups]
     model_state, optimizer_state = get_state_dict(model, optimizers)
     states = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(states, storage_reader=SafeReader(folder), planner=SafePlanner())
+    with warnings.catch_warnings():
+        # convert.py loads in one process, and means to.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(states, storage_reader=SafeReader(folder), planner=SafePlanner())
     set_state_dict(
         model, optimizers, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]

@@ -69,7 +69,7 @@ TRAIN_ON_PROMPT = False         # chat: train all tokens; False: the assistant's
 MASK_HISTORY = False            # chat: train the last assistant turn only
 ACCEPT_LOSS = False             # chat: train although the template leaves out contents of a chat
 NO_STOP_TOKEN = "refuse"        # chat: where no stop token ends an answer: "append" eos; "accept"
-FORMAT = ""                     # of the rows, such as "messages"; "": told by their keys
+FORMAT = ""                     # of rows that have the keys of several formats, such as "text"
 COLUMNS = {}                    # {key that a format has: the key in the rows of DATA}
 BAD_ROWS = "stop"               # "stop" at an unusable row; or the share that may be skipped
 MAX_POSITION_EMBEDDINGS = 0     # extend the context to so many tokens; 0: as in the checkpoint
@@ -291,9 +291,9 @@ def main():
             print_once(grid, f"resumed from {checkpoint}")
         print_once(grid, describe(model, kernel_name, grid))
         if 0 < steps <= steps_done:
-            print_once(grid, f"all {steps:,} steps are done, so that nothing is trained: raise "
-                             "MAX_STEPS or EPOCHS for more, or set RUN_DIR to a new folder for a new "
-                             "run")
+            print_once(grid, f"all {steps:,} steps are done, so that nothing is trained, and the model "
+                             f"is that of step {steps_done:,}: raise MAX_STEPS or EPOCHS for more, or "
+                             "set RUN_DIR to a new folder for a new run")
         parallel.run_on_ranks("RUN_DIR", open_run, record, steps_done, rows.accounting(), only=0)
         if SAVE_EVERY >= 0:
             saver = parallel.Saver(Path(RUN_DIR) / "checkpoints", record)
@@ -324,6 +324,7 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
     """Run the steps after `steps_done`. Return True if a signal stopped the run."""
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
     if eval_rows is not None and evaluation_is_missing(steps_done, steps, log):
+        print_once(grid, f"evaluating {eval_rows.per_epoch:,} rows before the first step")
         evaluate(model, eval_rows, grid, steps_done, log, stop_requests)
     not_finite = 0  # consecutive steps
     save_seconds = 0.0  # that training waited for a save before this step
@@ -1328,15 +1329,16 @@ def ceil_div(a, b):
 
 # ---------------------------------------------------------------------------------------- constants
 
-def override(arguments):
-    """Set constants from NAME=VALUE arguments, see read_value.
+def override(arguments, other_names=()):
+    """Set constants from NAME=VALUE arguments, see read_value. other_names: those of the caller.
 
     Raises ValueError for an unknown name and for a value of another type than the default.
     """
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if name not in CONSTANTS or not equals:
-            nearest = difflib.get_close_matches(name, CONSTANTS, n=1, cutoff=0)[0]
+            alike = name.lstrip("-").replace("-", "_").upper()
+            nearest = difflib.get_close_matches(alike, [*CONSTANTS, *other_names], 1, cutoff=0)[0]
             raise ValueError(f"{argument!r} does not set a constant of train.py: write NAME=VALUE. "
                              f"The nearest name is {nearest}.")
         default = DEFAULTS[name]
@@ -1412,8 +1414,8 @@ def check_data_constants():
     """Raise ValueError if DATA, EVAL_DATA or BAD_ROWS has a value that is not allowed."""
     if not names_files(DATA):
         raise ValueError(f"DATA {DATA!r} does not name files: use a path, a list of paths, "
-                         f"{{path: epochs}} with {RANGES['EPOCHS'][1]:,} epochs at most, 'demo' or "
-                         "'synthetic'.")
+                         "{path: epochs}, 'demo' or 'synthetic'.")
+    check_epochs("DATA", DATA)
     if isinstance(EVAL_DATA, (int, float)):
         if not 0 < EVAL_DATA < 1:
             raise ValueError(f"EVAL_DATA {EVAL_DATA} is not a share of the documents of DATA: use "
@@ -1424,6 +1426,7 @@ def check_data_constants():
     elif EVAL_DATA and not names_files(EVAL_DATA):
         raise ValueError(f"EVAL_DATA {EVAL_DATA!r} does not name files: use a path, a list of "
                          "paths, {path: epochs}, a number between 0 and 1, or '' for none.")
+    check_epochs("EVAL_DATA", EVAL_DATA)
     is_share = type(BAD_ROWS) in (int, float) and 0 <= BAD_ROWS <= 1
     if BAD_ROWS != "stop" and not is_share:
         raise ValueError(f"BAD_ROWS {BAD_ROWS!r} is neither 'stop' nor a share of the rows: use "
@@ -1436,11 +1439,18 @@ def names_files(value):
         return value != ""
     if not isinstance(value, (list, tuple, dict)):
         return False
-    paths_are_strings = all(isinstance(path, str) and path for path in value)
-    epochs = value.values() if isinstance(value, dict) else ()
+    return len(value) > 0 and all(isinstance(path, str) and path for path in value)
+
+
+def check_epochs(constant, value):
+    """Raise ValueError if a dict {path: epochs} has a number of epochs that is not allowed."""
+    if not isinstance(value, dict):
+        return
     least, most = RANGES["EPOCHS"]
-    in_range = [isinstance(n, (int, float)) and least <= n <= most for n in epochs]
-    return len(value) > 0 and paths_are_strings and all(in_range)
+    for path, epochs in value.items():
+        if not isinstance(epochs, (int, float)) or not least <= epochs <= most:
+            raise ValueError(f"{constant} {path!r} is set to {epochs!r} epochs: use a number from "
+                             f"{least:g} to {most:,}, or leave the source out.")
 
 
 def check_collections():
@@ -1510,12 +1520,21 @@ def describe_context(folder, config, rows):
             f"{beyond:.1%} of the tokens are beyond the old context of their document")
     if beyond < 0.05:
         text += ". WARNING: with so few the model hardly learns to use the new one"
+    factor = (config.rope_scaling or {}).get("factor", math.inf)
+    if factor * positions < config.max_position_embeddings:
+        text += (f". WARNING: ROPE_SCALING's factor {factor:g} extends to {factor * positions:,.0f} "
+                 f"positions only: use {config.max_position_embeddings / positions:g}")
     return text + "\n"
 
 
 def describe_plan(config, grid, execution, rows, steps):
     """Return what the run is expected to take, and the constants that were chosen, to paste."""
     lines = [f"settings: {format_settings(execution, grid.sp)}"]
+    for name in ("BATCH_SIZE", "GROUP_BY_LENGTH"):
+        value = globals()[name]
+        if PACKING != "none" and value != DEFAULTS[name]:
+            lines.append(f"WARNING: {name} {value} changes nothing with PACKING {PACKING!r}: it is "
+                         "for PACKING='none'. GLOBAL_BATCH_SIZE counts the rows of a step")
     largest = grid.world // REPLICAS
     sizes = parallel.sequence_parallel_sizes(
         largest, config.num_attention_heads, config.num_key_value_heads)

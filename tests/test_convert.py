@@ -1351,7 +1351,8 @@ CONFIG_FAULTS = [  # changes of config.json, and the message
     ({"architectures": ["ChatGLMModel"], "rope_ratio": 16, "padded_vocab_size": 65024},
      "rope_ratio 16 divides the positions in ChatGLM 2"),
     ({"architectures": None, "model_type": "baichuan"}, "architecture None is not supported"),
-    ({"vocab_size": None}, "'vocab_size' is missing"),
+    ({"vocab_size": None}, "'vocab_size' is missing: take the file from the model's origin"),
+    ({"hidden_size": "64"}, "hidden_size '64' is not a whole number: correct it"),
     ({"architectures": ["UnheardOfForCausalLM"]}, "UnheardOfForCausalLM .*is not supported"),
     ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\)"),
     ({"hidden_act": "relu"}, "hidden_act 'relu'"),
@@ -1567,6 +1568,14 @@ def lfs_pointer(folder):
     (folder / "model.safetensors").write_text(LFS_POINTER)
 
 
+def no_head(folder):
+    edit_tensors(folder, drop=["lm_head.weight"])
+
+
+def more_key_value_heads(folder):
+    edit_config(folder, num_key_value_heads=6)
+
+
 def truncated_file(folder):
     os.truncate(folder / "model.safetensors", 5000)
 
@@ -1602,6 +1611,9 @@ FOLDER_FAULTS = {  # name: (what breaks the folder, the message)
     "an index of nothing": (index_of_nothing, "index.json is damaged .KeyError"),
     "a misshapen tensor": (misshapen_tensor, rf"{NORM} is \(7,\), not \(48,\)"),
     "a git-lfs pointer": (lfs_pointer, "git-lfs pointer"),
+    "no head": (no_head, "lm_head.weight is missing.*Should tie_word_embeddings be true"),
+    "more key/value heads than stored":
+        (more_key_value_heads, "tensors differ: .*Is num_key_value_heads right in config.json"),
     "a truncated file": (truncated_file, r"model.safetensors is damaged"),
     "pickles only": (only_pickles, r"pytorch_model.bin is a pickle"),
     "an index beside a whole model": (stale_index, "remove the one that is not the model"),

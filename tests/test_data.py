@@ -869,6 +869,8 @@ BAD_ROWS = [
     ([1], "no format"),
     ({"instruction": "a", "output": None}, "no format"),
     ({"text": "a", "messages": []}, "match 'text' and 'messages'.*exactly one of"),
+    ({"messages": "foo"}, "messages 'foo' is not a list of objects, the messages: fix or remove"),
+    ({"messages": [1]}, "messages '.1.' is not a list of objects"),
     ({"text": 5}, "text 5 is not a string.*fix or remove the row"),
     ({"text": b"a"}, "is not a string"),
     ({"text": "a\ufdd0"}, "no text: remove them"),
@@ -1039,7 +1041,11 @@ def test_sources_that_cannot_be_used_are_named(build, books):
     with pytest.raises(ValueError, match=f"DATA '.*books/.*' matches README.md: {rule}"):
         build(str(books / "books/*"))
     with pytest.raises(ValueError, match=f"DATA '.*nothing' matches no file: {rule}"):
-        build(str(books / "nothing"))
+        build(str(books / "*nothing"))
+    with pytest.raises(ValueError, match="DATA '.*nothing.jsonl' does not exist: name a file, a"):
+        build(str(books / "nothing.jsonl"))
+    with pytest.raises(ValueError, match="DATA '{/c: 1}' is no Python literal.*: quote its paths"):
+        build("{/c: 1}")
     with pytest.raises(ValueError, match="DATA '.*' is set to 0 epochs: use more than 0, or leave"):
         build({str(books / "c.*"): 0})
 
@@ -1051,10 +1057,12 @@ BROKEN_FILES = [
      "a.jsonl:2: UnicodeDecodeError .*utf-8.*fix or remove the line"),
     ("a.json", b'[{"text": "a"}, {"text', "a.json: JSONDecodeError .*one JSON array"),
     ("a.json", b'[{"text": "a"}, 5]', "a.json:2: .*no format"),
-    ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "a.jsonl.gz: EOF"),
+    ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "a.jsonl.gz: the file is damaged .*again"),
+    ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "a.jsonl: the file is UTF-16: convert it, such"),
+    ("a.txt", b"caf\xe9 au lait", "a.txt: it is not UTF-8 .*0xe9.*: convert it"),
     ("a.jsonl", b"", "no token to train"),
-    ("a.parquet", b"PAR1", "a.parquet: "),
-    ("a.jsonl", b'{"text": "a"}\n\n\n{"text": null}', "a.jsonl:4: .*no format"),
+    ("a.parquet", b"PAR1", "a.parquet: the file is damaged .*again"),
+    ("a.jsonl", b'{"text": "a"}\n\n\n{"text": null}', "a.jsonl:4: .*no format.*, not null; set COLUMNS"),
 ]
 
 

@@ -285,7 +285,8 @@ def test_changed_constants_are_shown_and_another_model_is_refused(setup, tmp_pat
     assert "steps are done" not in out
     on_ranks(1, run, changed, tmp_path=tmp_path)
     out += capfd.readouterr().out
-    assert "all 2 steps are done, so that nothing is trained: raise MAX_STEPS or EPOCHS" in out
+    assert ("all 2 steps are done, so that nothing is trained, and the model is that of step 2: raise "
+            "MAX_STEPS or EPOCHS") in out
     assert "SEED was" not in out
 
     with pytest.raises(AssertionError, match="The config of .*step-00000002 differs .*"
@@ -363,6 +364,17 @@ def test_a_run_and_an_export_overwrite_no_model(setup, tmp_path):
         convert.main(checkpoint, tmp_path / "run")
     with pytest.raises(ValueError, match="is the folder of a run: name .* such as .*step-00000001"):
         convert.main(tmp_path / "run", tmp_path / "out")
+
+
+def test_constants_that_change_nothing_are_warned_of(setup, tmp_path, capfd):
+    settings = setup("run", MAX_STEPS=0, BATCH_SIZE=3, MAX_POSITION_EMBEDDINGS=2048,
+                     ROPE_SCALING={"rope_type": "linear", "factor": 2.0}, EVAL_DATA=0.3)
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    out = capfd.readouterr().out
+    assert "WARNING: BATCH_SIZE 3 changes nothing with PACKING 'split'" in out
+    assert "GROUP_BY_LENGTH" not in out
+    assert "WARNING: ROPE_SCALING's factor 2 extends to 1,024 positions only: use 4" in out
+    assert re.search(r"evaluating \d+ rows before the first step", out)
 
 
 def load_no_first_weights():
@@ -478,7 +490,7 @@ def test_a_second_run_of_a_folder_is_refused(setup, tmp_path):
     assert re.fullmatch(r"process \d+ on \S+", owner)
 
     with FileLock(folder / "lock", timeout=0):
-        message = f"RUN_DIR: rank 0: ValueError: {folder} is in use by {owner}: stop that run"
+        message = f"RUN_DIR: rank 0: {folder} is in use by {owner}: stop that run"
         with pytest.raises(AssertionError, match=re.escape(message)):
             on_ranks(2, run, setup("run", MAX_STEPS=2), tmp_path=tmp_path)
 
@@ -647,8 +659,8 @@ WRONG_CONSTANTS = [
     ({"SEQUENCE_PARALLEL_SIZE": 3},
      "SEQUENCE_PARALLEL_SIZE 3 does not divide 8 attention heads: use 1"),
     ({"SEQUENCE_PARALLEL_SIZE": 2}, "SEQUENCE_PARALLEL_SIZE 2 does not divide 1 processes"),
-    ({"MODEL": "no/such"}, "MODEL 'no/such' has no config.json"),
-    ({"DATA": "no-such.jsonl"}, "matches no file"),
+    ({"MODEL": "no/such"}, "MODEL 'no/such' has no config.json: .*; hf download no/such --local-dir"),
+    ({"DATA": "no-such.jsonl"}, "does not exist: name a file"),
     ({"PACKING": "tight"}, "PACKING 'tight' is unknown: use one of split, whole, none"),
     ({"GLOBAL_BATCH_SIZE": 0},
      "GLOBAL_BATCH_SIZE 0 is out of range: use a number from 1 to 1,000,000"),
@@ -678,13 +690,14 @@ WRONG_CONSTANTS = [
     ({"GLOBAL_BATCH_SIZE": 10**30}, "GLOBAL_BATCH_SIZE 10*0 is out of range: use a number from 1"),
     ({"MAX_STEPS": 10**30}, "MAX_STEPS 10*0 is out of range: use a number from -1"),
     ({"SEED": -1}, "SEED -1 is out of range: use a number from 0 to 4,294,967,295"),
-    ({"DATA": 5}, "DATA 5 does not name files: use a path, a list of paths, {path: epochs} with"),
+    ({"DATA": 5}, "DATA 5 does not name files: use a path, a list of paths, {path: epochs}, 'demo'"),
     ({"DATA": [1]}, "DATA .1. does not name files"),
     ({"DATA": {}}, "DATA {} does not name files"),
-    ({"DATA": {"a.jsonl": float("inf")}}, "DATA .* does not name files: .* with 10,000 epochs"),
+    ({"DATA": {"a.jsonl": float("inf")}}, "DATA 'a.jsonl' is set to inf epochs: use .*1e-06 to 10,000"),
+    ({"EVAL_DATA": {"a.jsonl": 0}}, "EVAL_DATA 'a.jsonl' is set to 0 epochs: use a number from"),
     ({"EVAL_DATA": [1]}, "EVAL_DATA .1. does not name files"),
     ({"EVAL_DATA": float("nan")}, "EVAL_DATA nan is not a share of the documents of DATA"),
-    ({"EVAL_DATA": "nan", "DATA": "not-read-before"}, "EVAL_DATA 'nan' matches no file"),
+    ({"EVAL_DATA": "nan", "DATA": "not-read-before"}, "EVAL_DATA 'nan' does not exist"),
     ({"SAMPLE_PROMPTS": [1]}, "SAMPLE_PROMPTS .1. are not texts to continue: use a list"),
     ({"COLUMNS": {"text": 5}}, "COLUMNS {'text': 5} are not names of keys: use strings"),
     ({"COLUMNS": {"content": "text"}}, "names 'content', which no format has: use {key of a format"),
@@ -1115,6 +1128,7 @@ def test_overrides():
 
 @pytest.mark.parametrize("argument,message", [
     ("MAX_LENGHT=5", "nearest name is MAX_LENGTH"),
+    ("--max-length=5", "nearest name is MAX_LENGTH"),
     ("MAX_LENGTH", "write NAME=VALUE"),
     ("MAX_LENGTH=long", "not of type int: use a value like 8192"),
     ("OFFLOAD_ACTIVATIONS=True", "OFFLOAD_ACTIVATIONS=True is not of type int: use a value like 0"),

@@ -455,7 +455,8 @@ def main(folders, options):
     grid = parallel.init(1, sp, {**settings, "folders": folders, "the sequence-parallel size": sp})
     results = {}
     for folder in folders:
-        train.print_once(grid, f"{folder} on {grid.world} ranks, {sp} of which share a row")
+        rows = "a row on each" if sp == 1 else f"{sp} of which share a row"
+        train.print_once(grid, f"{folder} on {grid.world} ranks, {rows}")
         with train.timed(grid, folder):
             results[folder] = evaluate(folder, *texts[folder], grid, options)
     if grid.rank == 0:

@@ -62,7 +62,7 @@ def read_options(arguments):
             constants.append(argument)
     if options["GPU"] not in GPUS:
         raise ValueError(f"GPU {options['GPU']!r} is unknown: use one of {', '.join(GPUS)}.")
-    train.override(constants)
+    train.override(constants, OPTIONS)
     train.complete_constants()
     train.check_constants()
     return options
@@ -179,7 +179,7 @@ def time_cells(config, options, work, execution):
         chunked=0 < execution.mlp_chunk < work.tokens)
     hours = options["TOKENS"] / tokens * seconds / 3600
     return {
-        "seconds a step": f"{seconds:,.1f}",
+        "seconds a step": f"{seconds:,.1f}" if seconds >= 1 else f"{seconds:.2g}",
         "tokens/s a GPU": f"{tokens / seconds / world:,.0f}",
         "MFU": f"{needed / seconds / world / gpu.peak:.1%}",
         "HFU": f"{done / seconds / world / gpu.peak:.1%}",
