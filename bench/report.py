@@ -226,7 +226,7 @@ def draw_panel(axes, shape, gpus, ours, others):
     axes.plot(lengths, percent, "C0", marker="o", label="longspan")
 
     above = {"textcoords": "offset points", "ha": "center", "fontsize": 8,
-             "path_effects": [withStroke(linewidth=2, foreground="white")]}
+             "zorder": 10, "path_effects": [withStroke(linewidth=4, foreground="white")]}
     for length, result in ours.items():
         mfu = 100 * result["mfu"]
         note = f"{mfu:.1f}"
