@@ -134,113 +134,6 @@ DEMO = {
         "def __init__(self, name):", "import os\nimport sys", "class Error(Exception):"],
 }
 
-# Constants that take one of a few values.
-CHOICES = {
-    "INIT": ("weights", "random"),
-    "PACKING": ("split", "whole", "none"),
-    "OVERLONG": ("split", "truncate", "truncate_middle", "drop"),
-    "NO_STOP_TOKEN": ("refuse", "append", "accept"),
-    "FORMAT": ("", *data.FORMATS),
-    "LOSS_WEIGHT": ("token", "sample", "square"),
-    "ZERO_STAGE": (1, 2, 3),
-    "RECOMPUTE": ("auto", "none", "all_but_attention", "all", "pairs"),
-    "DTYPE": ("auto", "bfloat16", "float32"),
-    "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd"),
-}
-
-# The least and the largest number that a constant may be.
-MANY = 10**12            # no limit that matters
-MANY_TOKENS = 2**31 - 1  # the ends of documents in a row are int32
-MANY_ROWS = 10**6        # all rows of a step are prepared before it
-RANGES = {
-    "SYNTHETIC_DOCUMENT": (0, MANY_TOKENS),
-    "MAX_LENGTH": (1, MANY_TOKENS),
-    "BATCH_SIZE": (1, MANY_ROWS),
-    "MAX_POSITION_EMBEDDINGS": (0, MANY_TOKENS),
-    "SEQUENCE_PARALLEL_SIZE": (0, MANY),
-    "GLOBAL_BATCH_SIZE": (1, MANY_ROWS),
-    "REPLICAS": (1, MANY),
-    "KEEP_LAYERS": (0, MANY),
-    "MLP_CHUNK": (0, MANY),
-    "LOSS_CHUNK": (1, MANY),
-    "LEARNING_RATE": (0, 10),
-    "MIN_LEARNING_RATE_RATIO": (0, 1),
-    "WARMUP_RATIO": (0, 1),
-    "WEIGHT_DECAY": (0, 10),
-    "MAX_GRAD_NORM": (0, MANY),
-    "EPOCHS": (1e-6, 10_000),       # the rows of each are packed before the first step
-    "MAX_STEPS": (-1, 10**9),
-    "SEED": (0, 2**32 - 1),
-    "EVAL_EVERY": (0, MANY),
-    "SAMPLE_TOKENS": (0, MANY),
-    "SAVE_EVERY": (-1, MANY),
-    "SAVE_MINUTES": (0, MANY),
-}
-
-# Constants that must not be empty.
-PATHS = ("MODEL", "RUN_DIR", "CACHE_DIR", "RESUME")
-
-# Constants whose value may be of another type than the default, such as a path or a list of paths.
-ANY_TYPE = ("DATA", "EVAL_DATA", "BAD_ROWS", "BETAS", "ROPE_SCALING")
-
-# Values of constants whose default shows too little, as they are written on a command line.
-EXAMPLES = {
-    "COLUMNS": "'COLUMNS={\"text\": \"content\"}'",
-    "SAMPLE_PROMPTS": "'SAMPLE_PROMPTS=[\"Once\"]'",
-}
-
-# Constants that change the documents or their tokens.
-DATA_CONSTANTS = (
-    "DATA", "EVAL_DATA", "SYNTHETIC_DOCUMENT", "MAX_LENGTH", "OVERLONG", "APPEND_EOS",
-    "TRAIN_ON_PROMPT", "MASK_HISTORY", "ACCEPT_LOSS", "NO_STOP_TOKEN", "FORMAT", "COLUMNS", "BAD_ROWS")
-
-# Constants that decide which rows a step has.
-ROW_CONSTANTS = (
-    "PACKING", "MAX_LENGTH", "BATCH_SIZE", "GROUP_BY_LENGTH", "GLOBAL_BATCH_SIZE", "SEED")
-
-# The constants that RECOMPUTE="auto" chooses, and the fields of Execution that they are.
-CHOSEN = {
-    "RECOMPUTE": "recompute",
-    "KEEP_LAYERS": "keep_layers",
-    "ZERO_STAGE": "zero_stage",
-    "MLP_CHUNK": "mlp_chunk",
-    "OFFLOAD_ACTIVATIONS": "offload_layers",
-    "OFFLOAD_OPTIMIZER": "offload_optimizer",
-}
-
-# SEQUENCE_PARALLEL_SIZE=0 is the smallest size whose step is at most so many times as long as the
-# shortest: the estimates of different sizes are not more exact than that.
-ABOUT_AS_SHORT = 1.05
-
-# A run ends with an error after this many consecutive steps whose loss or gradient is not finite.
-MAX_SKIPPED_STEPS = 5
-
-# Samples end after so many seconds, also those of a model too large to write SAMPLE_TOKENS in time.
-SAMPLE_SECONDS = 120
-
-# The logits of samples are divided by this; the smaller it is, the likelier is the likeliest token.
-SAMPLE_TEMPERATURE = 0.5
-
-# Signals that stop a run after a checkpoint.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-class Plan(NamedTuple):
-    """What follows from the constants and the number of processes."""
-    folder: Path        # Hugging Face folder of the model
-    config: Config      # with the context length that the trained model will have
-    sp: int             # sequence-parallel size: ranks that share one row
-    dp: int             # data-parallel size: rows processed at the same time, in all replicas
-
-
-class StepSums(NamedTuple):
-    """Sums over all ranks and micro-batches of one optimizer step."""
-    weight: float           # loss weights of all targets; the loss is divided by it
-    targets: float          # tokens that are trained
-    tokens: float
-    attention_pairs: float  # pairs of a query and a key that it attends to, for the FLOPs
-    mismatch: float         # 0 if the ranks have the same step, see `mismatch_term`
-
 
 def main():
     """Train MODEL on DATA as the constants say, and export it to RUN_DIR."""
@@ -453,6 +346,15 @@ def learning_rate(step, steps):
     return LEARNING_RATE * (1 + (MIN_LEARNING_RATE_RATIO - 1) * decay)
 
 
+class StepSums(NamedTuple):
+    """Sums over all ranks and micro-batches of one optimizer step."""
+    weight: float           # loss weights of all targets; the loss is divided by it
+    targets: float          # tokens that are trained
+    tokens: float
+    attention_pairs: float  # pairs of a query and a key that it attends to, for the FLOPs
+    mismatch: float         # 0 if the ranks have the same step, see `mismatch_term`
+
+
 def load_step(step, rows, total_rows, grid, config):
     """Return this rank's micro-batches of a step, on its device, and the StepSums of all ranks.
 
@@ -526,6 +428,10 @@ def to_device(batch, device):
 def rows_of_step(step):
     """Return the numbers of the first and the last row of a step, in the order of training."""
     return [(step - 1) * GLOBAL_BATCH_SIZE, step * GLOBAL_BATCH_SIZE - 1]
+
+
+# A run ends with an error after this many consecutive steps whose loss or gradient is not finite.
+MAX_SKIPPED_STEPS = 5
 
 
 def stop_if_diverged(step, not_finite, saver):
@@ -762,6 +668,10 @@ def warn_of_long_stops(micro_batch_seconds, save_seconds, grid):
                   subject="long stops")
 
 
+# Signals that stop a run after a checkpoint.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 @contextlib.contextmanager
 def receive_signals():
     """Yield a list that receives the first of STOP_SIGNALS. A second one ends the process at once.
@@ -931,6 +841,13 @@ def execution_settings(device_type):
 
 # ------------------------------------------------------------------------------- export and samples
 
+# Samples end after so many seconds, also those of a model too large to write SAMPLE_TOKENS in time.
+SAMPLE_SECONDS = 120
+
+# The logits of samples are divided by this; the smaller it is, the likelier is the likeliest token.
+SAMPLE_TEMPERATURE = 0.5
+
+
 def finish(model, folder, grid):
     """Export the model and print samples."""
     if SAVE_EVERY >= 0:
@@ -1000,6 +917,16 @@ def generate(model, prompt, grid, generator, deadline):
 
 
 # ----------------------------------------------------------------------------------- files of a run
+
+# Constants that change the documents or their tokens.
+DATA_CONSTANTS = (
+    "DATA", "EVAL_DATA", "SYNTHETIC_DOCUMENT", "MAX_LENGTH", "OVERLONG", "APPEND_EOS",
+    "TRAIN_ON_PROMPT", "MASK_HISTORY", "ACCEPT_LOSS", "NO_STOP_TOKEN", "FORMAT", "COLUMNS", "BAD_ROWS")
+
+# Constants that decide which rows a step has.
+ROW_CONSTANTS = (
+    "PACKING", "MAX_LENGTH", "BATCH_SIZE", "GROUP_BY_LENGTH", "GLOBAL_BATCH_SIZE", "SEED")
+
 
 def run_record(folder, config, rows):
     """Return what a checkpoint records about its run, as reading the JSON gives it back."""
@@ -1132,6 +1059,29 @@ def open_run(record, steps_done, accounting):
 
 
 # --------------------------------------------------------------------------------------------- plan
+
+# The constants that RECOMPUTE="auto" chooses, and the fields of Execution that they are.
+CHOSEN = {
+    "RECOMPUTE": "recompute",
+    "KEEP_LAYERS": "keep_layers",
+    "ZERO_STAGE": "zero_stage",
+    "MLP_CHUNK": "mlp_chunk",
+    "OFFLOAD_ACTIVATIONS": "offload_layers",
+    "OFFLOAD_OPTIMIZER": "offload_optimizer",
+}
+
+# SEQUENCE_PARALLEL_SIZE=0 is the smallest size whose step is at most so many times as long as the
+# shortest: the estimates of different sizes are not more exact than that.
+ABOUT_AS_SHORT = 1.05
+
+
+class Plan(NamedTuple):
+    """What follows from the constants and the number of processes."""
+    folder: Path        # Hugging Face folder of the model
+    config: Config      # with the context length that the trained model will have
+    sp: int             # sequence-parallel size: ranks that share one row
+    dp: int             # data-parallel size: rows processed at the same time, in all replicas
+
 
 def plan(world):
     """Check the constants, set those in CHOSEN to what is chosen, and return the Plan for `world`
@@ -1328,6 +1278,62 @@ def ceil_div(a, b):
 
 
 # ---------------------------------------------------------------------------------------- constants
+
+# Constants that take one of a few values.
+CHOICES = {
+    "INIT": ("weights", "random"),
+    "PACKING": ("split", "whole", "none"),
+    "OVERLONG": ("split", "truncate", "truncate_middle", "drop"),
+    "NO_STOP_TOKEN": ("refuse", "append", "accept"),
+    "FORMAT": ("", *data.FORMATS),
+    "LOSS_WEIGHT": ("token", "sample", "square"),
+    "ZERO_STAGE": (1, 2, 3),
+    "RECOMPUTE": ("auto", "none", "all_but_attention", "all", "pairs"),
+    "DTYPE": ("auto", "bfloat16", "float32"),
+    "LR_SCHEDULE": ("cosine", "linear", "constant", "wsd"),
+}
+
+# The least and the largest number that a constant may be.
+MANY = 10**12            # no limit that matters
+MANY_TOKENS = 2**31 - 1  # the ends of documents in a row are int32
+MANY_ROWS = 10**6        # all rows of a step are prepared before it
+RANGES = {
+    "SYNTHETIC_DOCUMENT": (0, MANY_TOKENS),
+    "MAX_LENGTH": (1, MANY_TOKENS),
+    "BATCH_SIZE": (1, MANY_ROWS),
+    "MAX_POSITION_EMBEDDINGS": (0, MANY_TOKENS),
+    "SEQUENCE_PARALLEL_SIZE": (0, MANY),
+    "GLOBAL_BATCH_SIZE": (1, MANY_ROWS),
+    "REPLICAS": (1, MANY),
+    "KEEP_LAYERS": (0, MANY),
+    "MLP_CHUNK": (0, MANY),
+    "LOSS_CHUNK": (1, MANY),
+    "LEARNING_RATE": (0, 10),
+    "MIN_LEARNING_RATE_RATIO": (0, 1),
+    "WARMUP_RATIO": (0, 1),
+    "WEIGHT_DECAY": (0, 10),
+    "MAX_GRAD_NORM": (0, MANY),
+    "EPOCHS": (1e-6, 10_000),       # the rows of each are packed before the first step
+    "MAX_STEPS": (-1, 10**9),
+    "SEED": (0, 2**32 - 1),
+    "EVAL_EVERY": (0, MANY),
+    "SAMPLE_TOKENS": (0, MANY),
+    "SAVE_EVERY": (-1, MANY),
+    "SAVE_MINUTES": (0, MANY),
+}
+
+# Constants that must not be empty.
+PATHS = ("MODEL", "RUN_DIR", "CACHE_DIR", "RESUME")
+
+# Constants whose value may be of another type than the default, such as a path or a list of paths.
+ANY_TYPE = ("DATA", "EVAL_DATA", "BAD_ROWS", "BETAS", "ROPE_SCALING")
+
+# Values of constants whose default shows too little, as they are written on a command line.
+EXAMPLES = {
+    "COLUMNS": "'COLUMNS={\"text\": \"content\"}'",
+    "SAMPLE_PROMPTS": "'SAMPLE_PROMPTS=[\"Once\"]'",
+}
+
 
 def override(arguments, other_names=()):
     """Set constants from NAME=VALUE arguments, see read_value. other_names: those of the caller.

@@ -307,6 +307,10 @@ def test_plans_are_those_of_the_tool():
     assert readme.with_plans(README) == README, "run python tools/readme.py"
 
 
+def test_diffs_name_the_lines_of_the_code():
+    assert readme.with_line_numbers(README) == README, "run python tools/readme.py"
+
+
 def test_results_are_those_of_the_measured_runs():
     measured = (ROOT / "bench" / "results.md").read_text().splitlines()
     peers = set()

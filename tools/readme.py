@@ -1,10 +1,11 @@
-"""Write what README.md takes from the code: the table of constants, and the plans.
+"""Write what README.md takes from the code: the table of constants, the plans, and line numbers.
 
     python tools/readme.py
 
 Each constant has a line in train.py, with its default and a comment. The comment lines before a
 group of constants become a heading in the table. A block of text that begins with a command of
-tools/plan.py gets the output of that command, up to the constants of the first column.
+tools/plan.py gets the output of that command, up to the constants of the first column. Diffs get the
+numbers of the lines that they change.
 """
 import json
 import re
@@ -19,6 +20,9 @@ END = "<!-- End of the table -->\n"
 CONSTANT = re.compile(r"([A-Z_]+) = (.+?)(?: +# (.+))?")  # NAME = default    # comment
 PLAN = re.compile(
     r"(```text\n\$ python tools/plan\.py MODEL=models/(\S+) ([^\n]+)\n)(.*?)```", re.DOTALL)
+
+DIFF = re.compile(r"(?<=```diff\n)--- a/(\S+)\n.*?(?=```)", re.DOTALL)
+HUNK = re.compile(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@(.*)\n((?:[ +-].*\n|\n)*)", re.MULTILINE)
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -83,10 +87,30 @@ def with_plans(readme):
     return PLAN.sub(write, readme)
 
 
+def with_line_numbers(readme):
+    """The text of README.md -> the same text, whose diffs name the lines where the code is now."""
+    def write(diff):
+        code = (ROOT / diff[1]).read_text().splitlines()
+        shift = 0   # lines that earlier hunks add
+
+        def number(hunk):
+            nonlocal shift
+            n_old, n_new, context, lines = hunk.groups()
+            old = [line[1:] for line in lines.splitlines() if not line.startswith("+")]
+            [first] = [i for i in range(len(code)) if code[i:i + len(old)] == old]
+            header = f"@@ -{first + 1},{n_old} +{first + 1 + shift},{n_new} @@{context}"
+            shift += int(n_new) - int(n_old)
+            return f"{header}\n{lines}"
+
+        return HUNK.sub(number, diff[0])
+
+    return DIFF.sub(write, readme)
+
+
 def main():
     path = ROOT / "README.md"
     table = constants_table((ROOT / "train.py").read_text())
-    path.write_text(with_plans(with_table(path.read_text(), table)))
+    path.write_text(with_line_numbers(with_plans(with_table(path.read_text(), table))))
 
 
 if __name__ == "__main__":
