@@ -454,7 +454,7 @@ def _freeze_dynamic(config, old_positions, length):
 
 
 def export_config(source, config, dtype):
-    """-> the config.json of an export: `source` (a dict) with what training changed."""
+    """Return the config.json of an export: `source` (a dict) with what training changed."""
     family = FAMILIES[config.architecture]
     exported = dict(source)
     exported.pop("quantization_config", None)
@@ -479,7 +479,7 @@ def export_config(source, config, dtype):
 
 
 def _exported_rope(source, config, family):
-    """-> RoPE's keys, both as transformers 4 and as transformers 5 write them.
+    """Return RoPE's keys, both as transformers 4 and as transformers 5 write them.
 
     Version 4 silently takes a rope_theta of 10000 where it finds rope_parameters only.
     """
@@ -550,7 +550,7 @@ def their_name(config, ours):
 
 
 def layout(model):
-    """-> {our name: its Slice}, and {their name: shape of the tensor in the folder}."""
+    """Return {our name: its Slice}, and {their name: shape of the tensor in the folder}."""
     grouped_qkv = FAMILIES[model.config.architecture].grouped_qkv
     slices = {}
     shapes = {}
@@ -590,7 +590,8 @@ def load_weights(model, folder):
 
 
 def check_weights(model, folder):
-    """ValueError as load_weights raises it. The model may be on the meta device. -> the open files."""
+    """ValueError as load_weights raises it. The model may be on the meta device. Return the open
+    files."""
     files = _open_weights(Path(folder))
     _, shapes = layout(model)
     _check_tensors(folder, model.config, files, shapes)
@@ -598,7 +599,7 @@ def check_weights(model, folder):
 
 
 def _open_weights(folder):
-    """-> {tensor name: (the open safetensors file that holds it, its name there)}.
+    """Return {tensor name: (the open safetensors file that holds it, its name there)}.
 
     The two names are equal but for the text model in a model of text and images.
 
@@ -640,7 +641,7 @@ def _name_in_text_model(name):
 
 
 def _weight_files(folder):
-    """-> the names of the safetensors files that transformers loads: its index's, or the one.
+    """Return the names of the safetensors files that transformers loads: its index's, or the one.
 
     Others, such as consolidated.safetensors, hold the same weights in another form.
     """
@@ -762,7 +763,8 @@ def _any_rank(flag, world):
 
 
 def _clear(part):
-    """Make an empty folder, without what an interrupted export left in it. -> OSError or None."""
+    """Make an empty folder, without what an interrupted export left in it. Return an OSError or
+    None."""
     try:
         if part.exists():
             shutil.rmtree(part)
@@ -772,7 +774,7 @@ def _clear(part):
 
 
 def _export_dtypes(source, source_config, shapes):
-    """-> {tensor name: dtype in the source folder}, which may not be the one config.json names.
+    """Return {tensor name: dtype in the source folder}, which may not be the one config.json names.
 
     Where the source has no such tensor: config.json's if it is float32 or float16, else bfloat16.
     """
@@ -827,7 +829,7 @@ def _shard_files(n):
 def _write_shards(model, dtypes, shards, files, out):
     """Write shards[i] to out / files[i], in rounds: each rank holds and writes one shard a round.
 
-    -> the first error of this rank, or None.
+    Return the first error of this rank, or None.
     """
     rank, world = _rank_and_world(model)
     error = None
@@ -848,7 +850,8 @@ def _write_shards(model, dtypes, shards, files, out):
 
 
 def _gather(model, dtypes, shards, rank):
-    """Gather the tensors of `shards` on all ranks. -> {name: tensor} of shards[rank], on the host.
+    """Gather the tensors of `shards` on all ranks. Return {name: tensor} of shards[rank], on the
+    host.
 
     It is empty if there is no such shard: the last round may have fewer shards than ranks.
     """
@@ -920,7 +923,8 @@ def _copy_tokenizer(source, out):
 
 
 def weights_fingerprint(folder):
-    """-> a hash that tells the weights of a folder from others of the same shapes; None if it has none.
+    """Return a hash that tells the weights of a folder from others of the same shapes; None if it
+    has none.
 
     Of each file its size and pieces of it, so that a large model takes no time.
     """

@@ -50,7 +50,7 @@ class Source(NamedTuple):
 
 
 def find_files(data, constant="DATA"):
-    """Returns a list of the Source of each source of DATA, or of another constant of train.py.
+    """Return a list of the Source of each source of DATA, or of another constant of train.py.
 
     DATA is a source, a list of sources, or {source: epochs}. A source is a path, glob or folder.
     A file that is named several times belongs to the first source that names it.
@@ -80,7 +80,7 @@ def find_files(data, constant="DATA"):
 
 
 def find_source(name, constant):
-    """Returns the data files of a source, and the names of other files in its folders."""
+    """Return the data files of a source, and the names of other files in its folders."""
     # Sets, because a glob such as books/** finds both a folder and the files in it.
     files = set()
     skipped = set()
@@ -109,7 +109,7 @@ def find_source(name, constant):
 
 
 def list_folder(folder):
-    """Returns the files in a folder and the folders in it, but not in hidden ones."""
+    """Return the files in a folder and the folders in it, but not in hidden ones."""
     files = []
     visited = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -133,7 +133,7 @@ class Chunk(NamedTuple):
 
 
 def read_chunks(path, after=0):
-    """Yields the rows of a file whose number is greater than `after`, as Chunks."""
+    """Yield the rows of a file whose number is greater than `after`, as Chunks."""
     numbers = []
     rows = []
     n_bytes = 0
@@ -152,7 +152,7 @@ def read_chunks(path, after=0):
 
 
 def read_rows(path):
-    """Yields (number, row) for each row of a file.
+    """Yield (number, row) for each row of a file.
 
     A row of a .jsonl file is its unparsed line (bytes), and its number is that of the line. Other
     rows are objects, and are counted. Both begin with 1.
@@ -180,12 +180,12 @@ def read_rows(path):
 
 
 def printable(path):
-    """Returns a path as text that can be written, with \\xff for a byte that is not UTF-8."""
+    """Return a path as text that can be written, with \\xff for a byte that is not UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def open_file(path):
-    """Opens a file, which may be compressed, to read bytes."""
+    """Open a file, which may be compressed, to read bytes."""
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.endswith(".zst"):
@@ -203,7 +203,7 @@ def read_parquet(file):
 
 
 def without_nulls(value):
-    """Returns a value of a parquet file without the keys of its objects that are null.
+    """Return a value of a parquet file without the keys of its objects that are null.
 
     All objects of a column have the same keys there, and null fills those that were missing.
     """
@@ -215,7 +215,7 @@ def without_nulls(value):
 
 
 def is_chat(data, wanted_format="", columns=None):
-    """Returns whether a source of DATA begins with a conversation."""
+    """Return whether a source of DATA begins with a conversation."""
     for source in find_files(data):
         for path in source.files[:1]:
             if first_kind(path, wanted_format, columns) == "chat":
@@ -224,7 +224,7 @@ def is_chat(data, wanted_format="", columns=None):
 
 
 def first_kind(path, wanted_format, columns):
-    """Returns the kind (see read_example) of the first usable row of a file; "" after bad rows."""
+    """Return the kind (see read_example) of the first usable row of a file; "" after bad rows."""
     for _, row in itertools.islice(read_rows(path), MAX_REPORTED):
         try:
             kind, _ = read_example(parse_row(row), wanted_format, columns)
@@ -297,7 +297,7 @@ class Corpus(NamedTuple):
     selected: np.ndarray = None  # (documents,) bool: those that this run uses; None: all
 
     def read(self, document, start, end):
-        """Returns tokens [start, end) of a document; fewer if the document ends before."""
+        """Return the tokens [start, end) of a document; fewer if the document ends before."""
         first, last = self.offsets[document:document + 2]
         if self.key == "synthetic":
             generator = np.random.default_rng(int(document))
@@ -307,7 +307,7 @@ class Corpus(NamedTuple):
 
 
 def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
-    """Returns the Corpus of DATA, tokenized with the tokenizer of a Hugging Face folder.
+    """Return the Corpus of DATA, tokenized with the tokenizer of a Hugging Face folder.
 
     settings: the arguments of Encoder after the folder. bad_rows: the share of rows that may be
     unusable.
@@ -367,7 +367,7 @@ def build_corpus(data, folder, cache, *settings, vocab_size=None, bad_rows=0.0):
 
 
 def describe_source(source, rows_of_files, homes):
-    """Returns lines that tell what was read from a source. rows_of_files: arrays of DOCUMENT."""
+    """Return lines that tell what was read from a source. rows_of_files: arrays of DOCUMENT."""
     if not source.files:
         return [f"{printable(source.name)}: earlier sources have all of its files"]
     rows = np.concatenate(rows_of_files)
@@ -390,7 +390,7 @@ def describe_source(source, rows_of_files, homes):
 
 
 def hold_out(corpus, share):
-    """Splits the documents of a Corpus: returns one without, and one with this share of them.
+    """Split the documents of a Corpus: return one without, and one with this share of them.
 
     A document is held out because of the hash of its text alone, or of its row if it is not plain
     text. So equal ones stay together, and the same ones are held out with another tokenizer, other
@@ -413,7 +413,7 @@ def hold_out(corpus, share):
 
 
 def find_homes(sources, folder, cache, settings):
-    """Returns {path: folder of its tokens}. Its name is a hash of file, tokenizer and settings."""
+    """Return {path: folder of its tokens}. Its name is a hash of file, tokenizer and settings."""
     files = list(itertools.chain.from_iterable(source.files for source in sources))
     tokenizer_files = sorted(Path(folder).glob("additional_chat_templates/*"))
     for path in sorted(Path(folder).iterdir()):
@@ -433,7 +433,7 @@ def find_homes(sources, folder, cache, settings):
 
 
 def hash_files(files, memory):
-    """Returns the hash of each file. Those in the file `memory` are not computed again."""
+    """Return the hash of each file. Those in the file `memory` are not computed again."""
     with exclusive(memory.with_suffix(".lock")):
         known = json.loads(memory.read_text()) if memory.exists() else {}
         hashes = []
@@ -454,7 +454,7 @@ def hash_files(files, memory):
 
 @contextmanager
 def exclusive(path):
-    """Holds the lock of a file, which contains the name of its holder, and yields the open file.
+    """Hold the lock of a file, which contains the name of its holder, and yield the open file.
 
     The system releases the lock when all processes that have this open file have ended.
     """
@@ -476,14 +476,14 @@ def exclusive(path):
 
 
 def remove_old_parts(cache):
-    """Removes what killed builds left a week ago or earlier."""
+    """Remove what killed builds left a week ago or earlier."""
     for part in Path(cache).glob("*.part"):
         if part.is_dir() and time.time() - part.stat().st_mtime > OLD_PART:
             shutil.rmtree(part)
 
 
 def tokenize(paths, tokenized, encoder, lock, bad_rows):
-    """Writes the documents of files, {folder to write: path}, using all cores.
+    """Write the documents of files, {folder to write: path}, using all cores.
 
     tokenized: {folder: path} of the files that are already tokenized. A call that was killed is
     continued by the next one.
@@ -521,7 +521,7 @@ def tokenize(paths, tokenized, encoder, lock, bad_rows):
 
 
 def check_rows(paths, tokenized, encoder, lock, bad_rows):
-    """Raises a ValueError if more rows than bad_rows allows cannot be used.
+    """Raise a ValueError if more rows than bad_rows allows cannot be used.
 
     All rows are read, and written by the chat template, before any is tokenized. So a bad row does
     not cost a whole tokenization. The arguments are those of tokenize.
@@ -556,7 +556,7 @@ def was_checked(home):
 
 
 def check_bad_rows(errors, n_bad, n_rows, bad_rows):
-    """Raises a ValueError that names the first bad rows if there are more than bad_rows allows."""
+    """Raise a ValueError that names the first bad rows if there are more than bad_rows allows."""
     if n_bad > bad_rows * n_rows:
         shown = "".join(itertools.islice(errors, MAX_REPORTED))
         count = f"{n_bad} of {n_rows}"
@@ -570,7 +570,7 @@ def check_bad_rows(errors, n_bad, n_rows, bad_rows):
 
 
 def check_columns(data, columns):
-    """Raises a ValueError if COLUMNS names a column that no file of DATA has, as by a typo. Then
+    """Raise a ValueError if COLUMNS names a column that no file of DATA has, as by a typo. Then
     another key of the rows could be trained.
 
     Only the first rows of each file are read, and only the columns are checked that each row of a
@@ -593,14 +593,14 @@ def check_columns(data, columns):
 
 
 def continue_part(path, home):
-    """Yields the Chunks of a file that are not in the part of a killed build yet."""
+    """Yield the Chunks of a file that are not in the part of a killed build yet."""
     part = home.with_suffix(".part")
     part.mkdir(exist_ok=True)
     yield from read_chunks(path, after=drop_incomplete(part))
 
 
 def drop_incomplete(part):
-    """Truncates the files of a killed build after the last complete row; returns its number."""
+    """Truncate the files of a killed build after the last complete row. Return its number."""
     with open(part / "documents.bin", "ab") as file:
         n_rows = file.tell() // DOCUMENT.itemsize
         file.truncate(n_rows * DOCUMENT.itemsize)
@@ -620,7 +620,7 @@ def append(path, content):
 
 
 def list_bad_rows(paths):
-    """Returns a line about each row that cannot be used of tokenized files, {their folder: path}.
+    """Return a line about each row that cannot be used of tokenized files, {their folder: path}.
 
     Also writes them to bad_rows.txt in these folders. They have the current path, unlike errors.txt.
     """
@@ -640,13 +640,13 @@ def list_bad_rows(paths):
 
 
 def name_rows(path, errors):
-    """Returns lines about rows of a file, "path:number: error", from those without the path."""
+    """Return lines about rows of a file, "path:number: error", from those without the path."""
     return [f"{printable(path)}:{error}" for error in errors]
 
 
 @contextmanager
 def process_chunks(what, function, chunks, files, encoder, lock):
-    """Yields an iterator over (chunk, function(chunk)), computed by one process per core.
+    """Yield an iterator over (chunk, function(chunk)), computed by one process per core.
 
     The sizes of `files` are the total of the progress bar.
     """
@@ -688,7 +688,7 @@ worker_encoder = None
 
 
 def start_worker(encoder, lock, parent):
-    """Prepares a process that tokenizes: it ends with its parent, and does not hold its lock."""
+    """Prepare a process that tokenizes: it ends with its parent, and does not hold its lock."""
     global worker_encoder
     worker_encoder = encoder
     lock.close()
@@ -702,9 +702,9 @@ def start_worker(encoder, lock, parent):
 
 
 def check_chunk(chunk):
-    """Returns the errors of rows, except those that only the tokenizer would find.
+    """Return the errors of rows, except those that only the tokenizer would find.
 
-    Raises ValueError for a chat template that takes too long: other rows would take as long.
+    Raise ValueError for a chat template that takes too long: other rows would take as long.
     """
     errors = []
     for number, row in zip(chunk.numbers, chunk.rows):
@@ -718,7 +718,7 @@ def check_chunk(chunk):
 
 
 def encode_chunk(chunk):
-    """Returns the tokens of all rows of a chunk, their records (DOCUMENT), and their errors."""
+    """Return the tokens of all rows of a chunk, their records (DOCUMENT), and their errors."""
     results = []
     for start in range(0, len(chunk.rows), BATCH_ROWS):
         results += worker_encoder.encode_rows(chunk.rows[start:start + BATCH_ROWS])
@@ -749,5 +749,5 @@ def encode_chunk(chunk):
 
 
 def describe_bad_row(number, error):
-    """Returns a line about a row that cannot be used."""
+    """Return a line about a row that cannot be used."""
     return f"{number}: {describe_error(error)}".replace("\n", " ") + "\n"

@@ -52,7 +52,7 @@ KEEP_INPUTS = ("all", "pairs")  # values of RECOMPUTE with which the attention k
 
 
 def gpu_of(device_name):
-    """-> the GPU of GPUS whose name is a part of the device's name.
+    """Return the GPU of GPUS whose name is a part of the device's name.
 
     An unknown one gets the rates of an A100, whose proportions are good enough to choose settings,
     and no peak."""
@@ -91,14 +91,15 @@ def attention_pairs(cu_seqlens, window=None):
 
 
 def mean_attention_pairs(config, cu_seqlens):
-    """-> attention_pairs of a layer: the mean over all layers, whose windows may differ."""
+    """Return attention_pairs of a layer: the mean over all layers, whose windows may differ."""
     windows = [config.window(i) for i in range(config.num_hidden_layers)]
     pairs = {window: attention_pairs(cu_seqlens, window) for window in set(windows)}
     return sum(pairs[window] for window in windows) / len(windows)
 
 
 def block_parameters(config):
-    """-> parameters of one block's matrix products: attention's four, the MLP's two or three."""
+    """Return the parameters of one block's matrix products: attention's four, the MLP's two or
+    three."""
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     attention = config.hidden_size * config.head_dim * heads
     mlp_matrices = 3 if config.mlp_gate else 2
@@ -106,17 +107,18 @@ def block_parameters(config):
 
 
 def recomputed_layers(config, recompute, keep_layers):
-    """-> blocks that do not keep everything."""
+    """Return the number of blocks that do not keep everything."""
     if recompute == "none":
         return 0
     return max(config.num_hidden_layers - keep_layers, 0)
 
 
 def recomputed_parameters(config, recompute, keep_layers, chunked):
-    """-> parameters of the matrix products of all blocks that backward computes again.
+    """Return the number of parameters of the matrix products of all blocks that backward computes again.
 
-    Of a block these are all but its last product. With "pairs" the first block of a pair is computed
-    once more. chunked: the MLP runs in chunks, which recompute themselves, once more than the block."""
+    Of a block these are all but its last product. With "pairs" the first block of a pair is
+    computed once more. chunked: the MLP runs in chunks, which recompute themselves, once more than
+    the block."""
     n_recomputed = recomputed_layers(config, recompute, keep_layers)
     block = block_parameters(config)
     down_proj = config.hidden_size * config.intermediate_size
@@ -134,7 +136,7 @@ def recomputed_parameters(config, recompute, keep_layers, chunked):
 
 
 def flops(config, tokens, pairs, recompute="none", keep_layers=0, chunked=False):
-    """-> model FLOPs and hardware FLOPs of forward and backward over `tokens` tokens.
+    """Return model FLOPs and hardware FLOPs of forward and backward over `tokens` tokens.
 
     Model FLOPs are 3 x forward. In forward a parameter of a matrix product takes 2 per token, and
     each of the `pairs` of attention, those of a layer on average, 4 x H x D. Hardware FLOPs add what
@@ -155,7 +157,7 @@ def flops(config, tokens, pairs, recompute="none", keep_layers=0, chunked=False)
 
 
 def count_parameters(config):
-    """-> parameters of one block, and of the embeddings and the head together.
+    """Return the parameters of one block, and of the embeddings and the head together.
 
     Norms and biases are too few to matter."""
     embedding = config.vocab_size * config.hidden_size
@@ -163,13 +165,14 @@ def count_parameters(config):
 
 
 def total_parameters(config):
-    """-> parameters of the model, but norms and biases."""
+    """Return the number of parameters of the model, but norms and biases."""
     block, embeddings = count_parameters(config)
     return config.num_hidden_layers * block + embeddings
 
 
 def attention_widths(config, sp):
-    """-> values a token of q, and of q, k and v together, as one rank has them in attention.
+    """Return the values a token of q, and of q, k and v together, as one rank has them in
+    attention.
 
     With fewer key/value heads than ranks, these are replicated."""
     q = config.num_attention_heads * config.head_dim
@@ -178,13 +181,14 @@ def attention_widths(config, sp):
 
 
 def mlp_widths(config):
-    """-> values a token that the MLP keeps for backward, gate and up; and with their product."""
+    """Return the values a token that the MLP keeps for backward, gate and up; and with their
+    product."""
     I = config.intermediate_size
     return (2 * I, 3 * I) if config.mlp_gate else (I, 2 * I)
 
 
 def kept_by_block(config, recompute, chunked, work):
-    """-> bytes a token, in bfloat16, that a block or a pair keeps for backward, except the
+    """Return the bytes a token, in bfloat16, that a block or a pair keeps for backward, except the
     log-sum-exp.
 
     chunked: the MLP runs in chunks, so that it keeps its inputs only."""
@@ -204,7 +208,8 @@ def kept_by_block(config, recompute, chunked, work):
 
 
 def transient_of_block(config, recompute, chunk, work):
-    """-> bytes at the peak of one block's backward, besides what it has kept since forward."""
+    """Return the bytes at the peak of one block's backward, besides what it has kept since
+    forward."""
     C = config.hidden_size
     tokens = work.tokens
     q, qkv = attention_widths(config, work.sp)
@@ -248,7 +253,7 @@ def transient_of_block(config, recompute, chunk, work):
 
 
 def loss_memory(config, tokens, loss_chunk):
-    """-> bytes at the peak of the last norm and the loss, in forward."""
+    """Return the bytes at the peak of the last norm and the loss, in forward."""
     C = config.hidden_size
     V = config.vocab_size
     chunk = min(loss_chunk, tokens)
@@ -265,8 +270,8 @@ def loss_memory(config, tokens, loss_chunk):
 
 
 def kept_by_groups(config, work, execution):
-    """-> for each Group of the execution: bytes that it keeps and that can be offloaded, and bytes
-    of log-sum-exps, float32, that stay on the GPU."""
+    """Return for each Group of the execution: bytes that it keeps and that can be offloaded, and
+    bytes of log-sum-exps, float32, that stay on the GPU."""
     chunked = 0 < execution.mlp_chunk < work.tokens
     log_sum_exp = 4 * config.num_attention_heads * work.tokens
 
@@ -283,8 +288,8 @@ def kept_by_groups(config, work, execution):
 
 
 def kept_on_gpu(config, work, execution):
-    """-> bytes that blocks keep on the GPU at the end of forward, and a list of those when backward
-    comes to each block."""
+    """Return the bytes that blocks keep on the GPU at the end of forward, and a list of those when
+    backward comes to each block."""
     groups = execution.groups(config.num_hidden_layers)
     sizes, stay = zip(*kept_by_groups(config, work, execution))
     n_offloaded = sum(group.offloads for group in groups)
@@ -297,26 +302,26 @@ def kept_on_gpu(config, work, execution):
 
 
 def gathered_together(execution):
-    """-> blocks that ZeRO 3 gathers at a time."""
+    """Return the number of blocks that ZeRO 3 gathers at a time."""
     return 2 if execution.recompute == "pairs" else 1
 
 
 def without_fsdp(work, execution):
-    """-> whether one_rank.py does the work of FSDP2."""
+    """Return whether one_rank.py does the work of FSDP2."""
     return runs_without_fsdp(work.world, execution.zero_stage, execution.offload_optimizer)
 
 
 def gathered_weights(blocks, config, ranks):
-    """-> bytes of the bfloat16 weights of the embeddings and of `blocks` blocks, and of the buffer
-    of the last all-gather."""
+    """Return the bytes of the bfloat16 weights of the embeddings and of `blocks` blocks, and of the
+    buffer of the last all-gather."""
     block, embeddings = count_parameters(config)
     buffer = 2 * block if ranks > 1 else 0
     return 2 * (embeddings + blocks * block) + buffer
 
 
 def gradient_bytes(work, execution):
-    """-> bytes a parameter of a reduced gradient: 4, float32; 2, bfloat16, with one_rank.py and one
-    micro-batch, whose gradients are not added; 0 if they go to CPU memory."""
+    """Return the bytes a parameter of a reduced gradient: 4, float32; 2, bfloat16, with one_rank.py
+    and one micro-batch, whose gradients are not added; 0 if they go to CPU memory."""
     if execution.offload_optimizer:
         return 0
     uncast = without_fsdp(work, execution)
@@ -324,7 +329,7 @@ def gradient_bytes(work, execution):
 
 
 def gradients_of_earlier(config, work, execution):
-    """-> bytes of the gradients of earlier micro-batches, which ZeRO 1 does not reduce."""
+    """Return the bytes of the gradients of earlier micro-batches, which ZeRO 1 does not reduce."""
     if work.accumulate == 1:
         return 0
     if execution.zero_stage == 1:
@@ -343,15 +348,15 @@ class Moment(NamedTuple):
 
 
 def accumulated_gradients(earlier, reduced, work, execution):
-    """-> bytes of the gradients of all micro-batches so far. earlier: of earlier ones, which ZeRO 1
-    has not reduced; reduced: of the shards that this one has reduced."""
+    """Return the bytes of the gradients of all micro-batches so far. earlier: of earlier ones,
+    which ZeRO 1 has not reduced; reduced: of the shards that this one has reduced."""
     if execution.zero_stage == 1:
         return max(earlier - work.ranks * reduced, 0) + reduced
     return max(earlier, reduced)
 
 
 def end_of_forward(kept, config, work, execution):
-    """-> the Moment of the loss. kept: bytes that blocks keep on the GPU."""
+    """Return the Moment of the loss. kept: bytes that blocks keep on the GPU."""
     L = config.num_hidden_layers
     gathered = L if execution.zero_stage < 3 else gathered_together(execution)
     return Moment(
@@ -362,7 +367,8 @@ def end_of_forward(kept, config, work, execution):
 
 
 def backward_of_block(i, kept, transient, config, work, execution):
-    """-> the Moment of block i. kept, transient: bytes that blocks keep, and its own at most."""
+    """Return the Moment of block i. kept, transient: bytes that blocks keep, and its own at
+    most."""
     L = config.num_hidden_layers
     block, _ = count_parameters(config)
 
@@ -388,7 +394,8 @@ def backward_of_block(i, kept, transient, config, work, execution):
 
 
 def end_of_backward(config, work, execution):
-    """-> the Moment in which the embeddings' gradient is reduced, or added to that of the head."""
+    """Return the Moment in which the embeddings' gradient is reduced, or added to that of the
+    head."""
     L = config.num_hidden_layers
     _, embeddings = count_parameters(config)
     earlier = gradients_of_earlier(config, work, execution)
@@ -404,7 +411,7 @@ def end_of_backward(config, work, execution):
 
 
 def moments_of_step(config, work, execution):
-    """-> the Moments in which a step's memory can be at its peak."""
+    """Return the Moments in which a step's memory can be at its peak."""
     at_loss, in_backward = kept_on_gpu(config, work, execution)
     moments = [end_of_forward(at_loss, config, work, execution)]
     chunk = min(execution.mlp_chunk or work.tokens, work.tokens)
@@ -419,7 +426,7 @@ def moments_of_step(config, work, execution):
 
 
 def memory(config, work, execution):
-    """-> {part: GiB} of one GPU at the peak of a step, compiled and with FlashAttention 4.
+    """Return {part: GiB} of one GPU at the peak of a step, compiled and with FlashAttention 4.
 
     A row of one document takes the most. Within 5% of what was measured (bench/results.jsonl)."""
     peak = max(moments_of_step(config, work, execution), key=sum)
@@ -436,14 +443,14 @@ def memory(config, work, execution):
 
 
 def offloaded_bytes(config, work, execution):
-    """-> bytes that blocks keep in CPU memory for backward."""
+    """Return the bytes that blocks keep in CPU memory for backward."""
     groups = execution.groups(config.num_hidden_layers)
     kept = kept_by_groups(config, work, execution)
     return sum(size for group, (size, _) in zip(groups, kept) if group.offloads)
 
 
 def host_memory(config, work, execution):
-    """-> GiB of CPU memory of one rank's process."""
+    """Return the GiB of CPU memory of one rank's process."""
     size = PROCESS + offloaded_bytes(config, work, execution)
     if execution.offload_optimizer:  # and float32 gradients
         size += (ADAMW_STATES + 4) * total_parameters(config) / work.ranks
@@ -451,7 +458,8 @@ def host_memory(config, work, execution):
 
 
 def product_seconds(config, gpu, work, execution):
-    """-> seconds of the matrix products of a micro-batch, and of those that are computed again.
+    """Return the seconds of the matrix products of a micro-batch, and of those that are computed
+    again.
 
     2 FLOPs a parameter and token in forward, 4 in backward, and 2 where they are recomputed."""
     t = work.tokens
@@ -463,7 +471,7 @@ def product_seconds(config, gpu, work, execution):
 
 
 def attention_seconds(config, gpu, work):
-    """-> seconds of forward and backward of a layer's attention kernel.
+    """Return the seconds of forward and backward of a layer's attention kernel.
 
     Backward does 2.5 times the work of forward: the scores are computed again."""
     length = 2 * work.pairs / (work.tokens * work.sp)   # to which a token attends, twice the mean
@@ -474,35 +482,36 @@ def attention_seconds(config, gpu, work):
 
 
 def mean_document(work):
-    """-> tokens of the mean document of a row, weighted by its tokens."""
+    """Return the tokens of the mean document of a row, weighted by its tokens."""
     return work.document or 2 * work.pairs / (work.tokens * work.sp)
 
 
 def crossing(work):
-    """-> about which share of the tokens is exchanged: a document at every border of shards."""
+    """Return the approximate share of the tokens that is exchanged: a document at every border of shards."""
     return 0 if work.sp == 1 else min(mean_document(work) / work.tokens, 1)
 
 
 def link_of(gpu, ranks):
-    """-> bytes/s between so many GPUs: those of a host are linked faster than hosts."""
+    """Return the bytes/s between so many GPUs: those of a host are linked faster than hosts."""
     return gpu.link if ranks <= GPUS_PER_HOST else NETWORK
 
 
 def exchange_seconds(config, gpu, work):
-    """-> seconds of the exchange of sequence parallelism in forward of a layer: of q, k, v and the
-    output of documents that cross a border."""
+    """Return the seconds of the exchange of sequence parallelism in forward of a layer: of q, k, v
+    and the output of documents that cross a border."""
     q, qkv = attention_widths(config, work.sp)
     exchanged = 2 * work.tokens * crossing(work) * (qkv + q) * (work.sp - 1) / work.sp
     return exchanged / link_of(gpu, work.sp)
 
 
 def products_of_block(config, gpu, work):
-    """-> seconds of the matrix products of a block in forward."""
+    """Return the seconds of the matrix products of a block in forward."""
     return 2 * work.tokens * block_parameters(config) / gpu.products
 
 
 def offloading_seconds(config, gpu, work, execution, forward):
-    """-> seconds in which the blocks of a micro-batch wait for copies to and from CPU memory.
+    """Return the seconds in which the blocks of a micro-batch wait for copies to and from CPU
+    memory.
 
     forward: seconds of a block, of which backward takes twice as many. A copy begins when its group
     ends, or when it may come back, and after the copy before it; n_released says which copies a
@@ -540,7 +549,7 @@ def offloading_seconds(config, gpu, work, execution, forward):
 
 
 def sharding_seconds(config, gpu, work, execution, compute):
-    """-> seconds of FSDP in a step: gathers in bfloat16, and the reduction in float32.
+    """Return the seconds of FSDP in a step: gathers in bfloat16, and the reduction in float32.
 
     compute: seconds of a micro-batch that hide a part of it."""
     parameters = total_parameters(config)
@@ -566,7 +575,7 @@ def sharding_seconds(config, gpu, work, execution, compute):
 
 
 def step_seconds(config, gpu, work, execution):
-    """-> {part: seconds} of one optimizer step. Within 10% of what was measured on H200s."""
+    """Return {part: seconds} of one optimizer step. Within 10% of what was measured on H200s."""
     L = config.num_hidden_layers
     recomputed = recomputed_layers(config, execution.recompute, execution.keep_layers)
 
@@ -600,19 +609,19 @@ def step_seconds(config, gpu, work, execution):
 
 
 def usable_memory(gpu, work):
-    """-> GiB of a GPU that the tensors of a step may take, by memory()."""
+    """Return the GiB of a GPU that the tensors of a step may take, by memory()."""
     return USABLE_MEMORY * gpu.memory - (NCCL_MEMORY if work.world > 1 else 0)
 
 
 def overruns(config, gpu, work, execution, host):
-    """-> what a step needs over what it may take, of a GPU and of `host` GiB of CPU memory."""
+    """Return what a step needs over what it may take, of a GPU and of `host` GiB of CPU memory."""
     on_gpu = sum(memory(config, work, execution).values())
     on_host = host_memory(config, work, execution)
     return on_gpu / usable_memory(gpu, work), on_host / (USABLE_HOST_MEMORY * host)
 
 
 def candidates(config, work, execution, given):
-    """Yields copies of `execution` with other settings, without keep_layers, the simplest first.
+    """Yield copies of `execution` with other settings, without keep_layers, the simplest first.
 
     given: {field: value} for those that are not to be chosen."""
     L = config.num_hidden_layers
@@ -630,11 +639,11 @@ def candidates(config, work, execution, given):
 
 
 def seconds_to_compare(config, gpu, work, execution, host):
-    """-> seconds of a step by which settings are compared.
+    """Return the seconds of a step by which settings are compared.
 
     Attention is left out, which all of them have in common. Nor does it hide copies to CPU memory
-    here, since documents may be shorter than `work` says, so that it takes little time. Added is the
-    time of saves that training has to wait for."""
+    here, since documents may be shorter than `work` says, so that it takes little time. Added is
+    the time of saves that training has to wait for."""
     parts = step_seconds(config, gpu, work, execution)
     attention = parts.pop("attention")
     parts["offloading"] = work.accumulate * offloading_seconds(
@@ -647,8 +656,8 @@ def seconds_to_compare(config, gpu, work, execution, host):
 
 
 def choose(config, gpu, work, execution, given, host):
-    """-> a copy of `execution` with the settings that fit and have the shortest step, the simplest
-    of those that are alike; or None if none fit.
+    """Return a copy of `execution` with the settings that fit and have the shortest step, the
+    simplest of those that are alike; or None if none fit.
 
     given: see candidates. host: GiB of CPU memory for each rank."""
     fitting = []

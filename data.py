@@ -52,7 +52,7 @@ def make_pieces(document, start, length):
 
 
 def pack_split(lengths, max_length):
-    """Concatenates the documents, and cuts this stream of tokens after every max_length."""
+    """Concatenate the documents, and cut this stream of tokens after every max_length."""
     document_starts = np.cumsum(lengths) - lengths
     row_starts = np.arange(0, lengths.sum(), max_length)
     # A piece begins where a document or a row begins.
@@ -67,21 +67,21 @@ def pack_split(lengths, max_length):
 
 
 def pack_whole(lengths, max_length):
-    """Fills rows with uncut documents; those of more than max_length come in pieces."""
+    """Fill rows with uncut documents; those of more than max_length come in pieces."""
     pieces = cut_documents(lengths, max_length)
     order, first_of_row = knapsack(pieces["length"], max_length)
     return pieces[order], first_of_row
 
 
 def pack_none(lengths, max_length, batch_size):
-    """Puts batch_size documents into each row; those of more than max_length come in pieces."""
+    """Put batch_size documents into each row; those of more than max_length come in pieces."""
     pieces = cut_documents(lengths, max_length)
     first_of_row = np.arange(0, len(pieces), batch_size)
     return pieces, first_of_row
 
 
 def cut_documents(lengths, max_length):
-    """Returns the pieces of all documents, of max_length except for the last of a document."""
+    """Return the pieces of all documents, of max_length except for the last of a document."""
     n_pieces = -(-lengths // max_length)
     document = np.repeat(np.arange(len(lengths)), n_pieces)
     first_piece = np.cumsum(n_pieces) - n_pieces
@@ -92,9 +92,9 @@ def cut_documents(lengths, max_length):
 
 
 def knapsack(lengths, capacity):
-    """Packs lengths into bins. Each bin takes the longest that still fits until none fits.
+    """Pack lengths into bins. Each bin takes the longest that still fits until none fits.
 
-    Returns the indices of the lengths, bin after bin, and where each bin begins among them.
+    Return the indices of the lengths, bin after bin, and where each bin begins among them.
     """
     # Equal lengths keep their order, which was drawn at random.
     order = np.argsort(lengths, kind="stable")
@@ -122,7 +122,7 @@ def knapsack(lengths, capacity):
 
 
 def fill_bin(distinct, left, capacity):
-    """Returns {length: how many of it} for one bin. distinct: the lengths in `left`, sorted."""
+    """Return {length: how many of it} for one bin. distinct: the lengths in `left`, sorted."""
     taken = {}
     free = capacity
     i = bisect.bisect_right(distinct, free) - 1  # the longest that fits
@@ -136,7 +136,7 @@ def fill_bin(distinct, left, capacity):
 
 
 def group_by_length(lengths, step, rng, at=0):
-    """Returns the indices of lengths in an order where those of one step are similar.
+    """Return the indices of lengths in an order where those of one step are similar.
 
     step: documents in a step. at: documents that the first step has already.
     """
@@ -168,13 +168,13 @@ BORDER_LEVELS = 3  # 2**3 shards
 
 
 def order_for_shards(lengths):
-    """Returns an order of the documents of a row, with these lengths, that suits its shards."""
+    """Return an order of the documents of a row, with these lengths, that suits its shards."""
     longest_first = np.argsort(-lengths, kind="stable").tolist()
     return order_span(longest_first, lengths.tolist(), 0, 0, BORDER_LEVELS)
 
 
 def order_span(documents, lengths, before, after, levels):
-    """Returns an order of `documents`, the longest first, for one span of a row and its halves.
+    """Return an order of `documents`, the longest first, for one span of a row and its halves.
 
     before, after: tokens at the span's ends that belong to documents across its borders.
     """
@@ -203,9 +203,9 @@ def order_span(documents, lengths, before, after, levels):
 
 
 def divide(documents, lengths, left_capacity, right_capacity):
-    """Divides documents, the longest first, into two lists of similar attention work.
+    """Divide documents, the longest first, into two lists of similar attention work.
 
-    Returns the lists, and the larger of their sums of squared lengths.
+    Return the lists, and the larger of their sums of squared lengths.
     """
     sides = ([], [])
     free = [left_capacity, right_capacity]
@@ -262,7 +262,7 @@ class Rows:
         self.per_epoch = self.size(0)
 
     def documents(self, epoch):
-        """Returns the documents of an epoch: of each source, as many as its epochs say."""
+        """Return the documents of an epoch: of each source, as many as its epochs say."""
         chosen = []
         for first, end, epochs in self.corpus.sources:
             documents = np.arange(first, end)
@@ -278,7 +278,7 @@ class Rows:
         return np.concatenate(chosen)
 
     def pack(self, epoch):
-        """Packs the documents of an epoch. Returns its PackedEpoch; others call self.packed."""
+        """Pack the documents of an epoch. Return its PackedEpoch; others call self.packed."""
         rng = np.random.default_rng((self.seed, epoch))
         documents = rng.permutation(self.documents(epoch))
         documents = documents[self.lengths[documents] > 0]
@@ -310,13 +310,13 @@ class Rows:
         return PackedEpoch(pieces, first[order], end[order])
 
     def size(self, epoch):
-        """Returns the number of rows of an epoch."""
+        """Return the number of rows of an epoch."""
         if epoch not in self.sizes:
             self.sizes[epoch] = len(self.packed(epoch).first)
         return self.sizes[epoch]
 
     def count(self, epochs):
-        """Returns the number of rows of so many epochs, which may be a fraction."""
+        """Return the number of rows of so many epochs, which may be a fraction."""
         # Epochs may differ by some rows, as they pack other documents, or in another order.
         rows = 0
         for epoch in range(math.ceil(epochs)):
@@ -324,7 +324,7 @@ class Rows:
         return math.ceil(round(rows, 6))  # 1.1 epochs of 100 rows are 110.00000000000001
 
     def find(self, row):
-        """Returns the pieces of a row of the run in their order in it, an array of PIECE."""
+        """Return the pieces of a row of the run in their order in it, an array of PIECE."""
         pieces = self.find_unordered(row)
         if self.use_varlen_attn:  # or else the order of documents matters
             pieces = pieces[order_for_shards(pieces["length"])]
@@ -339,7 +339,7 @@ class Rows:
         return pieces[first[row]:end[row]]
 
     def batch(self, row, sp, sp_rank):
-        """Returns the shard of rank sp_rank of a row of the run, or of a row of padding if None."""
+        """Return the shard of rank sp_rank of a row of the run, or of a row of padding if None."""
         pieces = np.empty(0, PIECE) if row is None else self.find(row)
         segments = [self.read_with_next(*piece) for piece in pieces]
         lengths = pieces["length"]
@@ -384,13 +384,13 @@ class Rows:
         )
 
     def read_with_next(self, document, start, length):
-        """Returns the tokens of a piece and the one that follows it, (length + 1,) int64."""
+        """Return the tokens of a piece and the one that follows it, (length + 1,) int64."""
         tokens = self.corpus.read(document, start, start + length + 1)
         # At the end of a document, read returns one token less, and NO_TARGET takes its place.
         return np.append(tokens, NO_TARGET)[:length + 1]
 
     def step(self, step, global_batch_size, dp, dp_rank, sp, sp_rank, total):
-        """Returns the micro-batches of optimizer step `step` (from 1) for one rank.
+        """Return the micro-batches of optimizer step `step` (from 1) for one rank.
 
         total: the number of rows of the run; later ones are padding.
         """
@@ -417,7 +417,7 @@ class Rows:
         return [self.batch(row, sp, sp_rank) for row in mine]
 
     def accounting(self):
-        """Returns counts of the first epoch: where its tokens go, and how its rows are filled.
+        """Return counts of the first epoch: where its tokens go, and how its rows are filled.
 
         Padding is what rows lack to max_length (times batch_size); it is not computed.
         """
@@ -454,7 +454,7 @@ class Rows:
         }
 
     def describe(self):
-        """Returns the accounting as a few lines of text."""
+        """Return the accounting as a few lines of text."""
         counts = self.accounting()
         histogram = counts.pop("lengths")
         tallest = max(histogram.values())
@@ -482,6 +482,6 @@ class Rows:
 
 
 def length_histogram(lengths):
-    """Returns {2**i: how many lengths are from 2**i to below 2**(i+1)}, without zeros."""
+    """Return {2**i: how many lengths are from 2**i to below 2**(i+1)}, without zeros."""
     counts = np.bincount(np.log2(lengths[lengths > 0]).astype(int))
     return {2**i: count for i, count in enumerate(counts) if count > 0}

@@ -29,12 +29,12 @@ IGNORE = -100  # the label of a position without a target
 
 
 def mask(tokens):
-    """Returns the tokens marked as untrained."""
+    """Return the tokens marked as untrained."""
     return np.minimum(tokens, ~tokens)
 
 
 def token_ids(tokens):
-    """Returns the plain ids of tokens, trained or not."""
+    """Return the plain ids of tokens, trained or not."""
     return np.maximum(tokens, ~tokens)
 
 
@@ -53,7 +53,7 @@ class TemplateLimit(ValueError):
 
 @contextmanager
 def naming(what):
-    """Turns any error in the body into a ValueError whose message begins with `what`."""
+    """Turn any error in the body into a ValueError whose message begins with `what`."""
     try:
         yield
     except TemplateLimit as error:
@@ -72,7 +72,7 @@ def describe_error(error):
 
 
 def parse_json(content, rule):
-    """Returns the object that bytes hold. The error message ends with the rule."""
+    """Return the object that bytes hold. The error message ends with the rule."""
     try:
         text = content.decode().strip(" \t\r\n")
         value, end = JSON.raw_decode(text)
@@ -115,7 +115,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 def parse_row(row):
-    """Returns a row, an object or the line (bytes) of a .jsonl file, as an object without nulls."""
+    """Return a row, an object or the line (bytes) of a .jsonl file, as an object without nulls."""
     if isinstance(row, bytes):
         row = parse_json(row, "each line must be one JSON object in UTF-8; fix or remove the line")
     if not isinstance(row, dict):
@@ -126,17 +126,17 @@ def parse_row(row):
 
 
 def hash_text(text):
-    """Returns an integer below HASHES that depends on a text alone."""
+    """Return an integer below HASHES that depends on a text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[-4:], "big")
 
 
 def hash_row(fields):
-    """Returns the hash of a row that is not a text. The order of its keys does not matter."""
+    """Return the hash of a row that is not a text. The order of its keys does not matter."""
     return hash_text(SORTED_JSON.encode(fields))
 
 
 def read_example(fields, wanted_format="", columns=None):
-    """Returns the kind of a row and its content, in a form that all formats have in common.
+    """Return the kind of a row and its content, in a form that all formats have in common.
 
     These are "text" and the text; "prompt" and (prompt, completion); "chat" and (messages,
     functions), see to_messages and read_tools; "input_ids" and the tokens. fields: see parse_row.
@@ -172,7 +172,7 @@ def rename_columns(fields, columns):
 
 @functools.lru_cache
 def find_format(keys, wanted, keys_in_data):
-    """Returns the one of FORMATS that the keys of an example match.
+    """Return the one of FORMATS that the keys of an example match.
 
     keys_in_data: its keys before COLUMNS renamed them.
     """
@@ -209,7 +209,7 @@ def raise_not_text():
 
 
 def read_input_ids(example):
-    """Returns the tokens of an example that is tokenized already. Its labels are not shifted."""
+    """Return the tokens of an example that is tokenized already. Its labels are not shifted."""
     ids = example["input_ids"]
     labels = example.get("labels", ids)
     if len(ids) != len(labels):
@@ -227,7 +227,7 @@ def read_input_ids(example):
 
 
 def read_tools(example):
-    """Returns the functions that a row offers to the assistant, in the form that OpenAI uses."""
+    """Return the functions that a row offers to the assistant, in the form that OpenAI uses."""
     tools = example.get("tools") or example.get("functions") or []
     if isinstance(tools, str):
         tools = json.loads(tools)
@@ -240,7 +240,7 @@ def read_tools(example):
 
 
 def to_messages(example, kind):
-    """Returns the messages of a conversation as chat templates expect them.
+    """Return the messages of a conversation as chat templates expect them.
 
     kind is one of FORMATS. Each message has two more keys: "trained" is 0 if it must not be, and
     "is_prompt" is whether it is trained with TRAIN_ON_PROMPT only, whoever wrote it.
@@ -273,7 +273,7 @@ def to_messages(example, kind):
 
 
 def check_media(fields, what):
-    """Raises ValueError if a row or message has images, video or audio."""
+    """Raise ValueError if a row or message has images, video or audio."""
     for key in MEDIA:
         if fields.get(key):
             raise ValueError(f"the {what} has {key!r}: only text can be trained; remove the key or "
@@ -293,7 +293,7 @@ def alpaca_turns(example):
 
 
 def to_message(turn):
-    """Returns one turn of OpenAI's or ShareGPT's format as a message that chat templates expect."""
+    """Return one turn of OpenAI's or ShareGPT's format as a message that chat templates expect."""
     # A table such as .parquet has every column in every row: null is the same as a missing key.
     message = {key: value for key, value in turn.items() if value is not None}
     check_media(message, "message")
@@ -330,7 +330,7 @@ def to_message(turn):
 
 
 def parse_arguments(call):
-    """Returns a tool call whose arguments are an object, not the JSON of one."""
+    """Return a tool call whose arguments are an object, not the JSON of one."""
     function = call.get("function", call)
     arguments = function["arguments"]
     if isinstance(arguments, str):
@@ -339,7 +339,7 @@ def parse_arguments(call):
 
 
 def join_parts(parts):
-    """Returns the text of a list of content parts."""
+    """Return the text of a list of content parts."""
     for part in parts:
         if "text" not in part:
             raise ValueError(f"content part {json.dumps(part, default=str)[:60]} has no 'text': "
@@ -366,9 +366,9 @@ class ControlTokens(NamedTuple):
 
 
 def open_tokenizer(folder):
-    """Returns the tokenizer of a Hugging Face folder. Code that is in the folder is not run.
+    """Return the tokenizer of a Hugging Face folder. Code that is in the folder is not run.
 
-    Raises ValueError if the tokenizer cannot be read without it.
+    Raise ValueError if the tokenizer cannot be read without it.
     """
     from transformers import AutoTokenizer
 
@@ -387,7 +387,7 @@ def open_tokenizer(folder):
 
 
 def read_as_sentencepiece(backend, model_file):
-    """Makes a tokenizers.Tokenizer split text as sentencepiece does with its `model_file`.
+    """Make a tokenizers.Tokenizer split text as sentencepiece does with its `model_file`.
 
     transformers 5 leaves out the space before a text where it does not know the tokenizer's class.
     """
@@ -412,7 +412,7 @@ def read_as_sentencepiece(backend, model_file):
 
 
 def control_tokens(tokenizer):
-    """Returns the ControlTokens: special tokens, and added tokens that a chat template contains."""
+    """Return the ControlTokens: special tokens, and added tokens that a chat template contains."""
     templates = tokenizer.chat_template or ""
     if isinstance(templates, dict):
         templates = "\n".join(templates.values())
@@ -436,14 +436,14 @@ def control_tokens(tokenizer):
 
 
 def any_of(texts):
-    """Returns a pattern that matches any of the texts, and the longest where several match."""
+    """Return a pattern that matches any of the texts, and the longest where several match."""
     matches_nothing = "(?!)"
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or matches_nothing)
 
 
 def split_tokens(text, pattern):
-    """Returns a text with a BOUNDARY in every token that the pattern matches."""
+    """Return a text with a BOUNDARY in every token that the pattern matches."""
     def split(match):
         token = match[0]
         if len(token) == 1:
@@ -455,7 +455,7 @@ def split_tokens(text, pattern):
 
 
 def split_tokens_in(value, pattern):
-    """Returns an object, such as a message, with a BOUNDARY in the control tokens of its texts."""
+    """Return an object, such as a message, with a BOUNDARY in the control tokens of its texts."""
     if isinstance(value, str):
         return split_tokens(value, pattern)
     if isinstance(value, dict):
@@ -488,7 +488,7 @@ RENDER_BYTES = 4 * 2**30    # of memory that it may take
 
 @contextmanager
 def bounded():
-    """Ends the body with a TemplateLimit if it takes too long or too much memory.
+    """End the body with a TemplateLimit if it takes too long or too much memory.
 
     A chat template is a program from a folder that may come from anywhere.
     """
@@ -537,7 +537,7 @@ class Chat:
         self.spans = {}  # see find_span
 
     def render(self, n_messages, add_generation_prompt=False, messages=None):
-        """Returns the text of the first messages, and the spans of the generation markers.
+        """Return the text of the first messages, and the spans of the generation markers.
 
         messages: those to render instead of this conversation's.
         """
@@ -556,7 +556,7 @@ class Chat:
         return texts[0], marked[0] if self.has_markers else None
 
     def find_contents(self):
-        """Returns the Place of each message."""
+        """Return the Place of each message."""
         # Contents have no control tokens, so that none is found in a part of one.
         text = self.control.turns.sub(lambda match: "\0" * len(match[0]), self.text)
         questions = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
@@ -576,7 +576,7 @@ class Chat:
         return places
 
     def lost(self):
-        """Returns (index, content) of each message whose content the template leaves out."""
+        """Return (index, content) of each message whose content the template leaves out."""
         lost = [(i, place.lost) for i, place in enumerate(self.places) if place.lost]
         for function in self.functions:
             name = function["function"]["name"]
@@ -585,7 +585,7 @@ class Chat:
         return lost
 
     def find_span(self, i):
-        """Returns the span (start, end) of message i, an assistant's, and whether it has an end.
+        """Return the span (start, end) of message i, an assistant's, and whether it has an end.
 
         Its start and end relative to its content depend on the text between the contents only. So
         the chat is rendered again once for every such text, not for every message.
@@ -606,7 +606,7 @@ class Chat:
         return start, end, is_ended
 
     def render_span(self, i):
-        """Returns the same as find_span, from the renderings of the messages before and up to i."""
+        """Return the same as find_span, from the renderings of the messages before and up to i."""
         is_last = i + 1 == len(self.messages)
         through_turn = self.text if is_last else self.render(i + 1)[0]
         through_turn = through_turn.rstrip()
@@ -631,7 +631,7 @@ class Chat:
         return start, end, False
 
     def find_end_token(self, text):
-        """Returns the token that ends the turn if a text ends with one, or "".
+        """Return the token that ends the turn if a text ends with one, or "".
 
         Other control tokens are inside a turn, such as DeepSeek V3's after each tool call.
         """
@@ -641,7 +641,7 @@ class Chat:
         return ""
 
     def find_start(self, i):
-        """Returns where message i begins in the text; len(text) if it is not found."""
+        """Return where message i begins in the text; len(text) if it is not found."""
         text = self.text
         if i == 0:
             # No message is before it. It begins after the first generation prompt.
@@ -667,7 +667,7 @@ class Chat:
         return max([self.places[i - 1].end, common.rfind("\n") + 1, *candidates])
 
     def find_end(self, start, through_turn, end_token):
-        """Returns where the turn that begins at `start` ends in the text; start if not found."""
+        """Return where the turn that begins at `start` ends in the text; start if not found."""
         text = self.text
         if text.startswith(through_turn):
             return len(through_turn)
@@ -686,7 +686,7 @@ class Chat:
         return start
 
     def find_untrained(self):
-        """Returns the spans of the messages whose weight is 0."""
+        """Return the spans of the messages whose weight is 0."""
         spans = []
         contents_to_find = []
         for i, message in enumerate(self.messages):
@@ -698,7 +698,7 @@ class Chat:
         return spans + self.find_exactly(contents_to_find)
 
     def find_exactly(self, indices):
-        """Returns the spans of the contents of these messages.
+        """Return the spans of the contents of these messages.
 
         The same words may stand elsewhere, such as in the name of a role. So the conversation is
         rendered once more, with other contents in their places. ValueError if the template does not
@@ -734,12 +734,12 @@ class Chat:
         return spans
 
     def answers(self):
-        """Returns the indices of the assistant's messages."""
+        """Return the indices of the assistant's messages."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
 def contents_of(message, with_thoughts):
-    """Returns the texts of a message that its template should write, in their order."""
+    """Return the texts of a message that its template should write, in their order."""
     content = message["content"] or ""
     contents = [content]
     if message["role"] == "assistant":
@@ -755,7 +755,7 @@ def contents_of(message, with_thoughts):
 
 
 def find_place(text, contents, values, position):
-    """Returns the Place of contents, in their order, and of values after them, in any order."""
+    """Return the Place of contents, in their order, and of values after them, in any order."""
     starts = []
     lost = []
     for content in contents:
@@ -778,7 +778,7 @@ def find_place(text, contents, values, position):
 
 
 def texts_in(calls):
-    """Returns the texts in tool calls: names, and all strings in arguments."""
+    """Return the texts in tool calls: names, and all strings in arguments."""
     texts = []
 
     def collect(value):
@@ -797,7 +797,7 @@ def texts_in(calls):
 
 
 def find_value(text, value, position):
-    """Returns where a value stands in a text, as it is or as JSON, and its length there."""
+    """Return where a value stands in a text, as it is or as JSON, and its length there."""
     for ensure_ascii in (False, True):
         written = json.dumps(value, ensure_ascii=ensure_ascii)[1:-1]
         for form in (value, written):
@@ -808,7 +808,7 @@ def find_value(text, value, position):
 
 
 def message_forms(messages):
-    """Yields messages with tool calls in the forms that chat templates are written for.
+    """Yield messages with tool calls in the forms that chat templates are written for.
 
     These have "" or None as the content of a call, and arguments as an object or as JSON.
     """
@@ -835,7 +835,7 @@ def rewrite_calls(message, content, as_json):
 
 
 def write_tools_as_text(messages, functions, template):
-    """Returns the messages, with tools and tool calls as text where the template omits them."""
+    """Return the messages, with tools and tool calls as text where the template omits them."""
     if functions and "tools" not in template:
         lines = ["Tools:", as_json_lines(function["function"] for function in functions)]
         if messages[0]["role"] == "system":
@@ -901,7 +901,7 @@ class Encoder:
             self.load()
 
     def load(self):
-        """Loads the tokenizer, which rows of input_ids do not need."""
+        """Load the tokenizer, which rows of input_ids do not need."""
         tokenizer = open_tokenizer(self.folder)
         # Many tokenizers have a bos token, and only some begin a text with it.
         begins_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
@@ -916,7 +916,7 @@ class Encoder:
         self.is_control[self.control_ids] = True
 
     def check_template(self):
-        """Raises a ValueError if the tokenizer cannot write conversations."""
+        """Raise a ValueError if the tokenizer cannot write conversations."""
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"conversations need a chat template, and the tokenizer of MODEL {self.folder} has "
@@ -925,14 +925,14 @@ class Encoder:
                 "completion")
 
     def __call__(self, row):
-        """Returns the tokens (int32) of a row, and their number before OVERLONG."""
+        """Return the tokens (int32) of a row, and their number before OVERLONG."""
         [encoded] = self.encode_rows([row])
         if isinstance(encoded, Exception):
             raise encoded
         return encoded.tokens, encoded.full_length
 
     def encode_rows(self, rows):
-        """Returns the Encoded of each row, or the error that it causes.
+        """Return the Encoded of each row, or the error that it causes.
 
         Plain texts are tokenized in one call, which is faster for short ones.
         """
@@ -961,24 +961,24 @@ class Encoder:
         return results
 
     def check(self, row):
-        """Raises the errors of a row, except those that only the tokenizer would find."""
+        """Raise the errors of a row, except those that only the tokenizer would find."""
         kind, content = self.read(parse_row(row))
         if not self.is_plain(kind, content):
             self.write(kind, content)
 
     def read(self, fields):
-        """Returns the kind and content of a row: see read_example. fields: see parse_row."""
+        """Return the kind and content of a row: see read_example. fields: see parse_row."""
         kind, content = read_example(fields, self.wanted_format, self.columns)
         if kind != "input_ids" and self.tokenizer is None:
             self.load()
         return kind, content
 
     def is_plain(self, kind, content):
-        """Returns whether an example is a text that can be given to the tokenizer as it is."""
+        """Return whether an example is a text that can be given to the tokenizer as it is."""
         return kind == "text" and content != "" and not self.control.all.search(content)
 
     def write(self, kind, content):
-        """Returns the Written of an example: all of its encoding that precedes the tokenizer."""
+        """Return the Written of an example: all of its encoding that precedes the tokenizer."""
         if kind == "input_ids":
             return Written(tokens=content)
         if kind == "chat":
@@ -988,14 +988,14 @@ class Encoder:
         return Written(split_tokens(content, self.control.all), is_document=content != "")
 
     def encode(self, written):
-        """Returns the Encoded of a Written."""
+        """Return the Encoded of a Written."""
         if written.tokens is not None:
             tokens = self.shorten(written.tokens, written.tokens)
             return Encoded(tokens, len(written.tokens))
         return self.encode_with_spans(written)
 
     def write_prompt(self, prompt, answer):
-        """Returns the Written of a text that is trained after its prompt."""
+        """Return the Written of a text that is trained after its prompt."""
         prompt = split_tokens(prompt, self.control.all)
         answer = split_tokens(answer, self.control.turns)
         if self.control.all.search(prompt + answer):
@@ -1005,7 +1005,7 @@ class Encoder:
         return Written(text, answers, is_document=True)
 
     def write_chat(self, messages, functions):
-        """Returns the Written of a conversation."""
+        """Return the Written of a conversation."""
         chat = self.render_chat(messages, functions)
         # Where every token is trained, only the last answer is located: it tells whether answers
         # have an end. But truncate_middle removes nothing of any, and eos is appended to all.
@@ -1044,7 +1044,7 @@ class Encoder:
                        is_endless=len(endless) > 0)
 
     def render_chat(self, messages, functions):
-        """Returns the Chat of the first form of its tool calls that the template writes fully."""
+        """Return the Chat of the first form of its tool calls that the template writes fully."""
         self.check_template()
         control = self.control
         template = self.tokenizer.get_chat_template(None, functions or None)
@@ -1079,7 +1079,7 @@ class Encoder:
         return lossy
 
     def encode_with_spans(self, written):
-        """Returns the Encoded of a text. A token is in a span if they have a character in common.
+        """Return the Encoded of a text. A token is in a span if they have a character in common.
 
         The whole text is tokenized at once: parts of it may have other tokens by themselves.
         """
@@ -1123,7 +1123,7 @@ class Encoder:
                        is_endless=written.is_endless)
 
     def shorten(self, tokens, answers):
-        """Returns tokens after OVERLONG. answers: the same tokens, trained in answers only."""
+        """Return the tokens after OVERLONG. answers: the same tokens, trained in answers only."""
         if len(tokens) <= self.cap or self.overlong == "split":
             return tokens
         start, end = range_to_remove(answers, self.overlong, self.cap, self.control_ids)
@@ -1135,7 +1135,7 @@ class Encoder:
 
 
 def stop_tokens(folder, tokenizer):
-    """Returns the texts of the tokens that end an answer in use: eos, and those of the model."""
+    """Return the texts of the tokens that end an answer in use: eos, and those of the model."""
     ids = [tokenizer.eos_token_id]
     path = Path(folder) / "generation_config.json"
     if path.exists():
@@ -1146,7 +1146,7 @@ def stop_tokens(folder, tokenizer):
 
 
 def insert_token(text, token, places, *lists_of_spans):
-    """Inserts a token into a text at sorted places. Returns the text, and all lists of spans."""
+    """Insert a token into a text at sorted places. Return the text, and all lists of spans."""
     parts = [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])]
 
     def moved(position):
@@ -1159,7 +1159,7 @@ def insert_token(text, token, places, *lists_of_spans):
 
 
 def overlaps(starts, ends, spans):
-    """Returns which of the tokens from `starts` to `ends`, both sorted, overlap with a span."""
+    """Return which of the tokens from `starts` to `ends`, both sorted, overlap with a span."""
     flags = np.zeros(len(starts), bool)
     for start, end in spans:
         first = np.searchsorted(ends, start, "right")
@@ -1169,7 +1169,7 @@ def overlaps(starts, ends, spans):
 
 
 def range_to_remove(tokens, overlong, cap, control_ids):
-    """Returns (start, end): OVERLONG removes tokens[start:end] of a document."""
+    """Return (start, end): OVERLONG removes tokens[start:end] of a document."""
     n = len(tokens)
     extra = n - cap
     if overlong == "truncate":
@@ -1195,7 +1195,7 @@ def range_to_remove(tokens, overlong, cap, control_ids):
 
 
 def longest_run(flags):
-    """Returns (start, end) of the first longest run of True; (0, 0) if there is none."""
+    """Return (start, end) of the first longest run of True; (0, 0) if there is none."""
     edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
     starts = edges[0::2]
     ends = edges[1::2]

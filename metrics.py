@@ -164,7 +164,7 @@ def remove_lines(path, after_step):
 
 
 def append(path, text):
-    """Append text to a file. Raises OSError if it is not written as a whole, and then removes it."""
+    """Append text to a file. Raise OSError if it is not written as a whole, and then remove it."""
     content = text.encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()

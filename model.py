@@ -104,7 +104,7 @@ class Execution:
     compile: bool = False               # torch.compile the two halves of a block, and the loss
 
     def groups(self, n_blocks):
-        """-> the Groups of a model with so many blocks."""
+        """Return the Groups of a model with so many blocks."""
         return divide_blocks(n_blocks, self.recompute, self.keep_layers, self.offload_layers)
 
 
@@ -169,7 +169,7 @@ KERNELS = {
 
 @functools.cache
 def attention_kernel(choice, device_type, dtype):
-    """-> (name, function): the first of KERNELS that works here, or `choice` itself.
+    """Return (name, function): the first of KERNELS that works here, or `choice` itself.
 
     ValueError if `choice` is unknown, or does not work with this device and dtype."""
     if choice != "auto" and choice not in KERNELS:
@@ -199,7 +199,7 @@ def attention_kernel(choice, device_type, dtype):
 # ---------------------------------------------------------------------------------- RoPE and norm
 
 def rope_frequencies(config):
-    """-> inverse frequencies (R/2,) float32, and the factor that cos and sin are multiplied by.
+    """Return inverse frequencies (R/2,) float32, and the factor that cos and sin are multiplied by.
 
     R is the number of a head's dimensions that RoPE rotates: D x partial_rotary_factor. The formulas
     are those of transformers, including the rounding to float32, because the checkpoints were
@@ -241,7 +241,8 @@ def llama3_frequencies(frequency, factor, scaling):
 
 
 def yarn_ramp(R, config, scaling):
-    """-> (R/2,): 1 for the dimensions that keep their frequency, 0 for those that are stretched.
+    """Return (R/2,): 1 for the dimensions that keep their frequency, 0 for those that are
+    stretched.
 
     YaRN (arXiv 2309.00071, section 3.2): the ramp is linear between the dimensions that turn
     beta_fast and beta_slow times within the original context length."""
@@ -510,7 +511,8 @@ class Attention(nn.Module):
         return segments.join(outputs).flatten(1)                                # (t, H*D)
 
     def kernels(self, segments, q):
-        """-> the attention kernel for local documents and for crossing ones, if there are any."""
+        """Return the attention kernel for local documents and for crossing ones, if there are
+        any."""
         _, kernel = attention_kernel(self.kernel_choice, q.device.type, q.dtype)
         kernels = []
         if segments.any_local:
@@ -776,11 +778,11 @@ class Transformer(nn.Module):
             return maybe_checkpoint(run, True, x, None)
 
     def block_groups(self):
-        """-> the blocks of each group, whose weights are gathered together."""
+        """Return the blocks of each group, whose weights are gathered together."""
         return [[self.model["layers"][i] for i in group.blocks] for group in self.groups]
 
     def new_caches(self):
-        """-> an empty KeyValueCache for each layer."""
+        """Return an empty KeyValueCache for each layer."""
         layers = range(self.config.num_hidden_layers)
         return [KeyValueCache(self.config.window(i)) for i in layers]
 
@@ -796,14 +798,14 @@ class Transformer(nn.Module):
         return x
 
     def head_weight(self):
-        """-> (V, C)."""
+        """Return (V, C)."""
         head = self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
         if self.config.normalize_head:
             head = F.normalize(head)
         return head
 
     def local_parameters(self):
-        """Yields (name, this rank's rows of the parameter, index of the first of them)."""
+        """Yield (name, this rank's rows of the parameter, index of the first of them)."""
         for name, parameter in self.named_parameters():
             rows, first = parallel.local_rows(parameter)
             yield name, rows, first
@@ -834,8 +836,8 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def token_scores(x, head, labels, chunk):
-    """-> the cross entropy of each target (t,) float32; and (t,) bool, whether the target has the
-    largest logit, so that greedy decoding would choose it. 0 and False where the label is -100.
+    """Return the cross entropy of each target (t,) float32; and (t,) bool, whether the target has
+    the largest logit, so that greedy decoding would choose it. 0 and False where the label is -100.
 
     x (t, C), head (V, C), labels (t,). The logits of `chunk` targets exist at a time."""
     losses = torch.zeros(len(x), device=x.device)

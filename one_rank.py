@@ -21,8 +21,8 @@ WIDTH = 1024
 
 
 def runs_without_fsdp(world, zero_stage, offload_optimizer):
-    """-> whether CastWeights is used. ZeRO 3 and offload_optimizer need FSDP2, which frees the weights
-    in `dtype` between their uses."""
+    """Return whether CastWeights is used. ZeRO 3 and offload_optimizer need FSDP2, which frees the
+    weights in `dtype` between their uses."""
     return world == 1 and zero_stage < 3 and not offload_optimizer
 
 
@@ -69,7 +69,7 @@ class CastWeights:
         self.copies.clear()
 
     def by_block(self, parameters):
-        """-> lists of parameters: those of each block, and one of each that is in no block."""
+        """Return lists of parameters: those of each block, and one of each that is in no block."""
         lists = {}
         for parameter in parameters:
             key = self.block_of.get(parameter, parameter)   # its block, or itself if it is in none
@@ -77,7 +77,7 @@ class CastWeights:
         return list(lists.values())
 
     def cast(self, parameter):
-        """-> the copy of a parameter, whose gradient will be the parameter's."""
+        """Return the copy of a parameter, whose gradient will be the parameter's."""
         copy = nn.Parameter(parameter.detach().to(self.dtype))
         copy.register_post_accumulate_grad_hook(functools.partial(self.pass_gradient, parameter))
         return copy
@@ -139,7 +139,7 @@ class AdamW(torch.optim.AdamW):
         torch._foreach_add_(steps, 1)   # last, while the GPU is still updating
 
     def tensors_to_update(self, parameter):
-        """-> what `update_` takes."""
+        """Return what `update_` takes."""
         copy = self.cast_weights.copies[parameter]
         state = self.state[parameter]
         return (parameter.detach(), copy.detach(), parameter.grad, state["exp_avg"],
@@ -147,7 +147,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def as_rows(tensor):
-    """-> a view of a tensor with rows of WIDTH, or of the largest number that divides both.
+    """Return a view of a tensor with rows of WIDTH, or of the largest number that divides both.
 
     So one compiled kernel, for any number of rows, serves parameters of nearly all shapes."""
     return tensor.detach().view(-1, math.gcd(tensor.numel(), WIDTH))
@@ -159,7 +159,7 @@ def add_(total, gradient):
 
 
 def update_coefficients(group, step, factor):
-    """-> the numbers of an update that depend on the step, as `update_` takes them."""
+    """Return the numbers of an update that depend on the step, as `update_` takes them."""
     beta1, beta2 = group["betas"]
     correction1 = 1 - beta1 ** step
     correction2 = 1 - beta2 ** step

@@ -77,7 +77,7 @@ class Grid(NamedTuple):
 
 
 def sequence_parallel_sizes(world, heads, kv_heads):
-    """-> the sizes that work with so many processes and heads, the smallest first."""
+    """Return the sizes that work with so many processes and heads, the smallest first."""
     sizes = []
     for p in range(1, world + 1):
         # Key/value heads are split, or replicated to exactly one a rank.
@@ -88,7 +88,7 @@ def sequence_parallel_sizes(world, heads, kv_heads):
 
 
 def data_parallel_size(world, replicas, sp, heads, kv_heads):
-    """-> dp: rows that are processed at the same time.
+    """Return dp: rows that are processed at the same time.
 
     ValueError if the sizes do not fit together, naming those that do. Needs no process group."""
     if world % replicas != 0:
@@ -147,13 +147,13 @@ def first_host(hosts):
 
 
 def world_size():
-    """-> the number of processes, before any of them has joined the others."""
+    """Return the number of processes, before any of them has joined the others."""
     adopt_slurm()
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_world_size():
-    """-> the number of processes on this host."""
+    """Return the number of processes on this host."""
     adopt_slurm()
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -161,7 +161,8 @@ def local_world_size():
 def init(replicas, sp, agreed=None):
     """Join the process group that torchrun or srun describes, or form one of a single process.
 
-    agreed: a dict of what has to be equal on all ranks. ValueError names what differs. -> Grid."""
+    agreed: a dict of what has to be equal on all ranks. ValueError names what differs. Return the
+    Grid."""
     local_world = local_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -199,7 +200,7 @@ def init(replicas, sp, agreed=None):
 
 
 def store_of_attempt():
-    """-> the store in which ranks find each other.
+    """Return the store in which ranks find each other.
 
     torchrun --max-restarts keeps its store, with the addresses of the ranks that are gone."""
     store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
@@ -275,20 +276,21 @@ def watch_gpu(finished):
 
 
 def is_late(collective):
-    """-> whether a collective of the flight recorder will soon have waited for its time-out."""
+    """Return whether a collective of the flight recorder will soon have waited for its time-out."""
     seconds = time.time() - collective["time_created_ns"] / 1e9
     timeout = collective["timeout_ms"] / 1e3
     return seconds > timeout - NCCL_PATIENCE.total_seconds() / 2
 
 
 def pending_on_gpu():
-    """-> the collectives that NCCL has not completed, the oldest first: torch's flight recorder."""
+    """Return the collectives that NCCL has not completed, the oldest first: torch's flight
+    recorder."""
     recorded = torch._C._distributed_c10d._dump_nccl_trace(True, False, True)
     return pickle.loads(recorded)["entries"]
 
 
 def place_in_code(stack):
-    """-> the line of our code in a list of traceback.FrameSummary that called this file, if any
+    """Return the line of our code in a list of traceback.FrameSummary that called this file, if any
     did, and the line of this file that it came to."""
     folder = Path(__file__).parent
     frames = [frame for frame in stack if Path(frame.filename).parent == folder]
@@ -301,7 +303,7 @@ def place_in_code(stack):
 
 
 def call_roll(place):
-    """-> which ranks report within ROLL_CALL_SECONDS that they wait in vain, and which do not.
+    """Return which ranks report within ROLL_CALL_SECONDS that they wait in vain, and which do not.
 
     place: where this rank waited. The store is used, as the process group may be unusable."""
     store = dist.distributed_c10d._get_default_store()
@@ -327,19 +329,20 @@ def close():
 
 
 def all_sum(values, group=None):
-    """Sum a tensor over all ranks, or those of the group, in place. -> the same tensor."""
+    """Sum a tensor over all ranks, or those of the group, in place. Return the same tensor."""
     dist.all_reduce(values, group=group)
     return values
 
 
 def any_rank(flag):
-    """-> whether `flag` is true on any rank. The exchange runs on the CPU."""
+    """Return whether `flag` is true on any rank. The exchange runs on the CPU."""
     votes = torch.tensor(int(flag))
     return all_sum(votes).item() > 0
 
 
 def run_on_ranks(what, function, *args, only=None, group=None):
-    """Call function(*args) on every rank, or on rank `only`. -> list of the results of all ranks.
+    """Call function(*args) on every rank, or on rank `only`. Return a list of the results of all
+    ranks.
 
     If it fails on any rank, all raise RuntimeError, so that none waits for one that stopped.
     what: the beginning of that error's message."""
@@ -364,7 +367,7 @@ def run_on_ranks(what, function, *args, only=None, group=None):
 
 
 def progress(items, description):
-    """Yields the items. The first rank shows a bar meanwhile, if it writes to a terminal."""
+    """Yield the items. The first rank shows a bar meanwhile, if it writes to a terminal."""
     others = dist.is_initialized() and dist.get_rank() > 0
     hidden = True if others else None  # None: shown on a terminal only
     return tqdm(items, desc=description, disable=hidden, leave=False)
@@ -479,7 +482,8 @@ class Segments(NamedTuple):
 
 
 def copy_without_waiting(tensor, device):
-    """-> the tensor on `device`. From pinned memory, a copy to a GPU does not wait for the GPU."""
+    """Return the tensor on `device`. From pinned memory, a copy to a GPU does not wait for the
+    GPU."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -538,7 +542,7 @@ class ReduceScatter:
     memory of streams apart, so activations could never use the memory that gradients take later."""
 
     def allocate(self, size, *, dtype, device):
-        """-> a tensor for the current stream, which has waited for the main one."""
+        """Return a tensor for the current stream, which has waited for the main one."""
         if device.type == "cpu":
             return torch.empty(size, dtype=dtype, device=device)
         with torch.cuda.stream(torch.cuda.default_stream(device)):
@@ -586,12 +590,12 @@ def shard(model, blocks, grid, dtype, zero_stage, offload_optimizer):
 
 
 def cast_weights_of(model):
-    """-> the CastWeights that replace FSDP2 for a model, or None."""
+    """Return the CastWeights that replace FSDP2 for a model, or None."""
     return getattr(model, "cast_weights", None)
 
 
 def sharded_modules(model):
-    """-> the modules whose weights FSDP2 gathers."""
+    """Return the modules whose weights FSDP2 gathers."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -615,7 +619,7 @@ def free_gathered(model):
 
 
 def grad_norm(parameters):
-    """-> the norm of all gradients over all ranks, a float64 scalar on their device.
+    """Return the norm of all gradients over all ranks, a float64 scalar on their device.
 
     On a CPU it is put together from the norms of rows, because there torch's float32 norm of a
     whole matrix loses digits: 2e-3 of it with 28 million elements, against 1e-7 with one row."""
@@ -638,7 +642,7 @@ def grad_norm(parameters):
 
 
 def local_rows(parameter):
-    """-> this rank's rows of a parameter as a plain tensor, and the index of the first of them.
+    """Return this rank's rows of a parameter as a plain tensor, and the index of the first of them.
 
     FSDP2 cuts dimension 0 into equal pieces, rounded up: the last ranks may hold fewer, or none."""
     if not hasattr(parameter, "device_mesh"):
@@ -669,7 +673,7 @@ CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what the container of a 
 
 
 def published(root):
-    """-> the folders of all complete checkpoints, the first step first.
+    """Return the folders of all complete checkpoints, the first step first.
 
     OSError if they cannot be listed, of which Path.glob says nothing: they may be there."""
     root = Path(root)
@@ -844,7 +848,7 @@ class Saver:
         self.thread.start()
 
     def memory_is_short(self, model):
-        """-> whether the ranks of any host have no CPU memory for a copy of their states.
+        """Return whether the ranks of any host have no CPU memory for a copy of their states.
 
         What training itself pins is in use by then: it is allocated in the first step."""
         elements = sum(local_rows(p)[0].numel() for p in model.parameters())
@@ -880,7 +884,7 @@ class Saver:
         return self.copies[name]
 
     def is_writing(self):
-        """-> whether the last save is not complete yet on this rank."""
+        """Return whether the last save is not complete yet on this rank."""
         return self.thread is not None and self.thread.is_alive()
 
     def wait(self):
@@ -900,7 +904,7 @@ class Saver:
 
 
 def memory_limit():
-    """-> bytes of CPU memory that the container of this process may use, or infinity."""
+    """Return the bytes of CPU memory that the container of this process may use, or infinity."""
     limit = CONTAINER / "memory.max"  # a number or "max"
     if limit.exists() and limit.read_text().strip().isdigit():
         return int(limit.read_text())
@@ -908,7 +912,7 @@ def memory_limit():
 
 
 def available_memory():
-    """-> bytes of CPU memory of this host that can be allocated without swapping."""
+    """Return the bytes of CPU memory of this host that can be allocated without swapping."""
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -922,7 +926,7 @@ def available_memory():
 
 
 def all_finite(model, optimizer):
-    """-> whether all weights and optimizer states are finite, on all ranks."""
+    """Return whether all weights and optimizer states are finite, on all ranks."""
     tensors = [local_rows(p)[0] for p in model.parameters()]
     for state in optimizer.state.values():
         tensors += [local_rows(value)[0] for value in state.values() if torch.is_tensor(value)]
@@ -932,14 +936,14 @@ def all_finite(model, optimizer):
 
 
 def manifest_hash(manifest):
-    """-> hash of a manifest, as a dict, without its own entry "hash"."""
+    """Return a hash of a manifest, as a dict, without its own entry "hash"."""
     content = {key: value for key, value in manifest.items() if key != "hash"}
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(folder, part=0, parts=1):
-    """-> the manifest of a checkpoint, after comparing its files with it.
+    """Return the manifest of a checkpoint, after comparing its files with it.
 
     Of several ranks, each compares every parts-th file. ValueError names what is damaged. OSError,
     such as PermissionError, if something cannot be read: it may be undamaged."""
@@ -969,7 +973,7 @@ def read_manifest(folder, part=0, parts=1):
 
 
 def find_checkpoint(root, resume):
-    """-> (folder, manifest) of the checkpoint to resume from, or (None, None).
+    """Return (folder, manifest) of the checkpoint to resume from, or (None, None).
 
     resume: "never"; "auto", the newest undamaged one in `root`; or a path. Ranks compare the files
     together. RuntimeError on all ranks if the one at a path is damaged, if all in `root` are, or if

@@ -35,7 +35,7 @@ class Group(NamedTuple):
 
 @functools.lru_cache
 def divide_blocks(n_blocks, recompute, keep_layers, offload_layers):
-    """-> the Groups of n_blocks blocks. keep_layers of them are exempt from `recompute`.
+    """Return the Groups of n_blocks blocks. keep_layers of them are exempt from `recompute`.
 
     The first blocks offload, and the last ones keep everything. If more offload than recompute, the
     first ones keep everything, too, since their copies have the most time:
@@ -68,7 +68,7 @@ def divide_blocks(n_blocks, recompute, keep_layers, offload_layers):
 
 
 def count_released(i, n_offloaded, recomputes):
-    """-> Group.n_released of group i, where the first n_offloaded groups offload.
+    """Return Group.n_released of group i, where the first n_offloaded groups offload.
 
     recomputes: whether each group recomputes. The groups from n_released to i - 1 may still be on
     the GPU while group i runs: in forward their copies need not be complete, and in backward they
@@ -111,7 +111,7 @@ class View(NamedTuple):
         return cls(tensor.shape, tensor.stride(), offset, base.stride())
 
     def take(self, base):
-        """-> the same part of `base`, which has the memory layout of the first one."""
+        """Return the same part of `base`, which has the memory layout of the first one."""
         assert base.stride() == self.base_stride, f"strides {base.stride()}, not {self.base_stride}"
         return base.as_strided(self.shape, self.stride, base.storage_offset() + self.offset)
 
@@ -156,7 +156,7 @@ class KernelGraph:
         self.out_edge = None
 
     def forward(self, kernel, q, k, v):
-        """-> kernel(q, k, v)."""
+        """Return kernel(q, k, v)."""
         saved_tensors = []
         given = self.given  # the hooks must not refer to self: that would be a reference cycle
 
@@ -181,7 +181,8 @@ class KernelGraph:
         return out.detach()
 
     def backward(self, q, k, v, out, grad_out):
-        """-> the gradients of q, k and v. The four tensors are those of forward, up to rounding."""
+        """Return the gradients of q, k and v. The four tensors are those of forward, up to
+        rounding."""
         self.given.extend((q, k, v, out))
         gradients = torch.autograd.grad(self.out_edge, self.inputs, grad_out)
         self.given.clear()
@@ -196,7 +197,7 @@ class AttendWithRecompute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, recompute_tensors, kernels, *qkv):
-        """qkv: q, k, v of the first kernel, then of the next. -> the outputs."""
+        """qkv: q, k, v of the first kernel, then of the next. Return the outputs."""
         ctx.recompute_tensors = recompute_tensors
         ctx.graphs = []
         outputs = []
@@ -295,7 +296,7 @@ def copies_by_stream(tensor):
 
 
 def split_as(tensor, parts):
-    """-> views of a tensor's bytes, as many in each as in that of `parts`."""
+    """Return views of a tensor's bytes, as many in each as in that of `parts`."""
     return tensor.view(-1).view(torch.uint8).split([len(part) for part in parts])
 
 
@@ -316,7 +317,7 @@ class Offload:
         self.groups = []            # OffloadedTensors of each group that has not been brought back
 
     def begin_group(self, group):
-        """Called in forward before a Group. -> where it offloads to: this object, or None."""
+        """Called in forward before a Group. Return where it offloads to: this object, or None."""
         if group.blocks[0] == 0:
             # What an earlier forward offloaded is not needed any more. Copies of it may still run.
             # Those that overwrite it are queued behind.
@@ -335,7 +336,8 @@ class Offload:
                 offloaded.release()
 
     def store(self, tensor):
-        """Queue the copy of a contiguous tensor to CPU memory. -> OffloadedTensor for `load`."""
+        """Queue the copy of a contiguous tensor to CPU memory. Return an OffloadedTensor for
+        `load`."""
         if not copies_by_stream(tensor):  # on a CPU, for tests: a copy unknown to autograd
             offloaded = OffloadedTensor(tensor, parts=[])
             offloaded.copy = tensor.clone()
@@ -390,7 +392,7 @@ class Offload:
                 self.queue_copy_back(offloaded)
 
     def load(self, offloaded):
-        """-> the tensor on its device, for kernels that are queued from here on."""
+        """Return the tensor on its device, for kernels that are queued from here on."""
         if offloaded.copied_back is not None:
             torch.cuda.current_stream().wait_event(offloaded.copied_back)
         return offloaded.copy
@@ -405,7 +407,8 @@ class Offload:
         offloaded.copied_back = self.stream.record_event()
 
     def take_memory(self, size):
-        """-> parts of the pinned memory with together `size` bytes, in as few slabs as possible.
+        """Return parts of the pinned memory with together `size` bytes, in as few slabs as
+        possible.
 
         RuntimeError if no more memory can be pinned."""
         self.n_used = -(-self.n_used // ALIGNMENT) * ALIGNMENT
@@ -422,7 +425,7 @@ class Offload:
 
 
 def pinned_memory(size):
-    """-> `size` bytes of pinned CPU memory. RuntimeError if it cannot be pinned.
+    """Return `size` bytes of pinned CPU memory. RuntimeError if it cannot be pinned.
 
     torch's own allocator of pinned memory rounds up to a power of two, which wastes up to half."""
     tensor = torch.empty(size, dtype=torch.uint8)

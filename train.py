@@ -358,7 +358,7 @@ class StepSums(NamedTuple):
 def load_step(step, rows, total_rows, grid, config):
     """Return this rank's micro-batches of a step, on its device, and the StepSums of all ranks.
 
-    The sums are reduced on the CPU, so that nothing waits for the GPU. Raises RuntimeError on all
+    The sums are reduced on the CPU, so that nothing waits for the GPU. Raise RuntimeError on all
     ranks if they do not have the same number of micro-batches, or those of one row not the same.
     """
     batches = rows.step(
@@ -958,7 +958,7 @@ def facts_of_run(record, rows, eval_rows):
 
 
 def lock_run(lock):
-    """Acquire `lock` for this process. Raises ValueError if another run of RUN_DIR has it."""
+    """Acquire `lock` for this process. Raise ValueError if another run of RUN_DIR has it."""
     run = Path(RUN_DIR)
     run.mkdir(parents=True, exist_ok=True)
     owner = run / "owner"
@@ -991,7 +991,7 @@ def refuse_separate_folders():
 def find_checkpoint(record, grid):
     """Return the folder of the checkpoint that RESUME selects, or None, and how many steps it has done.
 
-    Raises ValueError if the checkpoint is of another model, or of steps that have other rows, or if
+    Raise ValueError if the checkpoint is of another model, or of steps that have other rows, or if
     RUN_DIR has a newer one.
     """
     # All ranks verify the files of a checkpoint before any of them loads it.
@@ -1087,7 +1087,7 @@ def plan(world):
     """Check the constants, set those in CHOSEN to what is chosen, and return the Plan for `world`
     processes.
 
-    Raises ValueError or FileNotFoundError that names the constant, the rule and the remedy.
+    Raise ValueError or FileNotFoundError that names the constant, the rule and the remedy.
     """
     complete_constants()
     check_constants()
@@ -1122,7 +1122,7 @@ def plan(world):
 def possible_sizes(config, world):
     """Return the sequence-parallel sizes that the constants and the heads allow, smallest first.
 
-    Raises ValueError if there is none.
+    Raise ValueError if there is none.
     """
     heads = (config.num_attention_heads, config.num_key_value_heads)
     sizes = [SEQUENCE_PARALLEL_SIZE]
@@ -1146,7 +1146,7 @@ def choose_settings(config, world, gpu, host):
     Of what fits in the costs.GPU and `host` GiB of CPU memory a process, they are the smallest of
     possible_sizes whose step is about as short as with any, and the fastest settings with it.
     OFFLOAD_OPTIMIZER is taken only if nothing fits without it. What is set by hand stays.
-    Raises ValueError if nothing fits.
+    Raise ValueError if nothing fits.
     """
     sizes = possible_sizes(config, world)
     given = settings_by_hand(config)
@@ -1253,7 +1253,7 @@ def check_machine(device_type):
 
 
 def make_folder(name, path):
-    """Create the folder that a constant names. Raises ValueError if it cannot be written."""
+    """Create the folder that a constant names. Raise ValueError if it cannot be written."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)
@@ -1338,7 +1338,7 @@ EXAMPLES = {
 def override(arguments, other_names=()):
     """Set constants from NAME=VALUE arguments, see read_value. other_names: those of the caller.
 
-    Raises ValueError for an unknown name and for a value of another type than the default.
+    Raise ValueError for an unknown name and for a value of another type than the default.
     """
     for argument in arguments:
         name, equals, text = argument.partition("=")

@@ -94,7 +94,7 @@ class CpuSampler:
         self.samples.append((time.time() * 1e6, text))
 
     def describe(self, gap):
-        """Returns what the threads did most of the time in a Gap."""
+        """Return what the threads did most of the time in a Gap."""
         during = [text for moment, text in self.samples
                   if gap.start <= moment <= gap.start + gap.duration]
         if not during and gap.duration < 2e6 * self.INTERVAL:
@@ -106,7 +106,7 @@ class CpuSampler:
 
 
 def describe_stack(frame, depth=5):
-    """Returns the innermost lines of a thread."""
+    """Return the innermost lines of a thread."""
     lines = []
     while frame is not None and len(lines) < depth:
         lines.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
@@ -127,7 +127,7 @@ def kernel_class(name):
 
 
 def recorded_kernels(profiler):
-    """Returns what the GPU ran under the profiler, a list of Kernel."""
+    """Return what the GPU ran under the profiler, a list of Kernel."""
     kernels = []
     for event in profiler.profiler.kineto_results.events():
         if event.device_type() == torch.autograd.DeviceType.CUDA:
@@ -138,7 +138,7 @@ def recorded_kernels(profiler):
 
 
 def find_gaps(kernels):
-    """Returns the microseconds in which any of `kernels` ran, and the Gaps between them."""
+    """Return the microseconds in which any of `kernels` ran, and the Gaps between them."""
     kernels = sorted(kernels)
     busy = 0.0
     gaps = []
@@ -192,7 +192,7 @@ def print_kernels(kernels, sampler):
 
 
 def replay(trace):
-    """Returns the peak of bytes in a trace of allocator events, and the Allocations at the peak."""
+    """Return the peak of bytes in a trace of allocator events, and the Allocations at the peak."""
     alive = {}      # address: Allocation
     allocated = 0
     peak = 0
@@ -229,7 +229,7 @@ def print_memory():
 
 
 def set_constants(arguments):
-    """Set the constants of train.py. Returns the options of this script, {name: text}."""
+    """Set the constants of train.py. Return the options of this script, {name: text}."""
     options = {}
     constants = []
     for argument in arguments:

@@ -56,7 +56,7 @@ class Options(NamedTuple):
 
 
 def read_documents():
-    """Returns {name: text}. A package of the standard library or of torch is one document.
+    """Return {name: text}. A package of the standard library or of torch is one document.
 
     Modules that are single files form one document for each first letter.
     """
@@ -80,7 +80,7 @@ def read_documents():
 
 
 def position_bands(length):
-    """Returns (first, end) of five bands: the last half of positions, the quarter before it, ..."""
+    """Return (first, end) of five bands: the last half of positions, the quarter before it, ..."""
     ends = [length // 16, length // 8, length // 4, length // 2, length]
     starts = [0, *ends[:-1]]
     return list(zip(starts, ends))
@@ -88,7 +88,7 @@ def position_bands(length):
 
 @torch.no_grad()
 def measure(folder, rows, length, attention):
-    """Returns the mean loss in each band of positions, over rows of token ids (length + 1,)."""
+    """Return the mean loss in each band of positions, over rows of token ids (length + 1,)."""
     if torch.cuda.is_available():
         device = "cuda"
         dtype = torch.bfloat16
@@ -118,7 +118,7 @@ def measure(folder, rows, length, attention):
 
 
 def train(options, steps, constants, text, folder):
-    """Run train.py for `steps` steps on the file `text`. Returns the seconds of its steps.
+    """Run train.py for `steps` steps on the file `text`. Return the seconds of its steps.
 
     The run is in folder/run, and its exported model in folder/run/hf.
     """
@@ -174,7 +174,7 @@ def write_jsonl(path, objects):
 
 
 def choose_held_out(tokens, options):
-    """Returns names of documents longer than `length`, spread evenly over all such documents."""
+    """Return the names of documents longer than `length`, spread evenly over all such documents."""
     long = [name for name, ids in tokens.items() if len(ids) > options.length]
     stride = max(len(long) // options.rows, 1)
     return long[::stride][:options.rows]
@@ -236,7 +236,7 @@ def main(options, constants):
 
 
 def parse_arguments(arguments, options=Options):
-    """Returns the options, and the arguments that are constants of train.py."""
+    """Return the options, and the arguments that are constants of train.py."""
     given = dict(argument.split("=", 1) for argument in arguments)
     values = {}
     for name, default in options()._asdict().items():

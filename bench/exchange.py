@@ -16,19 +16,19 @@ COLORS = ListedColormap(("#4c78a8", "#f2a541", "#6aa56e", "#c56b8a"))
 
 
 def owners_by_tokens():
-    """-> (T, H): the rank that has each head of each token while they are projected."""
+    """Return (T, H): the rank that has each head of each token while they are projected."""
     rank = np.arange(TOKENS) * RANKS // TOKENS
     return np.repeat(rank[:, None], HEADS, axis=1)
 
 
 def owners_by_heads():
-    """-> (T, H): the rank that has them while a document of all ranks is attended."""
+    """Return (T, H): the rank that has them while a document of all ranks is attended."""
     rank = np.arange(HEADS) * RANKS // HEADS
     return np.repeat(rank[None], TOKENS, axis=0)
 
 
 def owners_of_documents():
-    """-> (T, H): a document inside one shard stays with its rank, the others are exchanged."""
+    """Return (T, H): a document inside one shard stays with its rank, the others are exchanged."""
     by_tokens = owners_by_tokens()
     owners = owners_by_heads()
     start = 0

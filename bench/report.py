@@ -62,17 +62,17 @@ def read_lines(path):
 
 
 def has_environment(result):
-    """Returns whether a run recorded its code. The oldest did not."""
+    """Return whether a run recorded its code. The oldest did not."""
     return "env" in result
 
 
 def is_unchanged(result):
-    """Returns whether nothing that matters to a run has changed since."""
+    """Return whether nothing that matters to a run has changed since."""
     return "note" not in result
 
 
 def with_chosen_settings(result):
-    """Returns the row of a result, which says after RECOMPUTE=auto what that chose."""
+    """Return the row of a result, which says after RECOMPUTE=auto what that chose."""
     chosen = result.get("memory_settings", {})
     unlike = [f"{name}={value}" for name, value in chosen.items() if value != UNSET[name]]
     text = f"RECOMPUTE=auto (chose {' '.join(unlike)})"
@@ -80,7 +80,7 @@ def with_chosen_settings(result):
 
 
 def load_results():
-    """Returns one result for all runs that differ in MAX_STEPS only, by GPUs, shape and length.
+    """Return one result for all runs that differ in MAX_STEPS only, by GPUs, shape and length.
 
     It is the run of median MFU; of two runs, the slower. The added field "runs" is their number.
     """
@@ -109,7 +109,7 @@ def load_results():
 
 
 def nearest_rates(settings):
-    """Returns the line of roofs.jsonl of the same shape and GPUs at the nearest length, or None."""
+    """Return the line of roofs.jsonl of the same shape and GPUs at the nearest length, or None."""
     candidates = []
     for rates in read_lines(HERE / "roofs.jsonl"):
         measured = parse_settings(rates["roof"])
@@ -125,7 +125,7 @@ def nearest_rates(settings):
 
 
 def roof(result):
-    """Returns the causal MFU of a step of kernels alone; None if their rates were not measured."""
+    """Return the causal MFU of a step of kernels alone; None if their rates were not measured."""
     settings = parse_settings(result["row"])
     rates = nearest_rates(settings)
     if rates is None:
@@ -190,7 +190,7 @@ def write_table(results, path):
 
 
 def select(results, shape, gpus):
-    """Returns {sequence length: result} for rows of one document, with the fastest settings."""
+    """Return {sequence length: result} for rows of one document, with the fastest settings."""
     fastest = {}
     for result in results:
         settings = parse_settings(result["row"])

@@ -42,7 +42,7 @@ def random_tensor(*shape, requires_grad=False):
 
 
 def time_call(function, minimum=0.25):
-    """Returns the mean seconds of a call, over as many calls as take `minimum` seconds."""
+    """Return the mean seconds of a call, over as many calls as take `minimum` seconds."""
     # The first calls compile, choose an algorithm and allocate memory.
     function()
     function()
@@ -64,7 +64,7 @@ def time_call(function, minimum=0.25):
 
 
 def time_product(tokens, inputs, outputs):
-    """Returns the seconds of a linear layer: forward, and both products of backward together."""
+    """Return the seconds of a linear layer: forward, and both products of backward together."""
     x = random_tensor(tokens, inputs)
     weight = random_tensor(outputs, inputs)
     grad = random_tensor(tokens, outputs)
@@ -75,7 +75,7 @@ def time_product(tokens, inputs, outputs):
 
 
 def time_block(shape, tokens):
-    """Returns the seconds of a block's products: forward, backward, and what is recomputed."""
+    """Return the seconds of a block's products: forward, backward, and what is recomputed."""
     C = shape.width
     I = shape.inner
     products = [
@@ -101,14 +101,14 @@ def time_block(shape, tokens):
 
 
 def time_head(shape, tokens):
-    """Returns the seconds of the output head's product, forward and backward."""
+    """Return the seconds of the output head's product, forward and backward."""
     forward, backward = time_product(HEAD_TOKENS, shape.width, shape.vocabulary)
     scale = tokens / HEAD_TOKENS
     return scale * forward, scale * backward
 
 
 def time_attention(kernel, heads, kv_heads, tokens):
-    """Returns the seconds of an attention kernel on one causal document, forward and backward."""
+    """Return the seconds of an attention kernel on one causal document, forward and backward."""
     q = random_tensor(tokens, heads, HEAD_DIM, requires_grad=True)
     k = random_tensor(tokens, kv_heads, HEAD_DIM, requires_grad=True)
     v = random_tensor(tokens, kv_heads, HEAD_DIM, requires_grad=True)
@@ -167,7 +167,7 @@ def roof(row):
 
 
 def describe(result):
-    """Returns a line for the screen."""
+    """Return a line for the screen."""
     return (
         f"{result['roof']}: products {result['products_tflops']:.0f},"
         f" attention {result['attention_forward_tflops']:.0f} /"

@@ -67,21 +67,21 @@ HERE = Path(__file__).resolve().parent
 
 
 def parse_settings(row):
-    """Returns the Settings of a row, "shape gpus tokens NAME=VALUE ..."."""
+    """Return the Settings of a row, "shape gpus tokens NAME=VALUE ..."."""
     shape, gpus, tokens, *assignments = row.split()
     constants = dict(assignment.split("=", 1) for assignment in assignments)
     return Settings(shape, int(gpus), int(tokens), constants)
 
 
 def block_parameters(shape):
-    """Returns the number of parameters of one block that take part in matrix products."""
+    """Return the number of parameters of one block that take part in matrix products."""
     attention = 2 * shape.width * HEAD_DIM * (shape.heads + shape.kv_heads)
     mlp = 3 * shape.width * shape.inner
     return attention + mlp
 
 
 def write_config(folder, shape, layers=None):
-    """Write a config.json for a shape of SHAPES, enough for INIT=random. Returns the folder."""
+    """Write a config.json for a shape of SHAPES, enough for INIT=random. Return the folder."""
     sizes = SHAPES[shape]
     if layers is None:
         layers = sizes.layers
@@ -112,7 +112,7 @@ def write_config(folder, shape, layers=None):
 
 
 def document_lengths(settings):
-    """Returns the lengths of documents that fill the rows of a run; None without MEDIAN_DOCUMENT.
+    """Return the lengths of documents that fill the rows of a run; None without MEDIAN_DOCUMENT.
 
     They fill each row exactly, as the last document is cut.
     """
@@ -151,14 +151,14 @@ def append_line(path, result):
 
 
 def median(lines, key):
-    """Returns the median of a field of metrics.jsonl, or None if it is null, as MFU on a CPU."""
+    """Return the median of a field of metrics.jsonl, or None if it is null, as MFU on a CPU."""
     if lines[0][key] is None:
         return None
     return statistics.median(line[key] for line in lines)
 
 
 def train(settings, layers, documents, folder):
-    """Run train.py with its files in `folder`. Returns the command and the completed process.
+    """Run train.py with its files in `folder`. Return the command and the completed process.
 
     documents: their lengths; None: all have the length that SYNTHETIC_DOCUMENT says.
     """
@@ -193,7 +193,7 @@ def train(settings, layers, documents, folder):
 
 
 def measure(row, out):
-    """Run one row and append its result to results.jsonl. Returns the result.
+    """Run one row and append its result to results.jsonl. Return the result.
 
     A run that fails prints the end of its output. The steps that it completed are still recorded;
     if there are none, the result is None.
@@ -263,7 +263,7 @@ def measure(row, out):
 
 
 def describe(result):
-    """Returns a line for the screen. What a CPU does not measure is shown as zero."""
+    """Return a line for the screen. What a CPU does not measure is shown as zero."""
     return (
         f"{result['row']}: {result['seconds']:.3f} s"
         f"  {result['tokens_per_second_per_gpu']:,.0f} tok/s/GPU"

@@ -63,7 +63,7 @@ def hash_arrays(arrays):
 
 
 def demo(checkout, ranks, folder):
-    """Train the demo. Returns its losses and gradient norms, and a hash of its exported weights."""
+    """Train the demo. Return its losses and gradient norms, and a hash of its exported weights."""
     run = folder / f"run-{ranks}"
     command = [
         sys.executable,
@@ -100,12 +100,12 @@ def token_cache(data, file, tokenizer, settings, folder):
 
 
 def to_integers(piece):
-    """Returns a piece as a plain tuple: its hash must not depend on how `data` stores it."""
+    """Return a piece as a plain tuple: its hash must not depend on how `data` stores it."""
     return tuple(int(number) for number in piece)
 
 
 def packing(data, **settings):
-    """Returns hashes of one and a half epochs of 100,000 documents of log-normal lengths."""
+    """Return hashes of one and a half epochs of 100,000 documents of log-normal lengths."""
     rng = np.random.default_rng(0)
     lengths = np.maximum(rng.lognormal(6.5, 1.2, 100_000).astype(np.int64), 1)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -141,7 +141,7 @@ def packing(data, **settings):
 
 
 def fingerprint(checkout, tokenizers, samples):
-    """Returns {what: hashes or numbers}. tokenizers: {name: folder}. samples: a folder, or None."""
+    """Return {what: hashes or numbers}. tokenizers: {name: folder}. samples: a folder, or None."""
     sys.path.insert(0, str(checkout))
     import data
     found = {}
@@ -168,7 +168,7 @@ def fingerprint(checkout, tokenizers, samples):
 
 
 def compare(before, after):
-    """Print what is the same and what differs. Returns the number of differences."""
+    """Print what is the same and what differs. Return the number of differences."""
     names = sorted({*before, *after})
     n_different = 0
     for name in names:

@@ -35,7 +35,7 @@ DEFAULTS = {"SHAPE": "llama3.2-3b", "LAYERS": "14", "MAX_LENGTH": "16384", "GLOB
 def train(folder, seconds, saves, constants):
     """Train until a run has begun to save for so many times.
 
-    Returns the lines of metrics.jsonl, and {step of a checkpoint: seconds that its save took, to
+    Return the lines of metrics.jsonl, and {step of a checkpoint: seconds that its save took, to
     half a second} for those that are complete.
     """
     constants = {**DEFAULTS, **constants}

@@ -35,7 +35,7 @@ def command(name, steps):
 
 
 def start(name, steps, file_size=resource.RLIM_INFINITY):
-    """Start a run, whose files cannot grow beyond file_size bytes. -> its process."""
+    """Start a run, whose files cannot grow beyond file_size bytes. Return its process."""
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
 
@@ -46,13 +46,13 @@ def start(name, steps, file_size=resource.RLIM_INFINITY):
 
 
 def children(pid):
-    """-> process ids of the ranks, in order."""
+    """Return process ids of the ranks, in order."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in text.split()]
 
 
 def metrics(name):
-    """-> {step: (loss, grad_norm)} of a run."""
+    """Return {step: (loss, grad_norm)} of a run."""
     path = FOLDER / name / "metrics.jsonl"
     values = {}
     for text in path.read_text().splitlines():

@@ -38,7 +38,7 @@ def encode_batches(backend, texts, batch_size):
 
 
 def measure_encode_batch(backend, texts, batch_size):
-    """Returns the CPU seconds of encode_batch, of so many texts a call, in one process per core."""
+    """Return the CPU seconds of encode_batch, of so many texts a call, in one process per core."""
     n_cores = len(os.sched_getaffinity(0))
     began = cpu_seconds(resource.RUSAGE_CHILDREN)
     processes = []
@@ -53,7 +53,7 @@ def measure_encode_batch(backend, texts, batch_size):
 
 
 def measure_build(folder, texts):
-    """Returns the CPU seconds of a build: of the workers, and of the process that reads files."""
+    """Return the CPU seconds of a build: of the workers, and of the process that reads files."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "texts.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -61,14 +61,14 @@ def randomize(parameters, generator=None):
 
 
 def tiny_model(seed=0, execution=None, sp_group=None, **changes):
-    """Returns a Transformer of tiny_config(**changes), with random weights that `seed` fixes."""
+    """Return a Transformer of tiny_config(**changes), with random weights that `seed` fixes."""
     model = Transformer(tiny_config(**changes), sp_group, execution or Execution())
     randomize(model.parameters(), torch.Generator().manual_seed(seed))
     return model
 
 
 def row(lengths, vocab_size=97, seed=0, masked=0.0):
-    """Returns a Row of random documents. About a fraction `masked` of the labels is -100."""
+    """Return a Row of random documents. About a fraction `masked` of the labels is -100."""
     generator = torch.Generator().manual_seed(seed)
     T = sum(lengths)
     input_ids = torch.randint(vocab_size, (T,), generator=generator)
@@ -84,7 +84,7 @@ def row(lengths, vocab_size=97, seed=0, masked=0.0):
 def generated_logits(model, input_ids, n_prompt):
     """Feed the first n_prompt tokens of a text to the model, and then one at a time, with a cache.
 
-    Returns the logits after the prompt and after each later token, (T - n_prompt + 1, V).
+    Return the logits after the prompt and after each later token, (T - n_prompt + 1, V).
     """
     caches = model.new_caches()
     logits = []
@@ -177,7 +177,7 @@ def on_ranks(world, function, *args, tmp_path):
 
 @pytest.fixture
 def hf_folder(tmp_path):
-    """Returns a function that saves a tiny model of transformers, -> its folder and the model."""
+    """Return a function that saves a tiny model of transformers, -> its folder and the model."""
 
     def write(model_type="llama", name="hf", **changes):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -196,7 +196,7 @@ def hf_folder(tmp_path):
 
 @pytest.fixture
 def tokenizer_files():
-    """Returns a function that saves a byte-level tokenizer in a folder, -> the tokenizer.
+    """Return a function that saves a byte-level tokenizer in a folder, -> the tokenizer.
 
     It has 256 tokens besides specials and merges. Its chat template is ChatML by default.
     """
@@ -229,7 +229,7 @@ def tokenizer_files():
 
 
 def write_jsonl(path, rows):
-    """Write objects as lines of JSON. Returns the path as a string, as DATA expects it."""
+    """Write objects as lines of JSON. Return the path as a string, as DATA expects it."""
     lines = [json.dumps(row) + "\n" for row in rows]
     path.write_text("".join(lines))
     return str(path)

@@ -98,7 +98,7 @@ def json_of(folder):
 
 
 def edit_config(folder, drop=(), **changes):
-    """Change keys of config.json, then drop some. -> the folder"""
+    """Change keys of config.json, then drop some. Return the folder"""
     config = {**json_of(folder), **changes}
     for key in drop:
         config.pop(key, None)
@@ -318,7 +318,7 @@ def fuse_by_key_value_head(q, k, v):
 
 
 def internlm2_folder(folder, bias):
-    """-> the folder, and the model that was fused into it."""
+    """Return the folder, and the model that was fused into it."""
     llama = wide_model(qkv_bias=bias, o_bias=bias)
     tensors = {
         "model.tok_embeddings.weight": llama.model["embed_tokens"].weight,
@@ -467,7 +467,7 @@ def random_tensors(shapes):
 
 def assert_equals_reference(folder, tmp_path, expected, ids):
     """`folder` as our model has the logits `expected`, is exported bit for bit, and refuses a
-    longer context. -> the model"""
+    longer context. Return the model"""
     ours = load(folder)
     n = len(ids)
     logits = ours(ids, torch.arange(n), torch.tensor([0, n], dtype=torch.int32), n)
@@ -1524,7 +1524,7 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\
 
 
 def index_to(file):
-    """-> a function that gives a folder an index, by which all tensors are in `file`."""
+    """Return a function that gives a folder an index, by which all tensors are in `file`."""
     def break_it(folder):
         names = load_file(folder / "model.safetensors").keys()
         index = {"metadata": {}, "weight_map": {name: str(file) for name in names}}

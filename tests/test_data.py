@@ -953,7 +953,7 @@ TEXTS = ["one", "two\u2028 and more", "three 三", "", "five", "six", "seven", "
 
 
 def write(path, texts=TEXTS):
-    """Writes rows of {"text": ...} in the format that the file's name says. Returns the path."""
+    """Write rows of {"text": ...} in the format that the file's name says. Return the path."""
     rows = [{"text": text} for text in texts]
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     if name.endswith(".parquet"):
@@ -1183,7 +1183,7 @@ corpus.build_corpus(data, folder, folder + "/cache", True, False, False, "split"
 
 
 def wait_until(condition, seconds=30):
-    """Returns the first value of a condition that is true."""
+    """Return the first value of a condition that is true."""
     deadline = time.time() + seconds
     while time.time() < deadline:
         value = condition()
@@ -1888,7 +1888,7 @@ def test_epochs_differ_and_repeat():
 
 
 def exchanged_and_imbalance(lengths, ranks):
-    """Returns the share of tokens in documents that cross a border between shards, and how far the
+    """Return the share of tokens in documents that cross a border between shards, and how far the
     rank with the most attention is above the mean. The work of crossing documents is divided."""
     shard = lengths.sum() / ranks
     ends = np.cumsum(lengths)

@@ -28,7 +28,7 @@ import tasks  # noqa: E402
 
 
 def train_and_held_out(settings):
-    """Returns the texts of the documents that these settings train, and that they hold out."""
+    """Return the texts of the documents that these settings train, and that they hold out."""
     set_constants(settings)
     folder, config, _, _ = train.plan(1)
     texts = []
@@ -395,7 +395,7 @@ def run_evaluate(folder, sp, settings):
 
 
 def numbers(value, name=""):
-    """Yields (name, number) for all numbers in nested lists and dicts."""
+    """Yield (name, number) for all numbers in nested lists and dicts."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from numbers(item, f"{name}/{key}")
@@ -493,7 +493,7 @@ def test_longppl_is_over_the_key_tokens_of_the_last_folder():
 
 
 def copying_scores(reach):
-    """Returns a stand-in for score_rows: a model that copies from its last `reach` tokens.
+    """Return a stand-in for score_rows: a model that copies from its last `reach` tokens.
 
     It writes what followed the last occurrence of the 10 tokens before. Its probability is 0.9 for
     that token, or 0.01 for any token where there was no such occurrence.

@@ -81,7 +81,8 @@ class Ranks:
                 os.kill(process.pid, number)
 
     def end(self, seconds=60):
-        """Wait for the ranks and kill those that run longer. -> their exit codes and messages."""
+        """Wait for the ranks and kill those that run longer. Return their exit codes and
+        messages."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0))
@@ -102,7 +103,7 @@ def wait_for(condition, seconds=60):
 
 
 def has_steps(folder, n):
-    """-> a function that tells whether a run has done n steps."""
+    """Return a function that tells whether a run has done n steps."""
     path = folder / "metrics.jsonl"
 
     def condition():
@@ -257,7 +258,7 @@ def test_a_signal_stops_between_micro_batches_after_a_checkpoint(setup, tmp_path
 
 
 def terminate(moment):
-    """-> sends SIGTERM to rank 1, and waits until it has arrived, at a moment of the run."""
+    """Return a function that sends SIGTERM to rank 1 at a moment, and waits until it has arrived."""
     def send():
         if own_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -415,7 +416,7 @@ def test_where_memory_is_short_training_waits_for_a_save(setup, tmp_path, capfd)
 
 
 def torchrun(settings, world, *options):
-    """-> the command of a run by torchrun."""
+    """Return the command of a run by torchrun."""
     arguments = [f"{name}={value}" for name, value in settings.items()]
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world),
             *options, str(ROOT / "train.py"), *arguments]
@@ -1056,7 +1057,7 @@ def test_half_a_line_of_metrics_is_mended(setup, tmp_path, capfd):
 
 
 def kill_in_export(moment):
-    """-> exits by SIGKILL at a moment of an export."""
+    """Return a function that ends the process by SIGKILL at a moment of an export."""
     def kill(*arguments, **keywords):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -1089,7 +1090,7 @@ def export(source, out, change, moment=None):
 
 
 def norm_of(folder):
-    """-> the first weight of the final norm, from the folder as it is opened."""
+    """Return the first weight of the final norm, from the folder as it is opened."""
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(folder).model.norm.weight[0].item()
 

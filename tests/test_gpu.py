@@ -32,7 +32,7 @@ def relative_error(actual, expected):
 
 
 def attend(kernel_name, dtype, window):
-    """-> output and gradients of q, k, v of an attention kernel on three documents."""
+    """Return the output and gradients of q, k, v of an attention kernel on three documents."""
     _, kernel = attention_kernel(kernel_name, "cuda", dtype)
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -67,8 +67,8 @@ def test_attention_packages_agree(name, window):
 
 
 def attend_to_last(name, dtype, tensors, n):
-    """-> output and gradients of q, k, v for the last of documents of n tokens. The gradient of the
-    output is the last of `tensors`."""
+    """Return the output and gradients of q, k, v for the last of documents of n tokens. The
+    gradient of the output is the last of `tensors`."""
     _, kernel = attention_kernel(name, "cuda", dtype)
     *inputs, grad_out = [x.to(dtype) for x in tensors]
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -160,7 +160,7 @@ def test_a_cache_gives_the_logits_of_the_whole_text(n_prompt, window):
 
 
 def losses_and_norms(folder, name, *settings):
-    """-> (4, 2): loss and gradient norm of four steps of the demo, by train.py."""
+    """Return (4, 2): loss and gradient norm of four steps of the demo, by train.py."""
     command = [
         sys.executable, train.__file__, f"RUN_DIR={folder}/{name}", f"CACHE_DIR={folder}/cache",
         "SAVE_EVERY=-1", "MAX_STEPS=4", "MAX_LENGTH=512", "SAMPLE_PROMPTS=[]", "WARMUP_RATIO=0.0",
@@ -173,7 +173,7 @@ def losses_and_norms(folder, name, *settings):
 
 
 def train_side_by_side(folder, runs):
-    """runs: lists of settings. -> losses_and_norms of each. Most of their time is the start."""
+    """runs: lists of settings. Return losses_and_norms of each. Most of their time is the start."""
     with ThreadPoolExecutor(max_workers=5) as pool:
         futures = [pool.submit(losses_and_norms, folder, f"run{i}", *settings)
                    for i, settings in enumerate(runs)]
@@ -284,7 +284,8 @@ torch.cuda.set_per_process_memory_fraction(2**29 / total)
 
 
 def start_changed(folder, launcher, change, *settings):
-    """Start train.py on the demo after `change`. -> its process, with a pipe of what it prints."""
+    """Start train.py on the demo after `change`. Return its process, with a pipe of what it
+    prints."""
     script = folder / "changed.py"
     repository = str(Path(train.__file__).parent)
     script.write_text(CHANGED.format(repository=repository, change=change))

@@ -34,7 +34,7 @@ from model import Config, Execution, rope_cos_sin, rope_frequencies
 
 
 def alone(model, ids, labels, start, end):
-    """-> logits and loss of tokens start to end as a row of their own."""
+    """Return the logits and loss of tokens start to end as a row of their own."""
     n = end - start
     positions = torch.arange(n)
     cu_seqlens = torch.tensor([0, n], dtype=torch.int32)
@@ -168,7 +168,7 @@ class LazyStream(TorchDispatchMode):
         return target
 
     def later(self, tensor):
-        """-> a function that returns the tensor, whose memory it does not keep."""
+        """Return a function that returns the tensor, whose memory it does not keep."""
         storage = weakref.ref(tensor.untyped_storage())
         view = tensor.storage_offset(), tensor.shape, tensor.stride()
 
@@ -194,7 +194,7 @@ class LazyStream(TorchDispatchMode):
 
 @pytest.fixture
 def lazy_stream(monkeypatch):
-    """Let Offload treat CPU tensors as those of a GPU, with small slabs. -> its stream."""
+    """Let Offload treat CPU tensors as those of a GPU, with small slabs. Return its stream."""
     stream = LazyStream()
     monkeypatch.setattr(recompute, "copies_by_stream", lambda tensor: True)
     monkeypatch.setattr(recompute, "pin", lambda tensor, owner: None)
@@ -484,7 +484,7 @@ def execution_of(constants, layers):
 
 
 def measured_rows():
-    """Yields what the runs of bench/results.jsonl that name their code were given and have taken:
+    """Yield what the runs of bench/results.jsonl that name their code were given and have taken:
     result, config, Work, Execution. With FlashAttention 4 only."""
     text = (Path(__file__).parents[1] / "bench/results.jsonl").read_text()
     for line in text.splitlines():
@@ -542,7 +542,7 @@ LLAMA_3B = Config(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True)
 
 
 def choose_for(length, document=None, given=None, gpu_memory=139.8, host=128):
-    """-> the Execution for llama3.2-3b on one H200, or one of another memory."""
+    """Return the Execution for llama3.2-3b on one H200, or one of another memory."""
     gpu = GPUS["H200"]._replace(memory=gpu_memory)
     work = Work(length, length * (document or length) / 2)
     return choose(LLAMA_3B, gpu, work, Execution(), given or {}, host)

@@ -74,7 +74,7 @@ def test_a_decay_below_the_rounding_of_one():
 
 
 def gradients_of(zero_stage, rows, execution):
-    """-> {name: gradient} of some rows in bfloat16, on one rank."""
+    """Return {name: gradient} of some rows in bfloat16, on one rank."""
     grid = parallel.init(1, 1)
     with torch.device("meta"):
         model = Transformer(tiny_config(tie_word_embeddings=True), None, execution)

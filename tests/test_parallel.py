@@ -57,12 +57,12 @@ def truth(masked, loss_weight):
 
 
 def whole(tensor):
-    """-> a parameter of all ranks."""
+    """Return a parameter of all ranks."""
     return tensor.full_tensor()
 
 
 def sharded_model(grid, execution, zero_stage):
-    """-> a model on the meta device until FSDP2 has sharded it. Its weights are not set."""
+    """Return a model on the meta device until FSDP2 has sharded it. Its weights are not set."""
     with torch.device("meta"):
         model = Transformer(tiny_config(), grid.sp_group, execution)
     blocks = model.block_groups()

@@ -87,7 +87,7 @@ def assert_same_run(actual_folder, expected_folder, rtol):
 def setup(tmp_path, hf_folder, tokenizer_files):
     """Make a model folder and text and chat files whose documents differ much in length.
 
-    Returns a function from a run's name and its other constants to all of its settings.
+    Return a function from a run's name and its other constants to all of its settings.
     """
     folder, _ = hf_folder(vocab_size=260, eos_token_id=0, bos_token_id=None)
     tokenizer_files(folder)
@@ -799,7 +799,8 @@ def pretend_gpu(monkeypatch, gib):
 
 @pytest.fixture
 def large_folder(tmp_path):
-    """A function that writes config.json of a 3B model with 262,144 positions. -> its folder."""
+    """A function that writes config.json of a 3B model with 262,144 positions. Return its
+    folder."""
     def write(**changes):
         config = {
             "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 3072,
@@ -814,7 +815,7 @@ def large_folder(tmp_path):
 
 
 def planned(settings, world, on_command_line=()):
-    """Returns the Plan, and what RECOMPUTE="auto" has chosen."""
+    """Return the Plan, and what RECOMPUTE="auto" has chosen."""
     set_constants(settings)
     train.SET_BY_HAND.update(on_command_line)
     plan = train.plan(world)
@@ -1024,7 +1025,7 @@ def test_help_shows_the_constants(capsys):
 
 @pytest.fixture
 def plan_for(monkeypatch, capsys):
-    """A function that runs tools/plan.py. -> its lines, and {name of a row: {column: cell}}."""
+    """A function that runs tools/plan.py. Return its lines, and {name of a row: {column: cell}}."""
     def run_tool(*arguments):
         for name in train.CONSTANTS:
             monkeypatch.setattr(train, name, DEFAULTS[name])
@@ -1255,7 +1256,7 @@ def test_bad_rows_stop_or_are_a_share(value):
 # ------------------------------------------------------------------------------- errors of the user
 
 def torchrun(*arguments, **environment):
-    """Runs train.py on two ranks. Returns the exit code and what it printed."""
+    """Run train.py on two ranks. Return the exit code and what it printed."""
     finished = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py",
          *arguments],

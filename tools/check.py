@@ -24,7 +24,7 @@ CHARACTERS = 600  # of this file
 
 @torch.no_grad()
 def check(folder):
-    """Print the differences. -> True if any is above TOLERANCE."""
+    """Print the differences. Return True if any is above TOLERANCE."""
     from transformers import AutoModelForCausalLM
 
     convert.load_config(folder)  # transformers would look for a missing folder on the internet
@@ -57,7 +57,7 @@ def check(folder):
 
 
 def our_outputs(folder, ids):
-    """-> the output of every layer, (T, C) each, then the logits (T, V)."""
+    """Return the output of every layer, (T, C) each, then the logits (T, V)."""
     model = Transformer(convert.load_config(folder))
     convert.load_weights(model, folder)
     outputs = []

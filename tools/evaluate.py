@@ -90,7 +90,7 @@ class Score(NamedTuple):
 # -------------------------------------------------------------------------------- scoring of rows
 
 def load_model(folder, grid):
-    """Returns the model of a Hugging Face folder, sharded over all ranks."""
+    """Return the model of a Hugging Face folder, sharded over all ranks."""
     with torch.device("meta"):
         execution = Execution(train.ATTENTION, mlp_chunk=MLP_CHUNK)
         model = Transformer(convert.load_config(folder), grid.sp_group, execution)
@@ -100,7 +100,7 @@ def load_model(folder, grid):
 
 
 def score_rows(model, rows, grid, description):
-    """Returns the Score of each row. Data-parallel groups score different rows."""
+    """Return the Score of each row. Data-parallel groups score different rows."""
     scores = {}
     rounds = range(train.ceil_div(len(rows), grid.dp))
     with train.timed(grid, f"{description}, {len(rows)} rows"):
@@ -120,7 +120,7 @@ def score_rows(model, rows, grid, description):
 
 @torch.no_grad()
 def score_row(model, row, grid):
-    """Returns the Score of a row, on all ranks that share it."""
+    """Return the Score of a row, on all ranks that share it."""
     n = len(row.ids)
     padding = -n % grid.sp
     lengths = row.lengths + [padding] if padding > 0 else row.lengths
@@ -153,7 +153,7 @@ def score_row(model, row, grid):
 # -------------------------------------------------------------------------------------- retrieval
 
 def measure_retrieval(model, tokenizer, grid, options):
-    """Returns a dict for each question: task, length, depth, distance, correct, gain."""
+    """Return a dict for each question: task, length, depth, distance, correct, gain."""
     depths = np.linspace(0, 1, options.depths)
     examples = []
     for length in parse_lengths(options.lengths):
@@ -190,7 +190,7 @@ def measure_retrieval(model, tokenizer, grid, options):
 
 
 def question_row(example):
-    """Returns the Row of an Example, in which only the answers are scored."""
+    """Return the Row of an Example, in which only the answers are scored."""
     is_scored = np.zeros(len(example.ids), bool)
     for question in example.questions:
         is_scored[question.start:question.end] = True
@@ -198,12 +198,12 @@ def question_row(example):
 
 
 def text_row(ids):
-    """Returns the Row of a single text, in which all tokens are scored."""
+    """Return the Row of a single text, in which all tokens are scored."""
     return Row(np.array(ids), [len(ids)], np.ones(len(ids), bool))
 
 
 def gain_by_distance(questions):
-    """Returns {"0-1k": mean gain ...}, by the tokens between the evidence and the answer."""
+    """Return {"0-1k": mean gain ...}, by the tokens between the evidence and the answer."""
     with_facts = [question for question in questions if "gain" in question]
     distances = [question["distance"] for question in with_facts]
     edges = train.position_edges(max(distances, default=0) + 1)
@@ -217,7 +217,7 @@ def gain_by_distance(questions):
 
 
 def mean_by(results, keys, value):
-    """Returns {keys of a result: mean of its values}."""
+    """Return {keys of a result: mean of its values}."""
     values = defaultdict(list)
     for result in results:
         values[tuple(result[key] for key in keys)].append(result[value])
@@ -227,7 +227,7 @@ def mean_by(results, keys, value):
 # ------------------------------------------------------------------------- losses of long documents
 
 def read_documents(folder, tokenizer, length, options):
-    """Returns the first `length` tokens of documents that are so long, as arrays of token ids."""
+    """Return the first `length` tokens of documents that are so long, as arrays of token ids."""
     if train.DATA == "demo":
         return python_documents(tokenizer, length, options.documents)
     corpus = train.open_corpus(train.DATA, folder, convert.load_config(folder))
@@ -241,7 +241,7 @@ def read_documents(folder, tokenizer, length, options):
 
 
 def python_documents(tokenizer, length, n):
-    """Returns n texts of `length` tokens each, from the source code of Python's library."""
+    """Return n texts of `length` tokens each, from the source code of Python's library."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
     files = [file for file in files if "site-packages" not in file.parts]
     documents = []
@@ -260,7 +260,7 @@ def python_documents(tokenizer, length, n):
 
 
 def short_context_losses(model, documents, grid):
-    """Returns the losses (length,) of each document with a context of about SHORT_CONTEXT tokens.
+    """Return the losses (length,) of each document with a context of about SHORT_CONTEXT tokens.
 
     NaN for the first SHORT_CONTEXT tokens. Several windows share a row.
     """
@@ -298,7 +298,7 @@ def loss_by_position(losses):
 
 
 def key_tokens(losses, short_losses):
-    """Returns which tokens are key tokens of LongPPL, (documents, length) bool."""
+    """Return which tokens are key tokens of LongPPL, (documents, length) bool."""
     gain = short_losses - losses
     return (gain > MIN_GAIN) & (losses < MAX_LOSS)  # False where the short context is all
 
@@ -306,7 +306,7 @@ def key_tokens(losses, short_losses):
 # ----------------------------------------------------------------------------------------- results
 
 def evaluate(folder, tokenizer, documents, grid, options):
-    """Returns the results of a folder: retrieval, and with documents, these and their losses."""
+    """Return the results of a folder: retrieval, and with documents, these and their losses."""
     model = load_model(folder, grid)
     results = {"questions": measure_retrieval(model, tokenizer, grid, options)}
     if documents:
@@ -359,9 +359,9 @@ def parse_lengths(text):
 
 
 def parse_arguments(arguments):
-    """Set the CONSTANTS of train.py that are given. Returns the folders and the Options.
+    """Set the CONSTANTS of train.py that are given. Return the folders and the Options.
 
-    Raises ValueError for an unknown name, and for a value that an option cannot have.
+    Raise ValueError for an unknown name, and for a value that an option cannot have.
     """
     folders = []
     constants = []
@@ -382,7 +382,7 @@ def parse_arguments(arguments):
 
 
 def read_option(name, text):
-    """Returns the value of an option. Raises ValueError if it is unknown or cannot be used."""
+    """Return the value of an option. Raise ValueError if it is unknown or cannot be used."""
     known = [field.upper() for field in Options._fields]
     if name not in known:
         raise ValueError(f"{name} is not an option: use one of {', '.join([*known, *CONSTANTS])}.")
@@ -400,9 +400,9 @@ def read_option(name, text):
 
 
 def prepare(folders, options):
-    """Returns the sequence-parallel size, and {folder: (tokenizer, documents)}.
+    """Return the sequence-parallel size, and {folder: (tokenizer, documents)}.
 
-    Raises ValueError or FileNotFoundError for whatever this evaluation cannot use.
+    Raise ValueError or FileNotFoundError for whatever this evaluation cannot use.
     """
     if train.DATA == "synthetic":
         raise ValueError("DATA 'synthetic' is random tokens, which tell nothing of a model: name "
@@ -435,7 +435,7 @@ def prepare(folders, options):
 
 
 def choose_sp(world, folders):
-    """Returns the largest sequence-parallel size that works for the heads of all folders."""
+    """Return the largest sequence-parallel size that works for the heads of all folders."""
     configs = [convert.load_config(folder) for folder in folders]
     for sp in range(world, 0, -1):
         try:
@@ -480,7 +480,7 @@ def print_help():
 
 
 def describe(folder, summary):
-    """Returns the results of a folder as a few lines of text."""
+    """Return the results of a folder as a few lines of text."""
     lines = [folder]
     for (task, length), score in mean_by(summary["scores"], ("task", "length"), "score").items():
         lines.append(f"  {task:<10} {length:>9,} tokens  {score:6.1%} of answers")
@@ -499,7 +499,7 @@ def describe(folder, summary):
 
 
 def why_no_longppl(summary):
-    """Returns what keeps the LongPPL of a folder from being measured."""
+    """Return what keeps the LongPPL of a folder from being measured."""
     if "longppl" in summary:
         return "there are no key tokens"
     return f"needs a length of LENGTHS above {SHORT_CONTEXT:,} tokens"
@@ -588,7 +588,7 @@ def draw_curves(positions, evidence, longppl, summaries):
 
 
 def short_name(folder):
-    """Returns the last part of a path: "runs/extended/hf", an export of train.py, is "extended"."""
+    """Return the last part of a path: "runs/extended/hf", an export of train.py, is "extended"."""
     path = Path(folder).resolve()
     return path.parent.name if path.name == "hf" else path.name
 

@@ -49,7 +49,7 @@ class Column(NamedTuple):
 
 
 def read_options(arguments):
-    """Set the constants of train.py. Returns OPTIONS with the values that were given."""
+    """Set the constants of train.py. Return OPTIONS with the values that were given."""
     options = dict(OPTIONS)
     constants = []
     for argument in arguments:
@@ -127,13 +127,14 @@ def make_column(title, config, options, length, sp):
 
 
 def all_settings(config, work):
-    """-> iterator over the Executions that can be chosen, as far as they are not set by hand."""
+    """Return an iterator over the Executions that can be chosen, as far as they are not set by
+    hand."""
     execution = train.execution_settings("cuda")
     return candidates(config, work, execution, train.settings_by_hand(config))
 
 
 def nearest_settings(config, gpu, work, host):
-    """-> the Execution that comes nearest to fitting, where none fits."""
+    """Return the Execution that comes nearest to fitting, where none fits."""
     def overrun(execution):
         return max(overruns(config, gpu, work, execution, host))
 
@@ -141,7 +142,8 @@ def nearest_settings(config, gpu, work, host):
 
 
 def least_host_memory(config, gpu, work):
-    """-> GiB of CPU memory for each GPU with which some settings fit; None if the GPU is too small."""
+    """Return the GiB of CPU memory for each GPU with which some settings fit; None if the GPU is
+    too small."""
     least = None
     for execution in all_settings(config, work):
         gpu_overrun, host = overruns(config, gpu, work, execution, host=1)
@@ -151,12 +153,12 @@ def least_host_memory(config, gpu, work):
 
 
 def host_memory_of_gpu(options):
-    """-> GiB of CPU memory for each GPU of a host."""
+    """Return the GiB of CPU memory for each GPU of a host."""
     return options["HOST_MEMORY"] / min(options["GPUS"], GPUS_PER_HOST)
 
 
 def memory_cells(config, options, work, execution):
-    """-> what a GPU and its process need in GiB. Not all of a GPU's memory is usable."""
+    """Return what a GPU and its process need in GiB. Not all of a GPU's memory is usable."""
     usable_host = USABLE_HOST_MEMORY * host_memory_of_gpu(options)
     parts = memory(config, work, execution)
     host = host_memory(config, work, execution)
@@ -168,7 +170,7 @@ def memory_cells(config, options, work, execution):
 
 
 def time_cells(config, options, work, execution):
-    """-> how fast a step is, and how long TOKENS take."""
+    """Return how fast a step is, and how long TOKENS take."""
     world = options["GPUS"]
     gpu = GPUS[options["GPU"]]
     seconds = sum(step_seconds(config, gpu, work, execution).values())
@@ -202,7 +204,7 @@ def show(columns):
 
 
 def describe(config, options):
-    """-> what is planned, and a warning if train.py would refuse the length."""
+    """Return what is planned, and a warning if train.py would refuse the length."""
     block, embeddings = count_parameters(config)
     parameters = config.num_hidden_layers * block + embeddings
     name = options["GPU"]

@@ -23,7 +23,7 @@ PLAIN = "\033[0m"
 
 
 def show_row(rows, row, sp, decode):
-    """Prints a row of the run: its tokens, its documents, and the shards of the sp ranks."""
+    """Print a row of the run: its tokens, its documents, and the shards of the sp ranks."""
     shards = [rows.batch(row, sp, rank) for rank in range(sp)]
     ids = torch.cat([shard.input_ids for shard in shards]).tolist()
     labels = torch.cat([shard.labels for shard in shards]).tolist()
@@ -48,7 +48,7 @@ def show_row(rows, row, sp, decode):
 
 
 def color_marks(labels, starts):
-    """Marks where trained tokens begin and end: a token is trained if it is the label before it.
+    """Mark where trained tokens begin and end: a token is trained if it is the label before it.
 
     starts: the indices at which pieces of documents and the padding begin. The label before such a
     token is of another piece.
@@ -64,7 +64,7 @@ def color_marks(labels, starts):
 
 
 def document_marks(rows, pieces, positions):
-    """Marks where the pieces of documents and the padding begin."""
+    """Mark where the pieces of documents and the padding begin."""
     ends = np.cumsum(pieces["length"])
     marks = []
     for (document, start, n), end in zip(pieces, ends):
@@ -87,7 +87,7 @@ def draw_lengths(lengths):
 
 
 def parse_rows(text):
-    """"0,5" -> [0, 5]. Raises ValueError for anything else."""
+    """"0,5" -> [0, 5]. Raise ValueError for anything else."""
     numbers = text.split(",")
     if not all(number.isdecimal() for number in numbers):
         raise ValueError(f"SHOW={text} are not numbers of rows: use values like 0 or 0,5.")

@@ -78,7 +78,7 @@ class Asked(NamedTuple):
 
 
 def make_example(task, length, depths, tokenizer, seed, sample):
-    """Returns the Example of a task with a question for each depth, of at most `length` tokens."""
+    """Return the Example of a task with a question for each depth, of at most `length` tokens."""
     # Made as long as the filling of a first attempt suggests, then shortened until it fits.
     seeds = (seed, TASKS.index(task), length, sample)
     trial = 100
@@ -95,7 +95,7 @@ def make_example(task, length, depths, tokenizer, seed, sample):
 
 
 def build(task, units, length, depths, tokenizer, seeds):
-    """Returns the Example with `units` sentences, or words, besides its facts."""
+    """Return the Example with `units` sentences, or words, besides its facts."""
     rng = np.random.default_rng(seeds)
     sentences = filling(task, units, seeds)
     if task == "words":
@@ -129,7 +129,7 @@ def build(task, units, length, depths, tokenizer, seeds):
 
 
 def place_facts(facts, sentences):
-    """Returns the text of the sentences with the facts between them, and where the facts are.
+    """Return the text of the sentences with the facts between them, and where the facts are.
 
     The latter is {question: (start, end) in characters of each of its facts}.
     """
@@ -147,7 +147,7 @@ def place_facts(facts, sentences):
 
 
 def token_span(span, starts, ends):
-    """Returns the first and the last + 1 of the tokens that overlap a span of characters."""
+    """Return the first and the last + 1 of the tokens that overlap a span of characters."""
     # The space before a word may be a part of its token, a token of its own, or in no token.
     first = np.searchsorted(ends, span[0], "right")
     end = np.searchsorted(starts, span[1], "left")
@@ -155,7 +155,7 @@ def token_span(span, starts, ends):
 
 
 def needle(depths, rng):
-    """Returns a fact and a question for each depth. No two facts are of the same kind."""
+    """Return a fact and a question for each depth. No two facts are of the same kind."""
     if len(depths) > len(THINGS):
         raise ValueError(f"DEPTHS {len(depths)} is more than the {len(THINGS)} kinds of facts")
     facts = []
@@ -169,7 +169,7 @@ def needle(depths, rng):
 
 
 def keys(depths, rng):
-    """Returns a fact and a question for each depth, and OTHER_KEYS facts at random places."""
+    """Return a fact and a question for each depth, and OTHER_KEYS facts at random places."""
     facts = []
     asked = []
     places = [*depths, *rng.random(OTHER_KEYS)]
@@ -184,7 +184,7 @@ def keys(depths, rng):
 
 
 def variables(depths, rng):
-    """Returns a chain of facts and a question about its last variable for each depth."""
+    """Return a chain of facts and a question about its last variable for each depth."""
     facts = []
     asked = []
     names = random_names(len(depths) * (HOPS + 1), rng)
@@ -201,7 +201,7 @@ def variables(depths, rng):
 
 
 def filling(task, units, seeds):
-    """Returns so many sentences; or words, of which the first is the most frequent one."""
+    """Return so many sentences; or words, of which the first is the most frequent one."""
     # Seeded apart from the facts, so that a row that is shortened keeps its facts.
     rng = np.random.default_rng((*seeds, 1))
     if task == "words":
@@ -224,7 +224,7 @@ def random_number(rng):
 
 
 def random_names(n, rng):
-    """Returns n different names of three syllables."""
+    """Return n different names of three syllables."""
     names = set()
     while len(names) < n:
         names.add("".join(rng.choice(SYLLABLES, 3)).capitalize())
@@ -251,7 +251,7 @@ def text_ids(text, tokenizer):
 
 
 def without_evidence(example, tokenizer, seed):
-    """Returns the example with filling in place of its facts. All positions stay the same."""
+    """Return the example with filling in place of its facts. All positions stay the same."""
     ids = list(example.ids)
     for question in example.questions:
         for start, end in question.evidence:
