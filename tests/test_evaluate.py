@@ -645,7 +645,7 @@ def test_arguments():
     ("DTYPE=int3", "DTYPE 'int3' is unknown: use one of auto, bfloat16, float32"),
     ("ATTENTION=flash", "ATTENTION 'flash' is not known: use auto"),
     ("FORMAT=csv", "FORMAT 'csv' is unknown"),
-    ("DATA=missing.jsonl", "DATA 'missing.jsonl' matches no file"),
+    ("DATA=missing.jsonl", "DATA 'missing.jsonl' does not exist"),
     ("DATA=short.jsonl", "no document of DATA short.jsonl has 2048 tokens, the longest has 6: use"),
     ("OUT=short.jsonl", "OUT short.jsonl is not a folder that this user can write"),
 ])
