@@ -11,6 +11,9 @@ Eight GPUs with REPLICAS = 1 and SEQUENCE_PARALLEL_SIZE = 4, hence dp = 2:
 
 Parameters, gradients and optimizer states are sharded over all eight ranks. With REPLICAS = 2,
 ranks 0-3 and ranks 4-7 each hold one whole copy, and gradients are summed between the copies.
+
+In this order: the grid, the exchange, FSDP2 and the sums of gradients, checkpoints; then how
+processes start, and how ranks that differ, are stuck or gone are named.
 """
 import contextlib
 import hashlib
@@ -49,19 +52,8 @@ from recompute import pin
 # The name in torch 2.13, or the one before.
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
-# How long a collective waits for other ranks. Loading and compiling take some ranks longer than
-# others; once training runs, a rank that is late for minutes is stuck.
-START_TIMEOUT = timedelta(minutes=30)
-TRAINING_TIMEOUT = timedelta(minutes=10)
-ROLL_CALL_SECONDS = 10.0
-# NCCL's time-out is longer than gloo's by this. NCCL ends a process without naming a rank, so
-# watch_gpu ends it half of this time before, and names the ranks.
-NCCL_PATIENCE = timedelta(minutes=1)
-WATCH_SECONDS = 5.0
 
-# What gloo and the store say of a rank that is stuck or gone.
-LOST = re.compile("timed? ?out|Connection closed|Connection reset|Broken pipe", re.IGNORECASE)
-
+# -------------------------------------------------------------------------------------------- ranks
 
 class Grid(NamedTuple):
     """The place of this process in the rank grid."""
@@ -108,56 +100,6 @@ def data_parallel_size(world, replicas, sp, heads, kv_heads):
     return world // sp
 
 
-def adopt_slurm():
-    """Set the variables of torchrun from those of srun, for a task that has only the latter.
-
-    A rank is a task. The first host of the job is the master, unless MASTER_ADDR names another."""
-    environment = os.environ
-    if "RANK" in environment or "SLURM_PROCID" not in environment:
-        return
-    n_tasks = int(environment.get("SLURM_NTASKS", 1))
-    if n_tasks == 1:
-        return
-    # "8(x2),4": 8 tasks on each of two hosts, 4 on the third. Ranks of a host follow each other.
-    tasks_of_hosts = []
-    of_job = environment.get("SLURM_TASKS_PER_NODE", str(n_tasks))
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", of_job).split(","):
-        n, _, times = part.rstrip(")").partition("(x")
-        tasks_of_hosts += [n] * int(times or 1)
-    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
-    job = int(environment.get("SLURM_JOB_ID", 0))
-    variables = {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(n_tasks),
-        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": tasks_of_hosts[int(environment.get("SLURM_NODEID", 0))],
-        "MASTER_ADDR": first_host(hosts) if hosts else "127.0.0.1",
-        "MASTER_PORT": str(20000 + job % 10000),  # jobs that share a host differ
-    }
-    for name, value in variables.items():
-        environment.setdefault(name, value)
-    if environment["RANK"] == "0":
-        print(f"task 0 of {n_tasks}: srun has to start the others, too", flush=True)
-
-
-def first_host(hosts):
-    """"gpu[003-006,9],login1", a list of hosts as SLURM writes it -> "gpu003"."""
-    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", hosts)
-    return match[1] + (match[2] or "")
-
-
-def world_size():
-    """Return the number of processes, before any of them has joined the others."""
-    adopt_slurm()
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_world_size():
-    """Return the number of processes on this host."""
-    adopt_slurm()
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def init(replicas, sp, agreed=None):
     """Join the process group that torchrun or srun describes, or form one of a single process.
 
@@ -197,129 +139,6 @@ def init(replicas, sp, agreed=None):
     if replicas == 1:
         mesh = mesh["shard"]
     return Grid(rank, world, world // sp, rank // sp, sp, rank % sp, sp_group, mesh, device)
-
-
-def store_of_attempt():
-    """Return the store in which ranks find each other.
-
-    torchrun --max-restarts keeps its store, with the addresses of the ranks that are gone."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt {attempt}", store)
-
-
-def refuse_differences(agreed):
-    """ValueError on all ranks if the dict `agreed` is not the same on all of them."""
-    of_ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, agreed)
-    differences = []
-    for name, value in of_ranks[0].items():
-        # Other code may not have a constant of this name.
-        others = [rank for rank, other in enumerate(of_ranks) if other.get(name) != value]
-        if others:
-            other_value = of_ranks[others[0]].get(name)
-            ranks = ", ".join(map(str, others))
-            differences.append(f"{name} is {value!r} on rank 0 and {other_value!r} on rank {ranks}")
-    if differences:
-        raise ValueError(f"{'; '.join(differences)}: start all ranks with the same code, "
-                         "constants and files")
-
-
-def shorten_timeouts(grid, step_seconds):
-    """From here on, collectives wait for TRAINING_TIMEOUT only, or for the time of three steps.
-
-    NCCL counts from the moment when the CPU queued a collective, which may be a step earlier than
-    when the GPU comes to it."""
-    timeout = max(TRAINING_TIMEOUT, timedelta(seconds=3 * step_seconds))
-    groups = [dist.group.WORLD, *grid.mesh.get_all_groups()]
-    if grid.sp_group is not None:
-        groups.append(grid.sp_group)
-    for group in groups:
-        dist.distributed_c10d._set_pg_timeout(timeout + NCCL_PATIENCE, group)
-        gloo = group._get_backend(torch.device("cpu"))
-        gloo._set_default_timeout(timeout)
-
-
-@contextlib.contextmanager
-def naming_lost_ranks():
-    """Say which ranks are stuck or gone, and where this one waited, if a collective times out.
-
-    On the CPU this is added to the error of the collective. For a GPU see watch_gpu."""
-    finished = threading.Event()
-    if "nccl" in dist.get_backend_config():
-        threading.Thread(target=watch_gpu, args=(finished,), daemon=True).start()
-    try:
-        yield
-    except RuntimeError as error:
-        if not LOST.search(str(error)):
-            raise
-        place = place_in_code(traceback.extract_tb(error.__traceback__))
-        raise RuntimeError(f"{error}\n{call_roll(place)}") from error
-    finally:
-        finished.set()
-
-
-def watch_gpu(finished):
-    """End this process if a collective on the GPU times out, and say which ranks are missing.
-
-    No error can be raised meanwhile: the main thread may itself wait for the GPU. It runs in a
-    thread until the Event `finished`."""
-    while not finished.wait(WATCH_SECONDS):
-        late = [collective for collective in pending_on_gpu() if is_late(collective)]
-        if late:
-            name = late[0]["profiling_name"]
-            main_thread = sys._current_frames()[threading.main_thread().ident]
-            place = place_in_code(traceback.extract_stack(main_thread))
-            roll = call_roll(f"{name} on the GPU, and at {place}")
-            print(f"{name} timed out.\n{roll}", file=sys.stderr, flush=True)
-            os._exit(1)
-
-
-def is_late(collective):
-    """Return whether a collective of the flight recorder will soon have waited for its time-out."""
-    seconds = time.time() - collective["time_created_ns"] / 1e9
-    timeout = collective["timeout_ms"] / 1e3
-    return seconds > timeout - NCCL_PATIENCE.total_seconds() / 2
-
-
-def pending_on_gpu():
-    """Return the collectives that NCCL has not completed, the oldest first: torch's flight
-    recorder."""
-    recorded = torch._C._distributed_c10d._dump_nccl_trace(True, False, True)
-    return pickle.loads(recorded)["entries"]
-
-
-def place_in_code(stack):
-    """Return the line of our code in a list of traceback.FrameSummary that called this file, if any
-    did, and the line of this file that it came to."""
-    folder = Path(__file__).parent
-    frames = [frame for frame in stack if Path(frame.filename).parent == folder]
-    callers = [frame for frame in frames if frame.filename != __file__]
-    caller = callers[-1]
-    place = f"{Path(caller.filename).name}:{caller.lineno}, {caller.line}"
-    if frames[-1].filename == __file__:
-        place += f", which calls {frames[-1].line}"
-    return place
-
-
-def call_roll(place):
-    """Return which ranks report within ROLL_CALL_SECONDS that they wait in vain, and which do not.
-
-    place: where this rank waited. The store is used, as the process group may be unusable."""
-    store = dist.distributed_c10d._get_default_store()
-    lines = []
-    try:
-        store.set(f"lost/{dist.get_rank()}", place)
-        time.sleep(ROLL_CALL_SECONDS)
-        for rank in range(dist.get_world_size()):
-            if store.check([f"lost/{rank}"]):
-                where = store.get(f"lost/{rank}").decode()
-                lines.append(f"rank {rank} waited for others at {where}")
-            else:
-                lines.append(f"rank {rank} does not answer: it is stuck or gone")
-    except RuntimeError:  # the store is in rank 0, or in torchrun on its host
-        lines = ["rank 0 does not answer: it is stuck or gone, or its host is"]
-    return "\n".join(lines)
 
 
 def close():
@@ -1110,3 +929,194 @@ def file_hash(path):
             digest.update(buffer[:count])
             count = file.readinto(buffer)
     return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------ how processes start
+
+def adopt_slurm():
+    """Set the variables of torchrun from those of srun, for a task that has only the latter.
+
+    A rank is a task. The first host of the job is the master, unless MASTER_ADDR names another."""
+    environment = os.environ
+    if "RANK" in environment or "SLURM_PROCID" not in environment:
+        return
+    n_tasks = int(environment.get("SLURM_NTASKS", 1))
+    if n_tasks == 1:
+        return
+    # "8(x2),4": 8 tasks on each of two hosts, 4 on the third. Ranks of a host follow each other.
+    tasks_of_hosts = []
+    of_job = environment.get("SLURM_TASKS_PER_NODE", str(n_tasks))
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", of_job).split(","):
+        n, _, times = part.rstrip(")").partition("(x")
+        tasks_of_hosts += [n] * int(times or 1)
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    job = int(environment.get("SLURM_JOB_ID", 0))
+    variables = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(n_tasks),
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": tasks_of_hosts[int(environment.get("SLURM_NODEID", 0))],
+        "MASTER_ADDR": first_host(hosts) if hosts else "127.0.0.1",
+        "MASTER_PORT": str(20000 + job % 10000),  # jobs that share a host differ
+    }
+    for name, value in variables.items():
+        environment.setdefault(name, value)
+    if environment["RANK"] == "0":
+        print(f"task 0 of {n_tasks}: srun has to start the others, too", flush=True)
+
+
+def first_host(hosts):
+    """"gpu[003-006,9],login1", a list of hosts as SLURM writes it -> "gpu003"."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", hosts)
+    return match[1] + (match[2] or "")
+
+
+def world_size():
+    """Return the number of processes, before any of them has joined the others."""
+    adopt_slurm()
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size():
+    """Return the number of processes on this host."""
+    adopt_slurm()
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def store_of_attempt():
+    """Return the store in which ranks find each other.
+
+    torchrun --max-restarts keeps its store, with the addresses of the ranks that are gone."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt {attempt}", store)
+
+
+# ------------------------------------------------------------- ranks that differ, are stuck or gone
+
+# How long a collective waits for other ranks. Loading and compiling take some ranks longer than
+# others; once training runs, a rank that is late for minutes is stuck.
+START_TIMEOUT = timedelta(minutes=30)
+TRAINING_TIMEOUT = timedelta(minutes=10)
+ROLL_CALL_SECONDS = 10.0
+# NCCL's time-out is longer than gloo's by this. NCCL ends a process without naming a rank, so
+# watch_gpu ends it half of this time before, and names the ranks.
+NCCL_PATIENCE = timedelta(minutes=1)
+WATCH_SECONDS = 5.0
+
+# What gloo and the store say of a rank that is stuck or gone.
+LOST = re.compile("timed? ?out|Connection closed|Connection reset|Broken pipe", re.IGNORECASE)
+
+
+def refuse_differences(agreed):
+    """ValueError on all ranks if the dict `agreed` is not the same on all of them."""
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, agreed)
+    differences = []
+    for name, value in of_ranks[0].items():
+        # Other code may not have a constant of this name.
+        others = [rank for rank, other in enumerate(of_ranks) if other.get(name) != value]
+        if others:
+            other_value = of_ranks[others[0]].get(name)
+            ranks = ", ".join(map(str, others))
+            differences.append(f"{name} is {value!r} on rank 0 and {other_value!r} on rank {ranks}")
+    if differences:
+        raise ValueError(f"{'; '.join(differences)}: start all ranks with the same code, "
+                         "constants and files")
+
+
+def shorten_timeouts(grid, step_seconds):
+    """From here on, collectives wait for TRAINING_TIMEOUT only, or for the time of three steps.
+
+    NCCL counts from the moment when the CPU queued a collective, which may be a step earlier than
+    when the GPU comes to it."""
+    timeout = max(TRAINING_TIMEOUT, timedelta(seconds=3 * step_seconds))
+    groups = [dist.group.WORLD, *grid.mesh.get_all_groups()]
+    if grid.sp_group is not None:
+        groups.append(grid.sp_group)
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timeout + NCCL_PATIENCE, group)
+        gloo = group._get_backend(torch.device("cpu"))
+        gloo._set_default_timeout(timeout)
+
+
+@contextlib.contextmanager
+def naming_lost_ranks():
+    """Say which ranks are stuck or gone, and where this one waited, if a collective times out.
+
+    On the CPU this is added to the error of the collective. For a GPU see watch_gpu."""
+    finished = threading.Event()
+    if "nccl" in dist.get_backend_config():
+        threading.Thread(target=watch_gpu, args=(finished,), daemon=True).start()
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        place = place_in_code(traceback.extract_tb(error.__traceback__))
+        raise RuntimeError(f"{error}\n{call_roll(place)}") from error
+    finally:
+        finished.set()
+
+
+def watch_gpu(finished):
+    """End this process if a collective on the GPU times out, and say which ranks are missing.
+
+    No error can be raised meanwhile: the main thread may itself wait for the GPU. It runs in a
+    thread until the Event `finished`."""
+    while not finished.wait(WATCH_SECONDS):
+        late = [collective for collective in pending_on_gpu() if is_late(collective)]
+        if late:
+            name = late[0]["profiling_name"]
+            main_thread = sys._current_frames()[threading.main_thread().ident]
+            place = place_in_code(traceback.extract_stack(main_thread))
+            roll = call_roll(f"{name} on the GPU, and at {place}")
+            print(f"{name} timed out.\n{roll}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def is_late(collective):
+    """Return whether a collective of the flight recorder will soon have waited for its time-out."""
+    seconds = time.time() - collective["time_created_ns"] / 1e9
+    timeout = collective["timeout_ms"] / 1e3
+    return seconds > timeout - NCCL_PATIENCE.total_seconds() / 2
+
+
+def pending_on_gpu():
+    """Return the collectives that NCCL has not completed, the oldest first: torch's flight
+    recorder."""
+    recorded = torch._C._distributed_c10d._dump_nccl_trace(True, False, True)
+    return pickle.loads(recorded)["entries"]
+
+
+def place_in_code(stack):
+    """Return the line of our code in a list of traceback.FrameSummary that called this file, if any
+    did, and the line of this file that it came to."""
+    folder = Path(__file__).parent
+    frames = [frame for frame in stack if Path(frame.filename).parent == folder]
+    callers = [frame for frame in frames if frame.filename != __file__]
+    caller = callers[-1]
+    place = f"{Path(caller.filename).name}:{caller.lineno}, {caller.line}"
+    if frames[-1].filename == __file__:
+        place += f", which calls {frames[-1].line}"
+    return place
+
+
+def call_roll(place):
+    """Return which ranks report within ROLL_CALL_SECONDS that they wait in vain, and which do not.
+
+    place: where this rank waited. The store is used, as the process group may be unusable."""
+    store = dist.distributed_c10d._get_default_store()
+    lines = []
+    try:
+        store.set(f"lost/{dist.get_rank()}", place)
+        time.sleep(ROLL_CALL_SECONDS)
+        for rank in range(dist.get_world_size()):
+            if store.check([f"lost/{rank}"]):
+                where = store.get(f"lost/{rank}").decode()
+                lines.append(f"rank {rank} waited for others at {where}")
+            else:
+                lines.append(f"rank {rank} does not answer: it is stuck or gone")
+    except RuntimeError:  # the store is in rank 0, or in torchrun on its host
+        lines = ["rank 0 does not answer: it is stuck or gone, or its host is"]
+    return "\n".join(lines)

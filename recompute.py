@@ -21,76 +21,9 @@ SLAB = 2**28    # bytes that are pinned at a time
 SMALL = 2**20   # bytes of a tensor that is not worth two copies
 ALIGNMENT = 2**9    # bytes: copies begin at multiples of it
 TOUCHED = 2**24     # bytes of new memory that a thread touches at a time
-KEEP_EVERYTHING_UNITS = 5   # memory of a group that keeps everything, in that of one that recomputes
 
 
-class Group(NamedTuple):
-    """Blocks that share what they keep for backward: a single one, or a pair."""
-    blocks: list        # their indices
-    recompute: str      # "none", "all_but_attention", "all" or "pairs"
-    offloads: bool      # whether what they keep goes to CPU memory
-    n_released: int     # While this group runs, so many first groups have nothing on the GPU: forward
                         # has waited for their copies, and backward has not begun to copy them back.
-
-
-@functools.lru_cache
-def divide_blocks(n_blocks, recompute, keep_layers, offload_layers):
-    """Return the Groups of n_blocks blocks. keep_layers of them are exempt from `recompute`.
-
-    The first blocks offload, and the last ones keep everything. If more offload than recompute, the
-    first ones keep everything, too, since their copies have the most time:
-
-        keep everything, offload    recompute, offload    keep everything
-
-    and otherwise
-
-        recompute, offload          recompute             keep everything
-    """
-    n_recomputed = 0 if recompute == "none" else max(n_blocks - keep_layers, 0)
-    offload_layers = min(offload_layers, n_blocks)
-    begin = max(offload_layers - n_recomputed, 0)   # of the blocks that recompute
-    end = begin + n_recomputed
-    group_size = 2 if recompute == "pairs" else 1
-    groups = [[i] for i in range(begin)]
-    groups += [list(range(i, min(i + group_size, end))) for i in range(begin, end, group_size)]
-    groups += [[i] for i in range(end, n_blocks)]
-
-    n_offloaded = sum(blocks[0] < offload_layers for blocks in groups)
-    recomputes = [begin <= blocks[0] < end for blocks in groups]
-    divided = []
-    for i, blocks in enumerate(groups):
-        divided.append(Group(
-            blocks=blocks,
-            recompute=recompute if recomputes[i] else "none",
-            offloads=i < n_offloaded,
-            n_released=count_released(i, n_offloaded, recomputes)))
-    return divided
-
-
-def count_released(i, n_offloaded, recomputes):
-    """Return Group.n_released of group i, where the first n_offloaded groups offload.
-
-    recomputes: whether each group recomputes. The groups from n_released to i - 1 may still be on
-    the GPU while group i runs: in forward their copies need not be complete, and in backward they
-    may have been copied back already. That takes memory, which has to be free at that moment."""
-    # Memory is counted in that of a group that recomputes. One that keeps everything takes more.
-    units = [1 if is_recomputed else KEEP_EVERYTHING_UNITS for is_recomputed in recomputes]
-
-    # The groups after this one that stay on the GPU leave memory free: in forward they have not
-    # filled theirs yet, in backward they have freed it. That of one group is left for transient
-    # activations.
-    n_staying = len(units) - max(i + 1, n_offloaded)
-    allowed = KEEP_EVERYTHING_UNITS * (n_staying - 1)
-    if recomputes[0]:   # all that offload recompute, and have little to copy
-        allowed = min(allowed, 1)
-    if 0 < i < n_offloaded:     # in any case the group before is copied while this one runs
-        allowed = max(allowed, units[i - 1])
-
-    n_before = min(i, n_offloaded)      # groups before this one that offload
-    n_released = n_before
-    while n_released > 0 and sum(units[n_released - 1:n_before]) <= allowed:
-        n_released -= 1
-    return n_released
 
 
 def share_storage(a, b):
@@ -314,24 +247,24 @@ class Offload:
         self.stream = None
         self.slabs = []             # pinned memory, which is never given back
         self.n_used = 0             # bytes of the slabs that hold tensors of this forward
-        self.groups = []            # OffloadedTensors of each group that has not been brought back
+        self.stored = []            # OffloadedTensors of each group that has not been brought back
 
     def begin_group(self, group):
         """Called in forward before a Group. Return where it offloads to: this object, or None."""
         if group.blocks[0] == 0:
             # What an earlier forward offloaded is not needed any more. Copies of it may still run.
             # Those that overwrite it are queued behind.
-            self.groups = []
+            self.stored = []
             self.n_used = 0
         self.release(group.n_released)
         if not group.offloads:
             return None
-        self.groups.append([])
+        self.stored.append([])
         return self
 
     def release(self, n_groups=None):
         """Release the GPU memory of the first n_groups groups, or of all."""
-        for group in self.groups[:n_groups]:
+        for group in self.stored[:n_groups]:
             for offloaded in group:
                 offloaded.release()
 
@@ -351,7 +284,7 @@ class Offload:
             for part, source in zip(offloaded.parts, split_as(tensor, offloaded.parts)):
                 part.copy_(source, non_blocking=True)
         offloaded.copied_out = self.stream.record_event()
-        self.groups[-1].append(offloaded)
+        self.stored[-1].append(offloaded)
         return offloaded
 
     @contextlib.contextmanager
@@ -387,8 +320,8 @@ class Offload:
     def prefetch(self, group, grad):
         """Called when backward comes to a Group: queue copies of what it needs, and of what groups
         before it need as far as n_released says. grad is not used: a tensor's hook is given it."""
-        while len(self.groups) > group.n_released:
-            for offloaded in reversed(self.groups.pop()):
+        while len(self.stored) > group.n_released:
+            for offloaded in reversed(self.stored.pop()):
                 self.queue_copy_back(offloaded)
 
     def load(self, offloaded):
@@ -423,6 +356,81 @@ class Offload:
             size -= len(part)
         return parts
 
+
+# ----------------------------------------------------------------------------- which blocks do what
+
+KEEP_EVERYTHING_UNITS = 5   # memory of a group that keeps everything, in that of one that recomputes
+
+
+class Group(NamedTuple):
+    """Blocks that share what they keep for backward: a single one, or a pair."""
+    blocks: list        # their indices
+    recompute: str      # "none", "all_but_attention", "all" or "pairs"
+    offloads: bool      # whether what they keep goes to CPU memory
+    n_released: int     # While this group runs, so many first groups have nothing on the GPU: forward
+
+
+@functools.lru_cache
+def divide_blocks(n_blocks, recompute, keep_layers, offload_layers):
+    """Return the Groups of n_blocks blocks. keep_layers of them are exempt from `recompute`.
+
+    The first blocks offload, and the last ones keep everything. If more offload than recompute, the
+    first ones keep everything, too, since their copies have the most time:
+
+        keep everything, offload    recompute, offload    keep everything
+
+    and otherwise
+
+        recompute, offload          recompute             keep everything
+    """
+    n_recomputed = 0 if recompute == "none" else max(n_blocks - keep_layers, 0)
+    offload_layers = min(offload_layers, n_blocks)
+    begin = max(offload_layers - n_recomputed, 0)   # of the blocks that recompute
+    end = begin + n_recomputed
+    group_size = 2 if recompute == "pairs" else 1
+    groups = [[i] for i in range(begin)]
+    groups += [list(range(i, min(i + group_size, end))) for i in range(begin, end, group_size)]
+    groups += [[i] for i in range(end, n_blocks)]
+
+    n_offloaded = sum(blocks[0] < offload_layers for blocks in groups)
+    recomputes = [begin <= blocks[0] < end for blocks in groups]
+    divided = []
+    for i, blocks in enumerate(groups):
+        divided.append(Group(
+            blocks=blocks,
+            recompute=recompute if recomputes[i] else "none",
+            offloads=i < n_offloaded,
+            n_released=count_released(i, n_offloaded, recomputes)))
+    return divided
+
+
+def count_released(i, n_offloaded, recomputes):
+    """Return Group.n_released of group i, where the first n_offloaded groups offload.
+
+    recomputes: whether each group recomputes. The groups from n_released to i - 1 may still be on
+    the GPU while group i runs: in forward their copies need not be complete, and in backward they
+    may have been copied back already. That takes memory, which has to be free at that moment."""
+    # Memory is counted in that of a group that recomputes. One that keeps everything takes more.
+    units = [1 if is_recomputed else KEEP_EVERYTHING_UNITS for is_recomputed in recomputes]
+
+    # The groups after this one that stay on the GPU leave memory free: in forward they have not
+    # filled theirs yet, in backward they have freed it. That of one group is left for transient
+    # activations.
+    n_staying = len(units) - max(i + 1, n_offloaded)
+    allowed = KEEP_EVERYTHING_UNITS * (n_staying - 1)
+    if recomputes[0]:   # all that offload recompute, and have little to copy
+        allowed = min(allowed, 1)
+    if 0 < i < n_offloaded:     # in any case the group before is copied while this one runs
+        allowed = max(allowed, units[i - 1])
+
+    n_before = min(i, n_offloaded)      # groups before this one that offload
+    n_released = n_before
+    while n_released > 0 and sum(units[n_released - 1:n_before]) <= allowed:
+        n_released -= 1
+    return n_released
+
+
+# ------------------------------------------------------------------------------------ pinned memory
 
 def pinned_memory(size):
     """Return `size` bytes of pinned CPU memory. RuntimeError if it cannot be pinned.

@@ -238,7 +238,7 @@ def test_offloaded_tensors_come_back(lazy_stream, execution):
         for found, gradient in zip(gradients_of(model, lengths), expected):
             largest = gradient.abs().max().item()
             assert_close(found, gradient, "gradient", atol=1e-5 * largest, rtol=1e-5)
-        assert model.offload.groups == []
+        assert model.offload.stored == []
         assert not lazy_stream.queued       # all that came back was waited for
         sizes.append(len(model.offload.slabs))
         assert sizes[-1] * recompute.SLAB >= model.offload.n_used > 0
@@ -322,15 +322,15 @@ def test_groups_are_released_and_prefetched_in_time(lazy_stream, execution):
     class Observed(recompute.Offload):
         def begin_group(self, group):
             offload = super().begin_group(group)
-            for released in self.groups[:group.n_released]:
+            for released in self.stored[:group.n_released]:
                 assert all(offloaded.tensor is None for offloaded in released)
                 seen.append("forward")
             return offload
 
         def prefetch(self, group, grad):
             super().prefetch(group, grad)
-            assert len(self.groups) <= group.n_released
-            for away in self.groups:
+            assert len(self.stored) <= group.n_released
+            for away in self.stored:
                 assert all(offloaded.copy is None for offloaded in away)
                 seen.append("backward")
 
