@@ -116,10 +116,10 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut, as by `| head`
     if "--help" in sys.argv:
         print(__doc__)
         sys.exit()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut, as by `| head`
     try:
         main(sys.argv[1:])
     except Exception as error:

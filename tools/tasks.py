@@ -262,9 +262,11 @@ def without_evidence(example, tokenizer, seed):
 
 if __name__ == "__main__":
     numbers = sys.argv[3:]
-    are_numbers = all(number.isdecimal() for number in numbers)
-    if len(numbers) not in (2, 3) or not are_numbers or not os.path.isdir(sys.argv[1]):
+    if len(numbers) not in (2, 3) or not os.path.isdir(sys.argv[1]):
         sys.exit(__doc__)
+    wrong = [number for number in numbers if not number.isdecimal()]
+    if wrong:
+        sys.exit(f"LENGTH, ROWS or SEED {wrong[0]!r} is not a whole number: use one like 4096")
     folder, path = sys.argv[1:3]
     length, n, seed = [int(number) for number in [*numbers, 1][:3]]
     try:
