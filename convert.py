@@ -955,11 +955,13 @@ def main(checkpoint, out, model_folder=None):
                          f"{newest[-1]}")
     manifest = parallel.read_manifest(checkpoint)
     source = Path(model_folder or manifest["model"])
-    if Path(out).resolve() == source.resolve() or (Path(out) / "checkpoints").exists():
-        what = "a run" if (Path(out) / "checkpoints").exists() else "the model that was trained"
-        raise ValueError(f"OUT {out} is the folder of {what}, which would be overwritten: name a new "
-                         "folder. If it is where the model lies now, give it as the third argument, "
-                         f"python convert.py {checkpoint} OUT {out}")
+    if (Path(out) / "checkpoints").exists():
+        raise ValueError(f"OUT {out} is the folder of a run, which would be overwritten: name a new "
+                         "folder")
+    if Path(out).resolve() == source.resolve():
+        raise ValueError(f"OUT {out} is the folder of the model that was trained, which would be "
+                         "overwritten: name a new folder. The model's own, where it was moved, is the "
+                         f"third argument, python convert.py {checkpoint} OUT {out}")
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"the folder {source} that was trained has no config.json: "
                                 f"give its new path, python convert.py {checkpoint} {out} MODEL")

@@ -114,7 +114,7 @@ def recomputed_layers(config, recompute, keep_layers):
 
 
 def recomputed_parameters(config, recompute, keep_layers, chunked):
-    """Return the number of parameters of the matrix products of all blocks that backward computes again.
+    """Return the number of parameters of the products that backward computes again, in all blocks.
 
     Of a block these are all but its last product. With "pairs" the first block of a pair is
     computed once more. chunked: the MLP runs in chunks, which recompute themselves, once more than
@@ -171,8 +171,7 @@ def total_parameters(config):
 
 
 def attention_widths(config, sp):
-    """Return the values a token of q, and of q, k and v together, as one rank has them in
-    attention.
+    """Return how many values per token q has, and q, k and v together, in one rank's attention.
 
     With fewer key/value heads than ranks, these are replicated."""
     q = config.num_attention_heads * config.head_dim
@@ -181,7 +180,7 @@ def attention_widths(config, sp):
 
 
 def mlp_widths(config):
-    """Return the values a token that the MLP keeps for backward, gate and up; and with their
+    """Return how many values per token the MLP keeps for backward, gate and up; and with their
     product."""
     I = config.intermediate_size
     return (2 * I, 3 * I) if config.mlp_gate else (I, 2 * I)
@@ -487,7 +486,7 @@ def mean_document(work):
 
 
 def crossing(work):
-    """Return the approximate share of the tokens that is exchanged: a document at every border of shards."""
+    """Return about which share of the tokens is exchanged: a document at every border of shards."""
     return 0 if work.sp == 1 else min(mean_document(work) / work.tokens, 1)
 
 

@@ -20,6 +20,7 @@ from examples import (  # noqa: F401
     FORMATS, IGNORE, KEYS, Encoder, bounded, is_trained, mask, naming, open_tokenizer, token_ids)
 
 MANY_DROPPED = 0.1  # of the tokens: if OVERLONG drops more, it is warned of
+ORDER_VERSION = 2  # raise it when the same documents would give other rows, so that no run is resumed
 NO_TARGET = ~0  # an untrained token, used as the next token where a document has none
 
 
@@ -284,8 +285,8 @@ class Rows:
         documents = documents[self.lengths[documents] > 0]
         if len(documents) == 0:
             if epoch == 0:
-                raise ValueError("the first epoch of DATA holds no token: raise the epochs of its "
-                                 "sources")
+                raise ValueError("the first epoch of DATA or EVAL_DATA holds no token: raise the "
+                                 "epochs of its sources")
             none = np.empty(0, np.int64)
             return PackedEpoch(np.empty(0, PIECE), none, none)
 

@@ -5,6 +5,7 @@ document.
 """
 import bisect
 import functools
+import gzip
 import hashlib
 import itertools
 import json
@@ -65,7 +66,8 @@ def naming(what):
 def describe_error(error):
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 ({error}): convert it, such as with iconv -f LATIN1 -t UTF-8"
-    if isinstance(error, (EOFError, zlib.error)) or type(error).__name__.startswith("Arrow"):
+    is_damage = isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile))
+    if is_damage or type(error).__name__ == "ArrowInvalid":
         return f"the file is damaged ({error}): copy or download it again"
     kind = "" if type(error) is ValueError else f"{type(error).__name__} "
     return f"{kind}{error}"
@@ -693,7 +695,7 @@ class Chat:
             if not message["trained"] and message["role"] == "assistant":
                 start, end, _ = self.find_span(i)
                 spans.append((start, end))
-            elif not message["trained"] and message["content"]:
+            elif not message["trained"] and message["content"].strip():
                 contents_to_find.append(i)
         return spans + self.find_exactly(contents_to_find)
 
@@ -709,12 +711,15 @@ class Chat:
         messages = list(self.messages)
         index_of = {}   # stand-in: index
         for i in indices:
-            stand_in = f"content{i}"
-            while stand_in in self.text:
-                stand_in += "x"
-            stand_in += "."     # no other one begins with it
+            # The first and the last word stay: a template may ask for them.
+            content = messages[i]["content"]
+            words = content.split()
+            name = f"content{i}"
+            while name in self.text:
+                name += "x"
+            stand_in = f"{words[0]} {name}. {words[-1]}"
             index_of[stand_in] = i
-            messages[i] = {**messages[i], "content": stand_in}
+            messages[i] = {**messages[i], "content": content.replace(content.strip(), stand_in)}
         rendered, _ = self.render(len(messages), messages=messages)
 
         spans = []
@@ -723,14 +728,13 @@ class Chat:
         for match in any_of(index_of).finditer(rendered):
             expected += rendered[begin:match.start()]
             begin = match.end()
-            content = self.messages[index_of[match[0]]]["content"]
-            if not self.text.startswith(content, len(expected)):
-                content = content.strip()
+            content = self.messages[index_of[match[0]]]["content"].strip()
             spans.append((len(expected), len(expected) + len(content)))
             expected += content
         if expected + rendered[begin:] != self.text:
             raise ValueError(f"message {indices[0]} or a later one has weight 0, but the chat template "
-                             "does not write its content as it is: leave out the weight, or the message")
+                             "does not write its content as it is, or writes others differently with "
+                             "other words in it: leave out the weight, or the message")
         return spans
 
     def answers(self):

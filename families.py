@@ -373,7 +373,8 @@ def _hunyuan(get):
         get(key, None)
     older = get("rope_scaling", None) or {}
     newer = get("rope_parameters", None) or {}
-    if older and newer and older.get("type", older.get("rope_type")) != newer.get("rope_type"):
+    types = {scaling.get("rope_type", scaling.get("type")) for scaling in (older, newer) if scaling}
+    if len(types) > 1:
         raise ValueError(f"rope_scaling {older} and rope_parameters {newer} differ: remove the wrong "
                          "one")
     scaling = {**older, **newer}

@@ -50,7 +50,7 @@ from one_rank import CastWeights, runs_without_fsdp
 from recompute import pin
 
 # The name in torch 2.13, or the one before.
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 # -------------------------------------------------------------------------------------------- ranks

@@ -23,9 +23,6 @@ ALIGNMENT = 2**9    # bytes: copies begin at multiples of it
 TOUCHED = 2**24     # bytes of new memory that a thread touches at a time
 
 
-                        # has waited for their copies, and backward has not begun to copy them back.
-
-
 def share_storage(a, b):
     """Whether two tensors are views of the same memory."""
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
@@ -368,6 +365,7 @@ class Group(NamedTuple):
     recompute: str      # "none", "all_but_attention", "all" or "pairs"
     offloads: bool      # whether what they keep goes to CPU memory
     n_released: int     # While this group runs, so many first groups have nothing on the GPU: forward
+                        # has waited for their copies, and backward has not begun to copy them back.
 
 
 @functools.lru_cache

@@ -174,7 +174,7 @@ def main():
     try:
         parallel.run_on_ranks("RUN_DIR", lock_run, run_lock, only=0)
         refuse_separate_folders()
-        checkpoint, steps_done = find_checkpoint(record, grid)
+        checkpoint, steps_done = find_checkpoint(record, steps, grid)
         with timed(grid, "loading the model"), explain_out_of_memory(config, grid, execution):
             model = build_model(folder, config, grid, execution, dtype, checkpoint)
             optimizer = build_optimizer(model)
@@ -923,9 +923,8 @@ DATA_CONSTANTS = (
     "DATA", "EVAL_DATA", "SYNTHETIC_DOCUMENT", "MAX_LENGTH", "OVERLONG", "APPEND_EOS",
     "TRAIN_ON_PROMPT", "MASK_HISTORY", "ACCEPT_LOSS", "NO_STOP_TOKEN", "FORMAT", "COLUMNS", "BAD_ROWS")
 
-# Constants that decide which rows a step has.
-ROW_CONSTANTS = (
-    "PACKING", "MAX_LENGTH", "BATCH_SIZE", "GROUP_BY_LENGTH", "GLOBAL_BATCH_SIZE", "SEED")
+# Constants that decide which rows a step has, besides two for PACKING="none".
+ROW_CONSTANTS = ("PACKING", "MAX_LENGTH", "GLOBAL_BATCH_SIZE", "SEED")
 
 
 def run_record(folder, config, rows):
@@ -935,6 +934,7 @@ def run_record(folder, config, rows):
         "config": vars(config),
         "weights": None,
         "data": [rows.corpus.key, rows.corpus.sources],
+        "order": data.ORDER_VERSION,
         "constants": {name: globals()[name] for name in CONSTANTS},
     }
     if INIT == "weights" and MODEL != "demo":
@@ -988,10 +988,11 @@ def refuse_separate_folders():
             "it to one on a disk that all hosts share.")
 
 
-def find_checkpoint(record, grid):
+def find_checkpoint(record, steps, grid):
     """Return the folder of the checkpoint that RESUME selects, or None, and how many steps it has done.
 
-    Raise ValueError if the checkpoint is of another model, or of steps that have other rows, or if
+    record: of this run, see run_record. It takes over the fingerprint of the weights if these are gone.
+    steps: of the whole run. Raise ValueError if the checkpoint is of another model, or of steps that have other rows, or if
     RUN_DIR has a newer one.
     """
     # All ranks verify the files of a checkpoint before any of them loads it.
@@ -1021,6 +1022,7 @@ def find_checkpoint(record, grid):
         raise ValueError(
             f"{folder} was trained from {manifest['model']}, and MODEL {MODEL} has other weights, "
             "which resuming would ignore: set RUN_DIR to a new folder, or MODEL to that one.")
+    record["weights"] = record["weights"] or weights
     if record["data"] != manifest["data"]:
         causes_of = DATA_CONSTANTS
         if DATA == "synthetic":     # as many documents as there are steps
@@ -1030,12 +1032,18 @@ def find_checkpoint(record, grid):
             f"The data of {folder}, {manifest['data']}, differs from that of this run, "
             f"{record['data']}: {', '.join(causes) or 'the files or the tokenizer have changed'}. "
             "Undo this, or set RUN_DIR to a new folder.")
-    other_rows = [change for change in changes if change.split()[0] in ROW_CONSTANTS]
-    if other_rows:
+    if steps_done < steps and manifest.get("order", 1) != record["order"]:
+        raise ValueError(f"{folder} was written by code that had another order of rows: continue with "
+                         "that code, or set RUN_DIR to a new folder.")
+    row_constants = ROW_CONSTANTS
+    if "none" in (PACKING, manifest["constants"]["PACKING"]):
+        row_constants += ("BATCH_SIZE", "GROUP_BY_LENGTH")
+    other_rows = [change for change in changes if change.split()[0] in row_constants]
+    if steps_done < steps and other_rows:
         raise ValueError(
             f"{', '.join(other_rows)}, so that steps after {folder} would have other rows: some would "
             "be trained twice, and others never. Undo this, or start a new run: export the checkpoint "
-            f"with convert.py, and set MODEL to that folder and RUN_DIR to a new one.")
+            "with convert.py, and set MODEL to that folder and RUN_DIR to a new one.")
     for change in changes:
         print_once(grid, f"{change}, compared with {folder.name}")
     return folder, steps_done
@@ -1097,12 +1105,6 @@ def plan(world):
         make_demo(demo)
 
     folder = demo if MODEL == "demo" else Path(MODEL)
-    run = Path(RUN_DIR).resolve()
-    if folder.resolve() in (run, run / "hf"):
-        raise ValueError(f"RUN_DIR {RUN_DIR} would overwrite MODEL {MODEL}: set another RUN_DIR.")
-    if any(run.glob("*.safetensors")):
-        raise ValueError(f"RUN_DIR {RUN_DIR} holds the weights of a model, whose config.json would be "
-                         "overwritten: set another RUN_DIR.")
     config = convert.load_config(folder)
     convert.extend_context(config, MAX_POSITION_EMBEDDINGS, ROPE_SCALING, MAX_LENGTH)
     if MAX_LENGTH > config.max_position_embeddings:
@@ -1242,6 +1244,12 @@ def host_memory_per_process():
 
 def check_machine(device_type):
     """Raise ValueError for a constant that no run on this machine can use."""
+    run = Path(RUN_DIR).resolve()
+    if MODEL != "demo" and Path(MODEL).resolve() in (run, run / "hf"):
+        raise ValueError(f"RUN_DIR {RUN_DIR} would overwrite MODEL {MODEL}: set another RUN_DIR.")
+    if any(run.glob("*.safetensors")):
+        raise ValueError(f"RUN_DIR {RUN_DIR} holds the weights of a model, whose config.json would be "
+                         "overwritten: set another RUN_DIR.")
     make_folder("RUN_DIR", RUN_DIR)
     if RESUME not in ("auto", "never") and not Path(RESUME).is_dir():
         there = [folder.name for folder in parallel.published(Path(RUN_DIR) / "checkpoints")]

@@ -626,6 +626,18 @@ def test_the_content_of_weight_zero_is_not_found_elsewhere(reader, template, con
     assert reader(template, train_on_prompt=True, no_stop_token="accept")(row) == expected
 
 
+@pytest.mark.parametrize("filter_", ["", " | trim", ".rstrip()", ".lstrip()"])
+def test_a_content_of_weight_zero_may_be_trimmed_or_looked_at(reader, filter_):
+    """As by Qwen3's template, for which the result of a tool is no question."""
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.content.strip().startswith('<tool>') %}(tool)"
+        "{% endif %}{{ m.content" + filter_ + " }}.\n{% endfor %}")
+    row = chat(user("Hi"), {**user(" <tool> it is help </tool> "), "weight": 0}, assistant("No"))
+    read = reader(template, train_on_prompt=True, no_stop_token="accept")
+    found = re.sub(r"\s*([«»])\s*", r"\1", read(row))
+    assert "user:(tool)»<tool> it is help </tool>«." in found
+
+
 def test_a_content_of_weight_zero_that_is_written_otherwise_is_refused(reader):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}"
     row = chat({**user("So"), "weight": 0}, assistant("NO"))
@@ -1857,7 +1869,7 @@ def test_an_epoch_may_have_no_document(packing):
     assert rows.count(3) == 6
     tokens = sum(len(rows.batch(row, 1, 0).input_ids) for row in range(6))
     assert tokens == 2 * 40
-    with pytest.raises(ValueError, match="the first epoch of DATA holds no token: raise the epochs"):
+    with pytest.raises(ValueError, match="the first epoch of DATA or EVAL_DATA holds no token: raise"):
         data.Rows(corpus_seen_in_part([40], 0.1), packing, 16, seed=0)
 
 

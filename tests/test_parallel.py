@@ -166,6 +166,22 @@ def test_a_row_on_one_rank_is_not_copied():
     assert segments.join(parts) is x
 
 
+def reduce_scatters_of_a_model():
+    """Runs on every rank."""
+    grid = parallel.init(1, 1)
+    model = tiny_model()
+    parallel.shard(model, model.block_groups(), grid, torch.float32, 2, offload_optimizer=False)
+    modules = parallel.sharded_modules(model)
+    assert len(modules) > 1
+    for module in modules:
+        [group] = module._get_fsdp_state()._fsdp_param_groups
+        assert isinstance(group._reduce_scatter_comm, parallel.ReduceScatter)
+
+
+def test_fsdp_reduces_into_the_memory_of_activations(tmp_path):
+    on_ranks(2, reduce_scatters_of_a_model, tmp_path=tmp_path)
+
+
 def test_without_a_group_the_exchange_is_the_identity():
     x = torch.randn(3, 2, 4)
     assert parallel.seq_to_heads(x, None) is x

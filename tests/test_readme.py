@@ -218,7 +218,7 @@ def test_the_batch_script_starts_torchrun_on_the_first_host(tmp_path):
 
 @pytest.fixture
 def apply(tmp_path):
-    """Return a function that applies a diff of README.md to a copy of the code, -> its folder."""
+    """Return a function that applies a diff of README.md to a copy of the code, whose folder it returns."""
 
     def write(number):
         copy = tmp_path / "copy"

@@ -326,6 +326,24 @@ def test_a_run_whose_steps_would_have_other_rows_is_not_resumed(setup, tmp_path,
         on_ranks(1, run, {**setup("run", MAX_STEPS=2), **changed}, tmp_path=tmp_path)
 
 
+def test_a_run_is_resumed_although_constants_without_effect_have_changed(setup, tmp_path):
+    """BATCH_SIZE with PACKING="split", and SEED where only samples are left to be drawn."""
+    on_ranks(1, run, setup("run", MAX_STEPS=1, BATCH_SIZE=3), tmp_path=tmp_path)
+    on_ranks(1, run, setup("run", MAX_STEPS=2), tmp_path=tmp_path)
+    on_ranks(1, run, setup("run", MAX_STEPS=2, SEED=7), tmp_path=tmp_path)
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+
+
+def have_an_earlier_order():
+    data.ORDER_VERSION = 1
+
+
+def test_a_run_of_code_with_another_order_of_rows_is_not_resumed(setup, tmp_path):
+    on_ranks(1, run, setup("run", MAX_STEPS=1), have_an_earlier_order, tmp_path=tmp_path)
+    with pytest.raises(AssertionError, match="was written by code that had another order of rows"):
+        on_ranks(1, run, setup("run", MAX_STEPS=2), tmp_path=tmp_path)
+
+
 def test_other_weights_are_not_resumed(setup, tmp_path):
     """Of the same shapes, such as those of a base model and of its chat model."""
     settings = setup("run", MAX_STEPS=1)
@@ -338,9 +356,13 @@ def test_other_weights_are_not_resumed(setup, tmp_path):
                        "resuming would ignore: set RUN_DIR"):
         on_ranks(1, run, {**settings, "MAX_STEPS": 2}, tmp_path=tmp_path)
 
-    (folder / "model.safetensors").unlink()     # they are not needed any more
-    on_ranks(1, run, {**settings, "MAX_STEPS": 2}, tmp_path=tmp_path)
+    path = folder / "model.safetensors"
+    others = path.rename(folder / "others")     # weights are not needed any more
+    on_ranks(2, run, {**settings, "MAX_STEPS": 2}, tmp_path=tmp_path)
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+    others.rename(path)
+    with pytest.raises(AssertionError, match="MODEL .* has other weights"):
+        on_ranks(1, run, {**settings, "MAX_STEPS": 3}, tmp_path=tmp_path)
 
 
 def test_a_run_and_an_export_overwrite_no_model(setup, tmp_path):
@@ -348,14 +370,14 @@ def test_a_run_and_an_export_overwrite_no_model(setup, tmp_path):
     model = settings["MODEL"]
     set_constants(SMALL, settings, {"RUN_DIR": model})
     with pytest.raises(ValueError, match="RUN_DIR .* would overwrite MODEL .*: set another RUN_DIR"):
-        train.plan(1)
+        train.check_machine("cpu")
     on_ranks(1, run, settings, tmp_path=tmp_path)
     set_constants(SMALL, settings, {"MODEL": str(tmp_path / "run/hf")})
     with pytest.raises(ValueError, match="RUN_DIR .* would overwrite MODEL .*: set another RUN_DIR"):
-        train.plan(1)
+        train.check_machine("cpu")
     set_constants(SMALL, settings, {"RUN_DIR": str(tmp_path / "run/hf")})
     with pytest.raises(ValueError, match="RUN_DIR .* holds the weights of a model"):
-        train.plan(1)
+        train.check_machine("cpu")
 
     checkpoint = tmp_path / "run/checkpoints/step-00000001"
     with pytest.raises(ValueError, match=f"OUT {model} is the folder of the model that was trained"):
