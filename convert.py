@@ -743,6 +743,8 @@ def save_weights(model, source_folder, out_folder):
                 _write_index(part / INDEX, shards, files, sum(sizes.values()))
             (part / "config.json").write_text(json.dumps(exported, indent=2))
             _copy_tokenizer(source, part)
+            if model.config.max_position_embeddings > load_config(source).max_position_embeddings:
+                _extend_tokenizer(part, model.config.max_position_embeddings)
             for path in [*part.rglob("*"), part]:
                 parallel.fsync(path)
         except OSError as e:
@@ -920,6 +922,17 @@ def _copy_tokenizer(source, out):
                 target = out / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
+
+
+def _extend_tokenizer(folder, positions):
+    """Raise the length at which the tokenizer truncates, and to which vLLM limits the model."""
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return
+    config = json.loads(path.read_text())
+    if config.get("model_max_length", positions) < positions:
+        config["model_max_length"] = positions
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False))
 
 
 def weights_fingerprint(folder):

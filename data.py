@@ -17,7 +17,7 @@ import torch
 from corpus import (  # noqa: F401
     DOCUMENT, Corpus, build_corpus, check_columns, find_files, hold_out, is_chat, read_rows)
 from examples import (  # noqa: F401
-    FORMATS, IGNORE, KEYS, Encoder, bounded, is_trained, mask, naming, open_tokenizer, token_ids)
+    FORMATS, IGNORE, KEYS, Encoder, bounded, first_tokens, is_trained, mask, naming, open_tokenizer, token_ids)
 
 MANY_DROPPED = 0.1  # of the tokens: if OVERLONG drops more, it is warned of
 ORDER_VERSION = 2  # raise it when the same documents would give other rows, so that no run is resumed
@@ -450,7 +450,7 @@ class Rows:
             "fill": kept.sum() / capacity,
             "pieces_a_row": len(pieces) / len(first),
             "cut_documents": (is_beginning & is_part).sum(),
-            "attention": (lengths ** 2).sum() / (row_lengths ** 2).sum(),
+            "attention": (lengths ** 2).sum() / (row_lengths ** 2).sum() if self.use_varlen_attn else 1.0,
             "lengths": length_histogram(full),
         }
 

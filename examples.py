@@ -413,6 +413,12 @@ def read_as_sentencepiece(backend, model_file):
         raise ValueError("transformers reads tokenizer.model differently from sentencepiece")
 
 
+def first_tokens(tokenizer):
+    """Return the ids that a text begins with: many tokenizers have bos, and only some write it."""
+    begins_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id] if begins_with_bos else []
+
+
 def control_tokens(tokenizer):
     """Return the ControlTokens: special tokens, and added tokens that a chat template contains."""
     templates = tokenizer.chat_template or ""
@@ -907,11 +913,9 @@ class Encoder:
     def load(self):
         """Load the tokenizer, which rows of input_ids do not need."""
         tokenizer = open_tokenizer(self.folder)
-        # Many tokenizers have a bos token, and only some begin a text with it.
-        begins_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
         ends_with_eos = self.append_eos and tokenizer.eos_token_id is not None
         self.tokenizer = tokenizer
-        self.bos = [tokenizer.bos_token_id] if begins_with_bos else []
+        self.bos = first_tokens(tokenizer)
         self.eos = [tokenizer.eos_token_id] if ends_with_eos else []
         self.control = control_tokens(tokenizer)
         self.stop_tokens = stop_tokens(self.folder, tokenizer)

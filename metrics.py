@@ -60,7 +60,7 @@ class Log:
         """run: RUN_DIR, a Path; steps: of the whole run; constants: {name: value}."""
         self.run = run
         self.steps = steps
-        self.began = time.time()
+        self.began = time.monotonic()
         self.drawn = self.began
         self.warm_step = steps_done + WARM_UP_STEPS
         self.warm_time = self.began  # when the warm step ended
@@ -80,7 +80,7 @@ class Log:
 
     def step(self, line):
         """Record a training step: its metrics, and how far the run is."""
-        now = time.time()
+        now = time.monotonic()
         step = line["step"]
         self.tokens_seen += line["tokens"]
         if step == self.warm_step:
@@ -110,11 +110,11 @@ class Log:
 
     def draw_if_due(self):
         """Draw loss.png if it is old. Return whether it was drawn."""
-        due = time.time() - self.drawn > PLOT_SECONDS
+        due = time.monotonic() - self.drawn > PLOT_SECONDS
         if due:
             with warning_if_not_written():
                 plot(self.run, read_metrics(self.run))
-            self.drawn = time.time()
+            self.drawn = time.monotonic()
         return due
 
     def write(self, line):

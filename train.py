@@ -155,12 +155,12 @@ def main():
     steps = ceil_div(total_rows, GLOBAL_BATCH_SIZE)
 
     # Process groups. What the run will need is printed before it is taken.
-    record = run_record(folder, config, rows)
+    record = run_record(folder, config, rows, eval_rows)
     grid = parallel.init(REPLICAS, sp, {
         **record["constants"],
         "the sequence-parallel size": sp,
         "the attention kernel": kernel_name,
-        **facts_of_run(record, rows, eval_rows)})
+        **facts_of_run(record, rows)})
     execution = execution_settings(device_type)
     print_once(grid, f"{rows.describe()}\n{steps:,} steps")
     print_once(grid, describe_context(folder, config, rows) + describe_plan(
@@ -221,8 +221,8 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         evaluate(model, eval_rows, grid, steps_done, log, stop_requests)
     not_finite = 0  # consecutive steps
     save_seconds = 0.0  # that training waited for a save before this step
-    last_save_time = time.time()
-    step_began = time.time()    # what is between steps, such as evaluation, is in no step's time
+    last_save_time = time.monotonic()
+    step_began = time.monotonic()    # what is between steps, such as evaluation, is in no step's time
     if steps_done < steps:
         upcoming = load_step(steps_done + 1, rows, total_rows, grid, model.config)
 
@@ -249,17 +249,18 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
         lr = learning_rate(step, steps)
         update(optimizer, lr, grad_norm, skip)
 
-        now = time.time()
+        now = time.monotonic()
         seconds = now - step_began
         step_began = now
         if grid.rank == 0:
             log.step({
-                "step": step, "epoch": step * GLOBAL_BATCH_SIZE / rows.per_epoch, "loss": loss,
+                "step": step, "loss": loss,
+                "epoch": min(step * GLOBAL_BATCH_SIZE, total_rows) / rows.per_epoch,
                 "grad_norm": grad_norm, "learning_rate": lr, "seconds": seconds, "skipped": skip,
                 "rows": rows_of_step(step) if skip else None, "save_seconds": save_seconds,
                 **speed_and_memory(model.config, sums, seconds, grid)})
             if log.draw_if_due():
-                step_began = time.time()
+                step_began = time.monotonic()
         save_seconds = 0.0
         not_finite = 0 if finite or sums.targets == 0 else not_finite + 1
         stop_if_diverged(step, not_finite, saver)
@@ -270,13 +271,13 @@ def training_loop(model, optimizer, grid, rows, eval_rows, total_rows, steps_don
 
         if eval_rows is not None and eval_due(step, steps):
             evaluate(model, eval_rows, grid, step, log, stop_requests)
-            step_began = time.time()
+            step_began = time.monotonic()
         if saver is not None and (step == steps or save_due(step, last_save_time, saver, grid)):
-            save_began = time.time()
+            save_began = time.monotonic()
             save(saver, step, model, optimizer, not_finite, grid)
             if step > steps_done + 1:
                 warn_of_long_stops(seconds / len(batches), saver.seconds, grid)
-            last_save_time = time.time()
+            last_save_time = time.monotonic()
             step_began = last_save_time
             save_seconds = last_save_time - save_began
     if saver is not None and steps_done < steps:
@@ -521,7 +522,7 @@ def evaluate(model, rows, grid, step, log, stop_requests=()):
     Also log it by position, the number of tokens that a token can attend to, and by source. A
     request to stop abandons it: it takes longer than a launcher waits. Resuming repeats it.
     """
-    began = time.time()
+    began = time.monotonic()
     names = source_names()
     edges = position_edges(rows.max_length)
     n_bands = len(edges) + 1
@@ -547,7 +548,7 @@ def evaluate(model, rows, grid, step, log, stop_requests=()):
     parallel.free_gathered(model)
     if grid.rank == 0:
         loss_sum, weight = sums[:n_bands].sum(0).tolist()
-        line = {"step": step, "eval_loss": loss_sum / weight, "eval_seconds": time.time() - began}
+        line = {"step": step, "eval_loss": loss_sum / weight, "eval_seconds": time.monotonic() - began}
         line["eval_by_position"] = quotients(band_names(edges), sums[:n_bands])
         line["eval_by_source"] = quotients(names, sums[n_bands:])
         log.write(line)
@@ -556,7 +557,7 @@ def evaluate(model, rows, grid, step, log, stop_requests=()):
 def source_names():
     """Return the names of the sources of EVAL_DATA, in the order of their documents."""
     sources = DATA if isinstance(EVAL_DATA, float) else EVAL_DATA
-    return [sources] if isinstance(sources, str) else list(sources)
+    return [sources] if isinstance(sources, str) else list(dict.fromkeys(sources))
 
 
 def position_edges(length):
@@ -591,7 +592,7 @@ def save_due(step, last_save_time, saver, grid):
     that is due by SAVE_EVERY waits for it.
     """
     at_step = SAVE_EVERY > 0 and step % SAVE_EVERY == 0
-    late = 0 < SAVE_MINUTES < (time.time() - last_save_time) / 60
+    late = 0 < SAVE_MINUTES < (time.monotonic() - last_save_time) / 60
     if not at_step and not parallel.any_rank(late):
         return False
     is_writing = parallel.any_rank(saver.is_writing())
@@ -866,10 +867,12 @@ def sample(model, folder, grid):
     tokenizer = data.open_tokenizer(folder)
     generator = torch.Generator().manual_seed(SEED)
     chat = DATA != "demo" and data.is_chat(DATA, FORMAT, COLUMNS)
-    deadline = time.time() + SAMPLE_SECONDS
+    deadline = time.monotonic() + SAMPLE_SECONDS
     for prompt in SAMPLE_PROMPTS:
         text, end = chat_prompt(tokenizer, prompt) if chat else (prompt, tokenizer.eos_token)
-        ids = tokenizer(text, add_special_tokens=not chat).input_ids
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if not chat:    # as a text begins in training; a template writes its own
+            ids = data.first_tokens(tokenizer) + ids
         written = []
         for token in generate(model, ids, grid, generator, deadline):
             written.append(token)
@@ -886,8 +889,11 @@ def chat_prompt(tokenizer, message):
     with data.naming("the chat template, for SAMPLE_PROMPTS"), data.bounded():
         text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(answered, tokenize=False)
-    end = whole.rpartition("answer0")[2].split()
-    return text, end[0] if end else tokenizer.eos_token
+    after_answer = whole.rpartition("answer0")[2]
+    tokens = tokenizer.batch_decode(
+        [[token] for token in tokenizer(after_answer, add_special_tokens=False).input_ids])
+    ends = [token for token in tokens if token.strip()]
+    return text, ends[0] if ends else tokenizer.eos_token
 
 
 def generate(model, prompt, grid, generator, deadline):
@@ -899,7 +905,7 @@ def generate(model, prompt, grid, generator, deadline):
     new_ids = prompt    # those that are not in the caches
     position = 0        # of the first of them
     for _ in range(SAMPLE_TOKENS):
-        if parallel.any_rank(time.time() > deadline):
+        if parallel.any_rank(time.monotonic() > deadline):
             break
         row = torch.tensor(new_ids, device=grid.device)                             # (n,)
         positions = position + torch.arange(len(row), device=grid.device)
@@ -927,13 +933,14 @@ DATA_CONSTANTS = (
 ROW_CONSTANTS = ("PACKING", "MAX_LENGTH", "GLOBAL_BATCH_SIZE", "SEED")
 
 
-def run_record(folder, config, rows):
+def run_record(folder, config, rows, eval_rows):
     """Return what a checkpoint records about its run, as reading the JSON gives it back."""
     record = {
         "model": str(folder.resolve()),
         "config": vars(config),
         "weights": None,
         "data": [rows.corpus.key, rows.corpus.sources],
+        "eval_data": eval_rows.corpus.key if eval_rows is not None else None,
         "order": data.ORDER_VERSION,
         "constants": {name: globals()[name] for name in CONSTANTS},
     }
@@ -942,7 +949,7 @@ def run_record(folder, config, rows):
     return json.loads(json.dumps(record))  # tuples become lists
 
 
-def facts_of_run(record, rows, eval_rows):
+def facts_of_run(record, rows):
     """Return {what: value} of what all ranks must have in common, besides the constants."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -951,7 +958,7 @@ def facts_of_run(record, rows, eval_rows):
         "the model's config": record["config"],
         "the hash of the model's weights": record["weights"],
         "the hash of DATA": rows.corpus.key,
-        "the hash of EVAL_DATA": eval_rows.corpus.key if eval_rows is not None else None,
+        "the hash of EVAL_DATA": record["eval_data"],
         "the hash of the code": code.hexdigest()[:16],
         "the version of torch": torch.__version__,
     }
@@ -991,9 +998,9 @@ def refuse_separate_folders():
 def find_checkpoint(record, steps, grid):
     """Return the folder of the checkpoint that RESUME selects, or None, and how many steps it has done.
 
-    record: of this run, see run_record. It takes over the fingerprint of the weights if these are gone.
-    steps: of the whole run. Raise ValueError if the checkpoint is of another model, or of steps that have other rows, or if
-    RUN_DIR has a newer one.
+    record: of this run, see run_record. It takes over the fingerprint of weights that are gone.
+    steps: of the whole run. Raise ValueError if the checkpoint is of another model, or of steps that
+    have other rows, or if RUN_DIR has a newer one.
     """
     # All ranks verify the files of a checkpoint before any of them loads it.
     checkpoints = Path(RUN_DIR) / "checkpoints"
@@ -1044,6 +1051,8 @@ def find_checkpoint(record, steps, grid):
             f"{', '.join(other_rows)}, so that steps after {folder} would have other rows: some would "
             "be trained twice, and others never. Undo this, or start a new run: export the checkpoint "
             "with convert.py, and set MODEL to that folder and RUN_DIR to a new one.")
+    if manifest.get("eval_data", record["eval_data"]) != record["eval_data"]:
+        changes.append("EVAL_DATA has other contents, so that losses on it are not comparable")
     for change in changes:
         print_once(grid, f"{change}, compared with {folder.name}")
     return folder, steps_done
@@ -1357,6 +1366,8 @@ def override(arguments, other_names=()):
                              f"The nearest name is {nearest}.")
         default = DEFAULTS[name]
         value = read_value(text, default)
+        if type(default) is str and type(value) in (int, float) and name not in ANY_TYPE:
+            value = text    # RUN_DIR=2026 is a name
         if type(value) is not type(default) and name not in ANY_TYPE:
             example = EXAMPLES.get(name, repr(default))
             raise ValueError(f"{name}={text} is not of type {type(default).__name__}: "
@@ -1501,11 +1512,11 @@ def print_once(grid, text, end="\n"):
 @contextlib.contextmanager
 def timed(grid, what):
     """Print how long the body takes. On a terminal also say what it is while it runs."""
-    began = time.time()
+    began = time.monotonic()
     if sys.stdout.isatty():
         print_once(grid, f"{what} ...\r", end="")
     yield
-    print_once(grid, f"{what}: {time.time() - began:.1f} s")
+    print_once(grid, f"{what}: {time.monotonic() - began:.1f} s")
 
 
 def describe(model, kernel_name, grid):
@@ -1529,9 +1540,10 @@ def describe_context(folder, config, rows):
     positions = convert.load_config(folder).max_position_embeddings
     if config.max_position_embeddings <= positions:
         return ""
-    beyond = np.maximum(rows.lengths - positions, 0).sum() / rows.lengths.sum()
+    lengths = np.concatenate(first_segments(rows))
+    beyond = np.maximum(lengths - positions, 0).sum() / lengths.sum()
     text = (f"extended from {positions:,} to {config.max_position_embeddings:,} positions: "
-            f"{beyond:.1%} of the tokens are beyond the old context of their document")
+            f"{beyond:.1%} of the tokens are at positions beyond the old ones")
     if beyond < 0.05:
         text += ". WARNING: with so few the model hardly learns to use the new one"
     factor = (config.rope_scaling or {}).get("factor", math.inf)
@@ -1578,13 +1590,19 @@ def describe_plan(config, grid, execution, rows, steps):
 def mean_pairs(config, rows, n=64):
     """Return the mean over the first `n` rows of the pairs of tokens that attention computes."""
     pairs = []
-    for row in range(min(n, rows.per_epoch)):
-        lengths = rows.find(row)["length"]
-        if not rows.use_varlen_attn:
-            lengths = [lengths.sum()]
+    for lengths in first_segments(rows, n):
         cu_seqlens = [0, *np.cumsum(lengths).tolist()]
         pairs.append(mean_attention_pairs(config, cu_seqlens))
     return sum(pairs) / len(pairs)
+
+
+def first_segments(rows, n=64):
+    """Return the lengths of the segments, in tokens, of each of the first `n` rows, as arrays."""
+    segments = []
+    for row in range(min(n, rows.per_epoch)):
+        lengths = rows.find(row)["length"]
+        segments.append(lengths if rows.use_varlen_attn else lengths.sum(keepdims=True))
+    return segments
 
 
 def memory_parts(config, grid, execution):

@@ -689,6 +689,20 @@ EXTENSIONS = [  # MAX_POSITION_EMBEDDINGS, ROPE_SCALING, the checkpoint's scalin
 ]
 
 
+@pytest.mark.parametrize("positions,limit", [(1024, 1024), (0, 512)])
+def test_a_tokenizer_truncates_at_the_extended_context(
+        hf_folder, tokenizer_files, tmp_path, positions, limit):
+    folder, _ = hf_folder()
+    tokenizer_files(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 512}))
+    ours = load(folder)
+    convert.extend_context(ours.config, positions, None, 512)
+    convert.save_weights(ours, folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert written == {**json.loads(path.read_text()), "model_max_length": limit}
+
+
 @pytest.mark.parametrize("positions,scaling,old_scaling,factor", EXTENSIONS, ids=str)
 def test_extended_context_is_what_transformers_serves(
         hf_folder, tmp_path, positions, scaling, old_scaling, factor):

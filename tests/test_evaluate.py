@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from conftest import assert_close, on_ranks, tiny_config, write_jsonl
 from test_train import metrics_of, run, set_constants, setup  # noqa: F401
 
@@ -18,6 +20,7 @@ import convert
 import metrics
 import train
 from model import Transformer
+from tools import show
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -36,6 +39,34 @@ def train_and_held_out(settings):
         documents = rows.documents(0)
         texts.append({rows.corpus.read(i, 0, 10**6).tobytes() for i in documents})
     return texts
+
+
+def test_rows_are_shown_as_they_are_trained(setup, capsys):  # noqa: F811
+    """Without the documents that are held out."""
+    settings = setup("run", EVAL_DATA=0.3, MAX_LENGTH=64)
+    set_constants(settings)
+    folder, config, _, _ = train.plan(1)
+    rows, _ = train.open_all_data(folder, config)
+    show.main([f"{name}={value}" for name, value in settings.items()])
+    assert rows.describe() in capsys.readouterr().out
+
+
+def test_a_source_that_is_named_twice_has_one_name(setup):  # noqa: F811
+    set_constants(setup("run", EVAL_DATA=["a.jsonl", "a.jsonl", "b.jsonl"]))
+    assert train.source_names() == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_sample_begins_as_a_text_of_training(setup, tmp_path, capfd):  # noqa: F811
+    """A tokenizer may also append eos, after which another text would begin."""
+    settings = setup("run", MAX_STEPS=0, SAMPLE_PROMPTS=["hello"], SAMPLE_TOKENS=0)
+    path = Path(settings["MODEL"]) / "tokenizer.json"
+    backend = Tokenizer.from_file(str(path))
+    eos = backend.token_to_id("<|endoftext|>")
+    backend.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", eos)])
+    backend.save(str(path))
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    assert capfd.readouterr().out.rstrip().endswith("-" * 80 + "\nhello")
 
 
 def test_a_share_is_held_out_by_hash(setup, tmp_path):  # noqa: F811
@@ -205,7 +236,7 @@ def step_line(step, **changes):
 def test_the_time_left_leaves_out_the_first_steps(log, tmp_path, monkeypatch):
     log, _ = log
     clock = log.began
-    monkeypatch.setattr(train.time, "time", lambda: clock)
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock)
     for step, seconds in ((3, 100), (4, 50), (5, 50), (6, 2), (7, 4)):
         clock += seconds
         log.step(step_line(step))
@@ -318,6 +349,14 @@ def test_an_answer_ends_at_the_end_of_its_turn(tmp_path, tokenizer_files):
     tokenizer = tokenizer_files(tmp_path)
     text, end = train.chat_prompt(tokenizer, "hello")
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert end == "<|im_end|>"
+
+
+def test_an_answer_ends_at_the_first_of_two_end_tokens(tmp_path, tokenizer_files):
+    tokenizer = tokenizer_files(tmp_path)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content }}<|im_end|>", "{{ m.content }}<|im_end|>{{ eos_token }}")
+    _, end = train.chat_prompt(tokenizer, "hello")
     assert end == "<|im_end|>"
 
 

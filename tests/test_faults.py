@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -619,12 +620,12 @@ def save_after_every_minute():
         if own_rank() == 0:
             now[0] += 60
         return now[0]
-    train.time.time = clock
+    train.time = types.SimpleNamespace(monotonic=clock, time=time.time, sleep=time.sleep)
     parallel.Saver.is_writing = lambda saver: False
 
 
 def test_checkpoints_by_time_follow_one_clock(setup, tmp_path):
-    settings = setup("run", MAX_STEPS=4, SAVE_MINUTES=2.0, KEEP_CHECKPOINTS=-1)
+    settings = setup("run", MAX_STEPS=4, SAVE_MINUTES=1.0, KEEP_CHECKPOINTS=-1)
     on_ranks(2, run, settings, save_after_every_minute, tmp_path=tmp_path)
     assert len(checkpoints(tmp_path / "run")) == 4
 

@@ -399,6 +399,38 @@ def test_constants_that_change_nothing_are_warned_of(setup, tmp_path, capfd):
     assert re.search(r"evaluating \d+ rows before the first step", out)
 
 
+def test_changed_contents_of_eval_data_are_said(setup, tmp_path, capfd):
+    held_out = write_jsonl(tmp_path / "eval.jsonl", [{"text": "abc"}])
+    on_ranks(1, run, setup("run", MAX_STEPS=1, EVAL_DATA=held_out), tmp_path=tmp_path)
+    write_jsonl(tmp_path / "eval.jsonl", [{"text": "abcd"}])
+    on_ranks(1, run, setup("run", MAX_STEPS=2, EVAL_DATA=held_out), tmp_path=tmp_path)
+    assert "EVAL_DATA has other contents, so that losses on it" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("length,varlen,beyond", [
+    (256, True, "0.0%"), (512, True, "50.0%"), (512, False, "50.0%")])
+def test_positions_beyond_the_old_ones_are_counted_in_rows(setup, length, varlen, beyond):
+    """Not in documents, which may be longer than a row."""
+    settings = setup("run", DATA="synthetic", SYNTHETIC_DOCUMENT=2048 if varlen else 64,
+                     MAX_LENGTH=length, USE_VARLEN_ATTN=varlen, MAX_POSITION_EMBEDDINGS=512)
+    config = Path(settings["MODEL"]) / "config.json"
+    source = json.loads(config.read_text())
+    config.write_text(json.dumps({**source, "max_position_embeddings": 256}))
+    set_constants(SMALL, settings)
+    folder, config, _, _ = train.plan(1)
+    rows, _ = train.open_all_data(folder, config)
+    assert f"{beyond} of the tokens are at positions beyond" in train.describe_context(
+        folder, config, rows)
+    assert rows.accounting()["attention"] == 1.0
+
+
+def test_the_epoch_ends_with_its_rows(setup, tmp_path):
+    """Although the last step has fewer rows than the others."""
+    settings = setup("run", MAX_STEPS=-1, EPOCHS=1.0, GLOBAL_BATCH_SIZE=50)
+    on_ranks(1, run, settings, tmp_path=tmp_path)
+    assert metrics_of(tmp_path / "run")[-1]["epoch"] == 1.0
+
+
 def load_no_first_weights():
     def fail(*arguments):
         raise AssertionError("the weights of MODEL are read")
@@ -1461,13 +1493,13 @@ def test_a_save_that_is_being_written_is_not_waited_for(
     saver = types.SimpleNamespace(is_writing=lambda: is_writing, step=0)
     grid = types.SimpleNamespace(rank=0)
     monkeypatch.setattr(metrics, "WARNED", set())
-    assert train.save_due(7, time.time() - 60 * minutes_ago, saver, grid) == due
+    assert train.save_due(7, time.monotonic() - 60 * minutes_ago, saver, grid) == due
     warned = "than SAVE_MINUTES 1 allows, so that there are fewer" in capsys.readouterr().out
     assert warned == (minutes_ago == 2 and is_writing)
-    assert train.save_due(10, time.time(), saver, grid)     # SAVE_EVERY says exactly when
+    assert train.save_due(10, time.monotonic(), saver, grid)     # SAVE_EVERY says exactly when
     warned = "than SAVE_EVERY 10 allows, so that training waits" in capsys.readouterr().out
     assert warned == is_writing
     saver.step = 15     # by time, so that the disk is not slower than SAVE_EVERY
     monkeypatch.setattr(metrics, "WARNED", set())
-    assert train.save_due(20, time.time(), saver, grid)
+    assert train.save_due(20, time.monotonic(), saver, grid)
     assert "WARNING" not in capsys.readouterr().out

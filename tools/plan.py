@@ -105,14 +105,14 @@ def make_column(title, config, options, length, sp):
     row = work.tokens * sp
     document = min(options["DOCUMENT"] or row, row)
     pairs = row / document * mean_attention_pairs(config, [0, document])
-    work = work._replace(pairs=pairs)
     cells["sequence parallel"] = f"{sp}"
     if it_fits:
         cells["fits"] = "yes"
     else:
         cells["fits"] = "NO:GPU" if gpu_overrun > 1 else "NO:CPU"
     cells.update(memory_cells(config, options, work, execution))
-    if it_fits:
+    if it_fits:     # a row of one document takes the most memory, but not this time
+        work = work._replace(pairs=pairs, document=document)
         cells.update(time_cells(config, options, work, execution))
     note = train.format_settings(execution, sp)
     if not it_fits:

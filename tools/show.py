@@ -107,7 +107,10 @@ def main(arguments):
     # The rows do not depend on the number of processes. Plan for as few as these settings allow.
     world = max(train.SEQUENCE_PARALLEL_SIZE, 1) * train.REPLICAS
     folder, config, sp, _ = train.plan(world)
-    rows = train.open_data(train.DATA, folder, config)
+    if isinstance(train.EVAL_DATA, float):  # a share of DATA, which is not trained
+        rows, _ = train.open_all_data(folder, config)
+    else:
+        rows = train.open_data(train.DATA, folder, config)
     print(rows.describe())
     for row in shown:
         show_row(rows, row, sp, data.open_tokenizer(folder).decode)
