@@ -1027,13 +1027,14 @@ def test_an_extension_that_few_tokens_use_is_told(setup, tmp_path, capfd):
     given = setup("run", MAX_STEPS=1, MAX_POSITION_EMBEDDINGS=1024)
     on_ranks(1, run, given, tmp_path=tmp_path)
     out = capfd.readouterr().out
-    assert "extended from 512 to 1,024 positions: 0.0% of the tokens are beyond" in out
+    assert "extended from 512 to 1,024 positions: 0.0% of the tokens are at positions" in out
     assert "WARNING: with so few" in out
 
     long = write_jsonl(tmp_path / "long.jsonl", [{"text": "abc " * 500}])
-    on_ranks(1, run, {**given, "DATA": long, "RUN_DIR": str(tmp_path / "long")}, tmp_path=tmp_path)
+    on_ranks(1, run, {**given, "DATA": long, "MAX_LENGTH": 1024, "RUN_DIR": str(tmp_path / "long")},
+             tmp_path=tmp_path)
     out = capfd.readouterr().out
-    assert "74.4% of the tokens are beyond" in out
+    assert "48.8% of the tokens are at positions beyond the old ones" in out
     assert "WARNING" not in out
 
 
