@@ -743,8 +743,9 @@ def save_weights(model, source_folder, out_folder):
                 _write_index(part / INDEX, shards, files, sum(sizes.values()))
             (part / "config.json").write_text(json.dumps(exported, indent=2))
             _copy_tokenizer(source, part)
-            if model.config.max_position_embeddings > load_config(source).max_position_embeddings:
-                _extend_tokenizer(part, model.config.max_position_embeddings)
+            positions = model.config.max_position_embeddings
+            if positions > _config(source_config).max_position_embeddings:
+                _extend_tokenizer(part, positions)
             for path in [*part.rglob("*"), part]:
                 parallel.fsync(path)
         except OSError as e:

@@ -17,7 +17,8 @@ import torch
 from corpus import (  # noqa: F401
     DOCUMENT, Corpus, build_corpus, check_columns, find_files, hold_out, is_chat, read_rows)
 from examples import (  # noqa: F401
-    FORMATS, IGNORE, KEYS, Encoder, bounded, first_tokens, is_trained, mask, naming, open_tokenizer, token_ids)
+    FORMATS, IGNORE, KEYS, Encoder, bounded, first_tokens, is_trained, mask, naming, open_tokenizer,
+    token_ids)
 
 MANY_DROPPED = 0.1  # of the tokens: if OVERLONG drops more, it is warned of
 ORDER_VERSION = 2  # raise it when the same documents would give other rows, so that no run is resumed
@@ -432,6 +433,9 @@ class Rows:
         pieces, first, _ = self.packed(0)
         lengths = pieces["length"]
         row_lengths = np.add.reduceat(lengths, np.sort(first))
+        attention = 1.0
+        if self.use_varlen_attn:
+            attention = (lengths ** 2).sum() / (row_lengths ** 2).sum()
         capacity = len(first) * self.max_length * self.batch_size
         is_beginning = pieces["start"] == 0
         is_part = lengths < self.lengths[pieces["document"]]
@@ -450,7 +454,7 @@ class Rows:
             "fill": kept.sum() / capacity,
             "pieces_a_row": len(pieces) / len(first),
             "cut_documents": (is_beginning & is_part).sum(),
-            "attention": (lengths ** 2).sum() / (row_lengths ** 2).sum() if self.use_varlen_attn else 1.0,
+            "attention": attention,
             "lengths": length_histogram(full),
         }
 
