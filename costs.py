@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from one_rank import runs_without_fsdp
+from recompute import divide_heads
 
 
 class GPU(NamedTuple):
@@ -206,13 +207,42 @@ def kept_by_block(config, recompute, chunked, work):
     return 2 * kept
 
 
+def attention_transient(config, recompute, work):
+    """Return the values a token at the peak of the backward of attention's kernel: gradients of x
+    and of the output, then of q, k, v, which the kernel sums in float32."""
+    C = config.hidden_size
+    q, qkv = attention_widths(config, work.sp)
+    kv = (qkv - q) // 2
+
+    def of_kernel(q, kv):
+        sums_of_kv = 2 * (kv + kv) if kv < q else 0
+        return q + 2 * kv + 2 * q + sums_of_kv
+
+    if recompute == "none":
+        return C + q + of_kernel(q, kv)
+    if recompute == "all_but_attention":
+        return C + q + qkv + of_kernel(q, kv)
+
+    P = work.sp if crossing(work) == 1 else 1       # ranks over which the heads are spread
+    heads = config.num_attention_heads // P
+    kv_heads = max(config.num_key_value_heads // P, 1)
+    parts = divide_heads(P * work.tokens, heads, kv_heads)
+    held = C + q + qkv + q                          # the output, too
+    if len(parts) == 1:
+        return held + of_kernel(q, kv)
+    part_heads, part_kv_heads = parts[0]
+    part_q = P * config.head_dim * (part_heads.stop - part_heads.start)
+    part_kv = P * config.head_dim * (part_kv_heads.stop - part_kv_heads.start)
+    copies = part_q + 2 * part_kv + 2 * part_q      # of q, k, v, the output and its gradient
+    return held + 2 * kv + copies + of_kernel(part_q, part_kv)
+
+
 def transient_of_block(config, recompute, chunk, work):
     """Return the bytes at the peak of one block's backward, besides what it has kept since
     forward."""
     C = config.hidden_size
     tokens = work.tokens
     q, qkv = attention_widths(config, work.sp)
-    kv = (qkv - q) // 2
     chunked = chunk < tokens
 
     # In the MLP: the gradient of the block's output, those of what the MLP has computed, and what
@@ -228,14 +258,7 @@ def transient_of_block(config, recompute, chunk, work):
     if recompute in KEEP_INPUTS:
         mlp += tokens * (qkv + q)           # q, k, v, attention's output
 
-    # In the kernel: gradients of x and of the output, then of q, k, v, which it sums in float32.
-    attention = C + q + qkv + 2 * q
-    if kv < q:
-        attention += 2 * (kv + kv)
-    if recompute != "none":
-        attention += qkv
-    if recompute in KEEP_INPUTS:
-        attention += q                      # the output
+    attention = attention_transient(config, recompute, work)
     if chunked:
         attention += C                      # measured: the chunks still hold a gradient
 

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import parallel
 from costs import attention_pairs, flops, memory  # noqa: F401  (for callers of this module)
 from parallel import heads_to_seq, seq_to_heads, split_heads_by_rank
-from recompute import AttendWithRecompute, Kept, Offload, divide_blocks
+from recompute import AttendWithRecompute, Kept, Offload, attend_in_parts, divide_blocks
 
 
 @dataclass
@@ -396,7 +396,8 @@ class KeyValueCache:
 class Attention(nn.Module):
     """Self-attention of a row whose tokens are spread over P ranks (Ulysses, arXiv 2309.14509)."""
 
-    def __init__(self, config, layer, sp_group, execution):
+    def __init__(self, config, layer, sp_group, execution, in_parts):
+        """in_parts: training attends with some of the heads at a time, see attend_in_parts."""
         super().__init__()
         C = config.hidden_size
         D = config.head_dim
@@ -406,6 +407,7 @@ class Attention(nn.Module):
         self.window = config.window(layer)
         self.interleaved = config.rope_interleaved
         self.kernel_choice = execution.attention
+        self.in_parts = in_parts
         self.sp_group = sp_group
         self.P = 1 if sp_group is None else sp_group.size()
         self.q_heads = H // self.P              # heads of this rank during attention
@@ -498,11 +500,14 @@ class Attention(nn.Module):
 
         inputs = self.kernel_inputs(qkv, segments)
         kernels = self.kernels(segments, inputs[0][0])
-        if recompute_tensors is None:
-            outputs = [kernel(q, k, v) for kernel, (q, k, v) in zip(kernels, inputs)]
-        else:
+        if recompute_tensors is not None:
             flat_inputs = itertools.chain(*inputs)
             outputs = AttendWithRecompute.apply(recompute_tensors, kernels, *flat_inputs)
+        elif self.in_parts and torch.is_grad_enabled():
+            outputs = [attend_in_parts(kernel, q, k, v)
+                       for kernel, (q, k, v) in zip(kernels, inputs)]
+        else:
+            outputs = [kernel(q, k, v) for kernel, (q, k, v) in zip(kernels, inputs)]
 
         outputs = list(outputs)
         if segments.any_crossing:
@@ -595,8 +600,8 @@ class Block(nn.Module):
     Compiled, each product of the block runs at most once more. Not compiled, as on a CPU, the last
     step computes q, k and v once again.
 
-    With "all" only x is kept, and the kernels run again, too. With "pairs" x is kept for every
-    second block only, see Transformer.run_blocks.
+    With "all" only x is kept, and the kernels run again, too, for some of the heads at a time. With
+    "pairs" x is kept for every second block only, see Transformer.run_blocks.
     """
 
     def __init__(self, config, layer, sp_group, execution, recompute):
@@ -604,7 +609,7 @@ class Block(nn.Module):
         C = config.hidden_size
         no_norm = nn.Identity()
         self.input_layernorm = Norm(C, config) if config.norm_before else no_norm
-        self.self_attn = Attention(config, layer, sp_group, execution)
+        self.self_attn = Attention(config, layer, sp_group, execution, in_parts=recompute == "all")
         self.post_self_attn_layernorm = Norm(C, config) if config.norm_after else no_norm
         self.post_attention_layernorm = None  # of what the MLP reads, as Llama calls it
         if not config.parallel_residual:

@@ -3,12 +3,13 @@
 The class Block of model.py draws it: with RECOMPUTE a block keeps its input and the outputs of
 attention, and recomputes the rest. Otherwise it keeps all that autograd saves. Kept holds either,
 and Offload moves it to CPU memory. AttendWithRecompute runs the attention kernel's backward on
-recomputed q, k and v, so that its forward runs only once. divide_blocks says which blocks recompute,
-and which offload.
+recomputed q, k and v, so that its forward runs only once. attend_in_parts runs the kernel for some
+of the heads at a time. divide_blocks says which blocks recompute, and which offload.
 """
 import contextlib
 import ctypes
 import functools
+import itertools
 import mmap
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ SLAB = 2**28    # bytes that are pinned at a time
 SMALL = 2**20   # bytes of a tensor that is not worth two copies
 ALIGNMENT = 2**9    # bytes: copies begin at multiples of it
 TOUCHED = 2**24     # bytes of new memory that a thread touches at a time
+MAX_PARTS = 8       # of the heads, for which attention runs one after another
+PART_WORK = 2**20   # tokens x query heads of a part: with less, a GPU would not be busy
 
 
 def share_storage(a, b):
@@ -47,7 +50,7 @@ class View(NamedTuple):
 
 
 class SavedTensor:
-    """What autograd saved: a tensor, or later only which view it was of one of several tensors."""
+    """What autograd saved: a tensor, and later only which view it was of one of several tensors."""
 
     def __init__(self, tensor):
         self.tensor = tensor.detach()
@@ -55,38 +58,38 @@ class SavedTensor:
         self.view = None
 
     def replace_by_view(self, bases):
-        """Let go of the tensor if it is a view of one of `bases`.
+        """Let go of the tensor, which becomes one of `bases` if it is not a view of one of them.
 
         Bases may share their storage, as q, k and v do after an exchange. Then any of them serves,
         since a View is an offset in memory."""
-        for i, base in enumerate(bases):
-            if share_storage(self.tensor, base):
-                self.base_index = i
-                self.view = View.of(self.tensor, base)
-                self.tensor = None
-                return
+        shared = [i for i, base in enumerate(bases) if share_storage(self.tensor, base)]
+        if not shared:
+            shared = [len(bases)]
+            bases.append(self.tensor)
+        self.base_index = shared[0]
+        self.view = View.of(self.tensor, bases[self.base_index])
+        self.tensor = None
 
     def restore(self, bases):
-        if self.tensor is not None:
-            return self.tensor
         return self.view.take(bases[self.base_index])
 
 
 class KernelGraph:
-    """The autograd graph of one call of an attention kernel, without q, k, v and the output.
+    """The autograd graph of one call of an attention kernel, without the tensors that it saves.
 
-    A kernel saves these four for backward, 4 x (H + G) x D bytes a token in bfloat16. Here it runs
-    in a graph of its own, on detached inputs. Of the four the graph keeps only which part was
-    saved, so that their memory is freed; `backward` is given them again. What else the kernel
-    saves, such as the log-sum-exp, stays saved."""
+    A kernel saves q, k, v and the output for backward, 4 x (H + G) x D bytes a token in bfloat16.
+    Here it runs in a graph of its own, on detached inputs. The graph keeps only which part of these
+    four was saved, so that their memory is freed; `backward` is given them again. What else the
+    kernel saves, such as the log-sum-exp, is kept by the caller."""
 
     def __init__(self):
-        self.given = []     # q, k, v and the output while backward runs
+        self.given = []     # q, k, v, the output and `others`, while backward runs
         self.inputs = None
         self.out_edge = None
+        self.n_others = 0
 
     def forward(self, kernel, q, k, v):
-        """Return kernel(q, k, v)."""
+        """Return kernel(q, k, v), and a list of the other tensors that `backward` needs."""
         saved_tensors = []
         given = self.given  # the hooks must not refer to self: that would be a reference cycle
 
@@ -103,17 +106,19 @@ class KernelGraph:
             out = kernel(*self.inputs)
         self.out_edge = get_gradient_edge(out)
 
+        bases = [q, k, v, out]
         for saved in saved_tensors:
-            saved.replace_by_view((q, k, v, out))
+            saved.replace_by_view(bases)
         # The graph needs its leaves, but not their values: it recorded their shapes in forward.
         for x in self.inputs:
             x.data = x.new_empty(0)
-        return out.detach()
+        others = bases[4:]
+        self.n_others = len(others)
+        return out.detach(), others
 
-    def backward(self, q, k, v, out, grad_out):
-        """Return the gradients of q, k and v. The four tensors are those of forward, up to
-        rounding."""
-        self.given.extend((q, k, v, out))
+    def backward(self, q, k, v, out, others, grad_out):
+        """Return the gradients of q, k and v. The tensors are those of forward, up to rounding."""
+        self.given.extend((q, k, v, out, *others))
         gradients = torch.autograd.grad(self.out_edge, self.inputs, grad_out)
         self.given.clear()
         return gradients
@@ -131,24 +136,107 @@ class AttendWithRecompute(torch.autograd.Function):
         ctx.recompute_tensors = recompute_tensors
         ctx.graphs = []
         outputs = []
+        kept = []
         for i, kernel in enumerate(kernels):
             graph = KernelGraph()
             q, k, v = qkv[3 * i:3 * i + 3]
-            outputs.append(graph.forward(kernel, q, k, v))
+            out, others = graph.forward(kernel, q, k, v)
+            outputs.append(out)
+            kept.extend(others)
             ctx.graphs.append(graph)
+        ctx.save_for_backward(*kept)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
+        kept = iter(ctx.saved_tensors)
         inputs, outputs = ctx.recompute_tensors()
         gradients = []
         for graph, (q, k, v), out, grad_out in zip(ctx.graphs, inputs, outputs, grad_outputs):
-            gradients.extend(graph.backward(q, k, v, out, grad_out.contiguous()))
+            others = list(itertools.islice(kept, graph.n_others))
+            gradients.extend(graph.backward(q, k, v, out, others, grad_out.contiguous()))
         # The loss refers to the graph, and the graph to this node, after backward as well. So let
         # go of what was kept for it now.
         ctx.graphs = None
         ctx.recompute_tensors = None
         return None, None, *gradients
+
+
+def divide_heads(tokens, q_heads, kv_heads):
+    """Return the parts of the heads for which attention runs one after another, as a list of
+    (slice of the query heads, slice of the key/value heads).
+
+    Parts have equal sizes. The query heads of one share a key/value head, or have all that share
+    theirs. So many tokens are in the row."""
+    q_per_kv = q_heads // kv_heads
+
+    def is_possible(n):
+        size = q_heads // n
+        return q_heads % n == 0 and (size % q_per_kv == 0 or q_per_kv % size == 0)
+
+    most = min(max(tokens * q_heads // PART_WORK, 1), MAX_PARTS)
+    n_parts = max(n for n in range(1, most + 1) if is_possible(n))
+    size = q_heads // n_parts
+    kv_size = max(size // q_per_kv, 1)
+    parts = []
+    for begin in range(0, q_heads, size):
+        kv_begin = begin // q_per_kv
+        parts.append((slice(begin, begin + size), slice(kv_begin, kv_begin + kv_size)))
+    return parts
+
+
+def attend_in_parts(kernel, q, k, v):
+    """q (T, H, D), k and v (T, G, D) -> kernel(q, k, v), with little memory in backward."""
+    parts = divide_heads(len(q), q.shape[1], k.shape[1])
+    if len(parts) == 1:
+        return kernel(q, k, v)
+    return AttendInParts.apply(kernel, parts, q, k, v)
+
+
+class AttendInParts(torch.autograd.Function):
+    """kernel(q, k, v), for one part of the heads after another.
+
+    What a kernel's backward makes exists for one part only: gradients and their sums in float32,
+    which take three times the memory of q, k and v. The gradient of q takes the place of q.
+
+    All tensors that are kept are saved by autograd, as a checkpoint of a block expects it: it lets
+    go of them in forward, and computes them again."""
+
+    @staticmethod
+    def forward(ctx, kernel, parts, q, k, v):
+        ctx.parts = parts
+        ctx.graphs = []
+        kept = []
+        out = q.new_empty(q.shape)
+        for heads, kv_heads in parts:
+            graph = KernelGraph()
+            part = [q[:, heads], k[:, kv_heads], v[:, kv_heads]]
+            out[:, heads], others = graph.forward(kernel, *[x.contiguous() for x in part])
+            kept.extend(others)
+            ctx.graphs.append(graph)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, out, *kept = ctx.saved_tensors
+        kept = iter(kept)
+        grad_k = torch.zeros_like(k)
+        grad_v = torch.zeros_like(v)
+
+        def backward_of_part(graph, heads, kv_heads):
+            """A function, so that what it makes is freed before the next part."""
+            part = [q[:, heads], k[:, kv_heads], v[:, kv_heads], out[:, heads]]
+            others = list(itertools.islice(kept, graph.n_others))
+            part_grad_q, part_grad_k, part_grad_v = graph.backward(
+                *[x.contiguous() for x in part], others, grad_out[:, heads].contiguous())
+            q[:, heads] = part_grad_q       # this part of q is not needed any more
+            grad_k[:, kv_heads] += part_grad_k
+            grad_v[:, kv_heads] += part_grad_v
+
+        for graph, (heads, kv_heads) in zip(ctx.graphs, ctx.parts):
+            backward_of_part(graph, heads, kv_heads)
+        return None, None, q, grad_k, grad_v
 
 
 class Kept:

@@ -95,15 +95,15 @@ EXECUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
-def test_execution_changes_no_gradient(execution):
+def check_gradients(execution, **changes):
+    """Assert that they are those of the plainest execution."""
     ids, positions, cu_seqlens, max_seqlen, labels = row([5, 1, 17, 9], masked=0.3)
     weights = torch.rand(len(ids), generator=torch.Generator().manual_seed(1))
-    plain = tiny_model()
+    plain = tiny_model(**changes)
     expected = plain(ids, positions, cu_seqlens, max_seqlen, labels, weights)
     expected.backward()
 
-    model = tiny_model(execution=execution)
+    model = tiny_model(execution=execution, **changes)
     loss = model(ids, positions, cu_seqlens, max_seqlen, labels, weights)
     loss.backward()
     assert_close(loss, expected, "loss", rtol=1e-6)
@@ -111,6 +111,71 @@ def test_execution_changes_no_gradient(execution):
         largest = p.grad.abs().max().item()
         gradient = model.get_parameter(name).grad
         assert_close(gradient, p.grad, f"gradient of {name}", atol=1e-6 * largest, rtol=1e-5)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
+def test_execution_changes_no_gradient(execution):
+    check_gradients(execution)
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(8, 4), (6, 2), (8, 1), (8, 8)])
+@pytest.mark.parametrize("execution", [
+    Execution(recompute="all"),
+    Execution(recompute="pairs", offload_layers=1, mlp_chunk=7),
+], ids=str)
+def test_parts_of_the_heads_change_no_gradient(monkeypatch, execution, heads, kv_heads):
+    """As in a long row: one query head at a time."""
+    monkeypatch.setattr(recompute, "PART_WORK", 1)
+    check_gradients(
+        execution, num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=3,
+        qk_norm=True)
+
+
+@pytest.mark.parametrize("tokens,heads,kv_heads,expected", [
+    (2**18, 24, 8, [(6, 2)] * 4),       # no more than the row has work for
+    (2**20, 24, 8, [(3, 1)] * 8),
+    (2**20, 32, 32, [(4, 4)] * 8),
+    (2**20, 4, 1, [(1, 1)] * 4),        # heads that share one of k and v
+    (2**20, 28, 4, [(7, 1)] * 4),       # not 4 at a time, which would need two of k and v
+    (2**15, 24, 8, [(24, 8)]),          # a short row
+])
+def test_heads_are_divided(tokens, heads, kv_heads, expected):
+    parts = recompute.divide_heads(tokens, heads, kv_heads)
+    sizes = [(q.stop - q.start, kv.stop - kv.start) for q, kv in parts]
+    assert sizes == expected
+    for q, kv in parts:
+        assert kv.start == q.start * kv_heads // heads
+        assert kv.stop == -(-q.stop * kv_heads // heads)
+    assert [q.start for q, _ in parts[1:]] == [q.stop for q, _ in parts[:-1]]
+    assert parts[-1][0].stop == heads
+
+
+def test_a_part_is_freed_before_the_next(monkeypatch):
+    """And the gradient of q is where q was."""
+    monkeypatch.setattr(recompute, "PART_WORK", 1)
+    made = []
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            out = q + k + v
+            ctx.save_for_backward(q, k, v, out)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad_out):
+            assert not any(storage() is not None for storage in made)
+            tensors = [*ctx.saved_tensors, *[grad_out.clone() for _ in range(3)]]
+            made.extend(weakref.ref(x.untyped_storage()) for x in tensors)
+            return tuple(tensors[4:])
+
+    q, k, v = [torch.randn(16, 4, 8) for _ in range(3)]
+    out = recompute.attend_in_parts(Kernel.apply, *[x.requires_grad_() for x in (q, k, v)])
+    assert torch.equal(out, q + k + v)
+    gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert len(made) == 4 * 7
+    assert all(torch.equal(x, torch.ones_like(x)) for x in gradients)
+    assert gradients[0].data_ptr() == q.data_ptr()
 
 
 def test_weighted_loss_is_the_plain_formula():

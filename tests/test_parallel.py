@@ -13,6 +13,7 @@ from conftest import assert_close, on_ranks, row, tiny_config, tiny_model
 import convert
 import data
 import parallel
+import recompute
 from model import Execution, Transformer
 
 # Documents of very uneven lengths, in rows that end at 64 tokens.
@@ -117,7 +118,8 @@ GRIDS = [
     "world,sp,zero,replicas,masked,loss_weight,execution", GRIDS,
     ids=lambda value: value.recompute if isinstance(value, Execution) else str(value))
 def test_gradients_equal_one_process(
-        world, sp, zero, replicas, masked, loss_weight, execution, tmp_path):
+        world, sp, zero, replicas, masked, loss_weight, execution, tmp_path, monkeypatch):
+    monkeypatch.setattr(recompute, "PART_WORK", 1)      # as in a long row
     loss, gradients = truth(masked, loss_weight)
     on_ranks(world, one_step, sp, zero, replicas, masked, loss_weight, execution, loss, gradients,
              tmp_path=tmp_path)
@@ -262,9 +264,12 @@ def model_on_layout(layout, changes, execution, expected_loss, expected):
     ({"sliding_window": 5, "sliding_layers": [1], "nope_layers": [1], "norm_before": False,
       "norm_after": True, "qk_norm": True, "qk_norm_across_heads": True},
      Execution(recompute="all_but_attention", mlp_chunk=5)),
+    ({"num_key_value_heads": 2, "sliding_window": 5}, Execution(recompute="all")),
 ], ids=["plain", "fewer key/value heads than ranks", "window, offloaded",
-        "a window and its RoPE in one layer", "a window without RoPE in one layer"])
-def test_only_crossing_documents_are_exchanged(layout, changes, execution, tmp_path):
+        "a window and its RoPE in one layer", "a window without RoPE in one layer",
+        "heads in parts"])
+def test_only_crossing_documents_are_exchanged(layout, changes, execution, tmp_path, monkeypatch):
+    monkeypatch.setattr(recompute, "PART_WORK", 1)
     lengths, _ = LAYOUTS[layout]
     alone = tiny_model(**changes)
     ids, positions, cu_seqlens, max_seqlen, labels = row(lengths, masked=0.2)
