@@ -259,8 +259,6 @@ def transient_of_block(config, recompute, chunk, work):
         mlp += tokens * (qkv + q)           # q, k, v, attention's output
 
     attention = attention_transient(config, recompute, work)
-    if chunked:
-        attention += C                      # measured: the chunks still hold a gradient
 
     # Tensors before and after their exchange: the output, if it is not kept, and its gradient; and
     # contiguous copies, see Attention.exchange.
@@ -270,8 +268,15 @@ def transient_of_block(config, recompute, chunk, work):
     if crossing(work) * tokens * qkv >= 2**31:
         exchanged += qkv
     attention += crossing(work) * exchanged
+
+    # In the backward of the projections: gradients of the block's x, of q, k, v, and of q and k
+    # before their rotation; the norm of x, its gradients by q, k and v, and the gradient of x. With
+    # chunks only those of x, in chunks and joined, and of q, k, v exist for all tokens.
+    projections = C + qkv + (qkv + q) // 2 + C + 3 * C + C
+    if chunked:
+        projections = C + qkv + C + C
     second_input = tokens * C if recompute == "pairs" else 0
-    return 2 * (max(mlp, tokens * attention) + second_input)
+    return 2 * (max(mlp, tokens * attention, tokens * projections) + second_input)
 
 
 def loss_memory(config, tokens, loss_chunk):

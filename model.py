@@ -97,7 +97,7 @@ class Execution:
     recompute: str = "none"             # by backward; or "all_but_attention", "all", "pairs"
     keep_layers: int = 0                # blocks that are exempt from `recompute`, see divide_blocks
     offload_layers: int = 0             # first blocks that offload what they keep to CPU memory
-    mlp_chunk: int = 0                  # tokens that pass the MLP at a time; 0: all t
+    mlp_chunk: int = 0                  # tokens of a pass through half a block; 0: all t
     loss_chunk: int = 8192              # tokens whose logits exist at a time
     zero_stage: int = 2                 # of parallel.shard
     offload_optimizer: bool = False     # keep parameters and optimizer states in CPU memory
@@ -634,16 +634,31 @@ class Block(nn.Module):
         transformed = self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(y)))
         return torch.add(y, transformed, alpha=self.residual_multiplier)
 
-    def post_attention_in_chunks(self, x, a, recompute):
-        """post_attention, mlp_chunk tokens at a time: at t = 1M and I = 14336, each (t, I) in the MLP
-        would take 28 GiB."""
-        chunk = self.mlp_chunk or len(x)
-        if chunk >= len(x):
-            return self.call_half(self.post_attention, recompute, x, a)
+    def call_in_chunks(self, half, recompute, tensors, *args):
+        """Return a list of half(*tensors, *args) for mlp_chunk tokens at a time.
+
+        At t = 1M and I = 14336, each (t, I) in the MLP would take 28 GiB."""
+        t = len(tensors[0])
+        chunk = self.mlp_chunk or t
+        if chunk >= t:
+            return [self.call_half(half, recompute, *tensors, *args)]
         # Chunks are always recomputed: kept, they would take as much memory as the row at once.
-        outputs = [self.call_half(self.post_attention, True, xi, ai)
-                   for xi, ai in zip(x.split(chunk), a.split(chunk))]
-        return torch.cat(outputs)                                               # (t, C)
+        chunks = zip(*[tensor.split(chunk) for tensor in tensors])
+        return [self.call_half(half, True, *chunk, *args) for chunk in chunks]
+
+    def pre_attention_in_chunks(self, x, cos, sin, for_exchange, recompute):
+        chunks = self.call_in_chunks(self.pre_attention, recompute, (x, cos, sin), for_exchange)
+        if len(chunks) == 1:
+            return chunks[0]
+        if for_exchange:
+            return torch.cat(chunks, dim=1)
+        return tuple(torch.cat(tensors) for tensors in zip(*chunks))            # q, k, v
+
+    def post_attention_in_chunks(self, x, a, recompute):
+        chunks = self.call_in_chunks(self.post_attention, recompute, (x, a))
+        if len(chunks) == 1:
+            return chunks[0]
+        return torch.cat(chunks)                                                # (t, C)
 
     def forward(self, x, cos, sin, segments, offload=None, cache=None):
         """x (t, C) -> (t, C). offload: where what is kept for backward goes, None: it stays.
@@ -667,7 +682,7 @@ class Block(nn.Module):
 
     def compute(self, x, cos, sin, segments, cache=None):
         """Forward in which autograd keeps what it needs."""
-        qkv = self.call_half(self.pre_attention, False, x, cos, sin, segments.all_crossing)
+        qkv = self.pre_attention_in_chunks(x, cos, sin, segments.all_crossing, recompute=False)
         a = self.self_attn(qkv, segments, cache=cache)                          # (t, H*D)
         return self.post_attention_in_chunks(x, a, recompute=False)
 
@@ -677,12 +692,12 @@ class Block(nn.Module):
 
         @torch.no_grad()
         def recompute_tensors():  # called in backward
-            qkv = self.call_half(
-                self.pre_attention, False, kept.get("x"), cos, sin, segments.all_crossing)
+            qkv = self.pre_attention_in_chunks(
+                kept.get("x"), cos, sin, segments.all_crossing, recompute=False)
             a = kept.get("a").unflatten(1, (-1, attention.head_dim))            # (t, H, D)
             return attention.kernel_inputs(qkv, segments), attention.kernel_outputs(a, segments)
 
-        qkv = self.call_half(self.pre_attention, True, x, cos, sin, segments.all_crossing)
+        qkv = self.pre_attention_in_chunks(x, cos, sin, segments.all_crossing, recompute=True)
         a = attention(qkv, segments, recompute_tensors)                         # (t, H*D)
         kept.add("a", a)    # before post_attention saves it for backward
         return self.post_attention_in_chunks(x, a, recompute=True)
