@@ -39,6 +39,7 @@ from examples import (
 
 DATA_FILE = re.compile(r"\.(jsonl|ndjson|json|parquet|txt)(\.gz|\.zst)?$")
 OTHER_FILE = re.compile(r"\.(csv|tsv|arrow|feather|xlsx)(\.gz|\.zst)?$")  # data, but not readable
+NOT_LINES = re.compile(rb"\s*(\[|\{\s*\n)")   # how JSON begins that is not an object on each line
 
 
 class Source(NamedTuple):
@@ -168,8 +169,10 @@ def read_rows(path):
             rows = read_parquet(file)
         elif name.endswith(".txt"):
             rows = [{"text": file.read().decode()}]
-        elif file.peek(64).lstrip(b" \t\r\n").startswith(b"["):
-            rows = parse_json(file.read(), "the file must be one JSON array in UTF-8; fix it")
+        elif NOT_LINES.match(file.peek(64)):
+            content = parse_json(file.read(), "the file must be one JSON array, or have an object on "
+                                              "each of its lines, in UTF-8; fix it")
+            rows = content if isinstance(content, list) else [content]
         else:
             rows = file  # its lines; parsing them is left to the worker processes
 

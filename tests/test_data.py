@@ -1020,6 +1020,14 @@ def test_files_of_every_kind(build, tmp_path, name):
     assert texts_of(build(write(tmp_path / name))) == TEXTS
 
 
+@pytest.mark.parametrize("indent", [2, None])
+def test_a_file_of_one_object(build, tmp_path, indent):
+    """Over several lines, or on one."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"text": "one"}, indent=indent))
+    assert texts_of(build(str(path))) == ["one"]
+
+
 @pytest.fixture
 def books(tmp_path):
     """A folder of one text in each of two folders, and a file of two texts beside it."""
@@ -1069,6 +1077,8 @@ BROKEN_FILES = [
      "a.jsonl:2: UnicodeDecodeError .*utf-8.*fix or remove the line"),
     ("a.json", b'[{"text": "a"}, {"text', "a.json: JSONDecodeError .*one JSON array"),
     ("a.json", b'[{"text": "a"}, 5]', "a.json:2: .*no format"),
+    ("a.json", b'{\n "text": "a"\n}\n{\n "text": "b"\n}',
+     "a.json: .*Extra data.*an object on each of its lines"),
     ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "a.jsonl.gz: the file is damaged .*again"),
     ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "a.jsonl: the file is UTF-16: convert it, such"),
     ("a.txt", b"caf\xe9 au lait", "a.txt: it is not UTF-8 .*0xe9.*: convert it"),
