@@ -118,8 +118,9 @@ def recomputed_parameters(config, recompute, keep_layers, chunked):
     """Return the number of parameters of the products that backward computes again, in all blocks.
 
     Of a block these are all but its last product. With "pairs" the first block of a pair is
-    computed once more. chunked: the MLP runs in chunks, which recompute themselves, once more than
-    the block."""
+    computed once more. chunked: the block runs in chunks, which compute the products after attention
+    once more than the block. Left out are q_proj and k_proj, which run once more where their outputs
+    are normalized, and the last product, which does with "all" and no chunks."""
     n_recomputed = recomputed_layers(config, recompute, keep_layers)
     block = block_parameters(config)
     down_proj = config.hidden_size * config.intermediate_size
@@ -191,7 +192,7 @@ def kept_by_block(config, recompute, chunked, work):
     """Return the bytes a token, in bfloat16, that a block or a pair keeps for backward, except the
     log-sum-exp.
 
-    chunked: the MLP runs in chunks, so that it keeps its inputs only."""
+    chunked: the block runs in chunks, which keep their inputs only."""
     C = config.hidden_size
     q, qkv = attention_widths(config, work.sp)
     if recompute in KEEP_INPUTS:
@@ -208,13 +209,18 @@ def kept_by_block(config, recompute, chunked, work):
 
 
 def attention_transient(config, recompute, work):
-    """Return the values a token at the peak of the backward of attention's kernel: gradients of x
-    and of the output, then of q, k, v, which the kernel sums in float32."""
+    """Return the values a token at the peak of the backward of attention's kernel.
+
+    The gradients of x and of the output exist; q, k, v and the output too where they are recomputed.
+    The kernel adds gradients of q, k and v, and their sums in float32, which count twice. Where it
+    runs in parts, these and contiguous copies of its arguments exist for one part. But the gradients
+    of k and v are whole, and that of q is written over q."""
     C = config.hidden_size
     q, qkv = attention_widths(config, work.sp)
     kv = (qkv - q) // 2
 
     def of_kernel(q, kv):
+        # Several query heads add to the gradients of one key/value head.
         sums_of_kv = 2 * (kv + kv) if kv < q else 0
         return q + 2 * kv + 2 * q + sums_of_kv
 
@@ -223,18 +229,22 @@ def attention_transient(config, recompute, work):
     if recompute == "all_but_attention":
         return C + q + qkv + of_kernel(q, kv)
 
-    P = work.sp if crossing(work) == 1 else 1       # ranks over which the heads are spread
-    heads = config.num_attention_heads // P
-    kv_heads = max(config.num_key_value_heads // P, 1)
-    parts = divide_heads(P * work.tokens, heads, kv_heads)
-    held = C + q + qkv + q                          # the output, too
-    if len(parts) == 1:
-        return held + of_kernel(q, kv)
-    part_heads, part_kv_heads = parts[0]
-    part_q = P * config.head_dim * (part_heads.stop - part_heads.start)
-    part_kv = P * config.head_dim * (part_kv_heads.stop - part_kv_heads.start)
-    copies = part_q + 2 * part_kv + 2 * part_q      # of q, k, v, the output and its gradient
-    return held + 2 * kv + copies + of_kernel(part_q, part_kv)
+    def in_parts(P):
+        """With the heads spread over P ranks, and P times the tokens."""
+        heads = config.num_attention_heads // P
+        kv_heads = max(config.num_key_value_heads // P, 1)
+        parts = divide_heads(P * work.tokens, heads, kv_heads)
+        if len(parts) == 1:
+            return of_kernel(q, kv)
+        part_heads, part_kv_heads = parts[0]
+        part_q = P * config.head_dim * (part_heads.stop - part_heads.start)
+        part_kv = P * config.head_dim * (part_kv_heads.stop - part_kv_heads.start)
+        copies = part_q + 2 * part_kv + 2 * part_q      # of q, k, v, the output and its gradient
+        return 2 * kv + copies + of_kernel(part_q, part_kv)
+
+    exchanged = crossing(work)
+    added = (1 - exchanged) * in_parts(1) + exchanged * in_parts(work.sp)
+    return C + q + qkv + q + added
 
 
 def transient_of_block(config, recompute, chunk, work):
@@ -271,7 +281,8 @@ def transient_of_block(config, recompute, chunk, work):
 
     # In the backward of the projections: gradients of the block's x, of q, k, v, and of q and k
     # before their rotation; the norm of x, its gradients by q, k and v, and the gradient of x. With
-    # chunks only those of x, in chunks and joined, and of q, k, v exist for all tokens.
+    # chunks these exist for all tokens: the gradients of the block's x, of q, k, v, and of the input
+    # x, in chunks and joined.
     projections = C + qkv + (qkv + q) // 2 + C + 3 * C + C
     if chunked:
         projections = C + qkv + C + C

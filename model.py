@@ -97,7 +97,7 @@ class Execution:
     recompute: str = "none"             # by backward; or "all_but_attention", "all", "pairs"
     keep_layers: int = 0                # blocks that are exempt from `recompute`, see divide_blocks
     offload_layers: int = 0             # first blocks that offload what they keep to CPU memory
-    mlp_chunk: int = 0                  # tokens of a pass through half a block; 0: all t
+    mlp_chunk: int = 0                  # tokens at a time outside the attention kernel; 0: all t
     loss_chunk: int = 8192              # tokens whose logits exist at a time
     zero_stage: int = 2                 # of parallel.shard
     offload_optimizer: bool = False     # keep parameters and optimizer states in CPU memory
@@ -597,8 +597,8 @@ class Block(nn.Module):
         exchange the gradients of q, k, v back
         norm(x) again                       ->  gradients of x and of the weights; then x is freed
 
-    Compiled, each product of the block runs at most once more. Not compiled, as on a CPU, the last
-    step computes q, k and v once again.
+    Compiled, each product of the block runs at most once more, but those of q and k twice if their
+    outputs are normalized. Not compiled, as on a CPU, the last step computes q, k and v once again.
 
     With "all" only x is kept, and the kernels run again, too, for some of the heads at a time. With
     "pairs" x is kept for every second block only, see Transformer.run_blocks.
@@ -635,7 +635,8 @@ class Block(nn.Module):
         return torch.add(y, transformed, alpha=self.residual_multiplier)
 
     def call_in_chunks(self, half, recompute, tensors, *args):
-        """Return a list of half(*tensors, *args) for mlp_chunk tokens at a time.
+        """Call half(*tensors, *args) for mlp_chunk tokens of the tensors at a time. Return a list of
+        the results, a single one if there are no chunks.
 
         At t = 1M and I = 14336, each (t, I) in the MLP would take 28 GiB."""
         t = len(tensors[0])
@@ -647,6 +648,7 @@ class Block(nn.Module):
         return [self.call_half(half, True, *chunk, *args) for chunk in chunks]
 
     def pre_attention_in_chunks(self, x, cos, sin, for_exchange, recompute):
+        """pre_attention of all t tokens, computed in chunks."""
         chunks = self.call_in_chunks(self.pre_attention, recompute, (x, cos, sin), for_exchange)
         if len(chunks) == 1:
             return chunks[0]
@@ -655,6 +657,7 @@ class Block(nn.Module):
         return tuple(torch.cat(tensors) for tensors in zip(*chunks))            # q, k, v
 
     def post_attention_in_chunks(self, x, a, recompute):
+        """post_attention of all t tokens, computed in chunks."""
         chunks = self.call_in_chunks(self.post_attention, recompute, (x, a))
         if len(chunks) == 1:
             return chunks[0]

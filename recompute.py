@@ -28,7 +28,8 @@ PART_WORK = 2**20   # tokens x query heads of a part: with less, a GPU would not
 
 def share_storage(a, b):
     """Whether two tensors are views of the same memory."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    address = a.untyped_storage().data_ptr()
+    return address != 0 and address == b.untyped_storage().data_ptr()   # 0: no elements
 
 
 class View(NamedTuple):
@@ -83,7 +84,7 @@ class KernelGraph:
     kernel saves, such as the log-sum-exp, is kept by the caller."""
 
     def __init__(self):
-        self.given = []     # q, k, v, the output and `others`, while backward runs
+        self.given = []     # q, k, v, the output and the other tensors, while backward runs
         self.inputs = None
         self.out_edge = None
         self.n_others = 0
@@ -116,9 +117,11 @@ class KernelGraph:
         self.n_others = len(others)
         return out.detach(), others
 
-    def backward(self, q, k, v, out, others, grad_out):
-        """Return the gradients of q, k and v. The tensors are those of forward, up to rounding."""
-        self.given.extend((q, k, v, out, *others))
+    def backward(self, q, k, v, out, kept, grad_out):
+        """Return the gradients of q, k and v. The tensors are those of forward, up to rounding.
+
+        kept: an iterator, from which this takes the other tensors that forward returned."""
+        self.given.extend((q, k, v, out, *itertools.islice(kept, self.n_others)))
         gradients = torch.autograd.grad(self.out_edge, self.inputs, grad_out)
         self.given.clear()
         return gradients
@@ -153,8 +156,7 @@ class AttendWithRecompute(torch.autograd.Function):
         inputs, outputs = ctx.recompute_tensors()
         gradients = []
         for graph, (q, k, v), out, grad_out in zip(ctx.graphs, inputs, outputs, grad_outputs):
-            others = list(itertools.islice(kept, graph.n_others))
-            gradients.extend(graph.backward(q, k, v, out, others, grad_out.contiguous()))
+            gradients.extend(graph.backward(q, k, v, out, kept, grad_out.contiguous()))
         # The loss refers to the graph, and the graph to this node, after backward as well. So let
         # go of what was kept for it now.
         ctx.graphs = None
@@ -163,11 +165,11 @@ class AttendWithRecompute(torch.autograd.Function):
 
 
 def divide_heads(tokens, q_heads, kv_heads):
-    """Return the parts of the heads for which attention runs one after another, as a list of
-    (slice of the query heads, slice of the key/value heads).
+    """Divide the heads of q (tokens, q_heads, D), k and v (tokens, kv_heads, D) into parts of equal
+    size. Return a list of (slice of the query heads, slice of the key/value heads).
 
-    Parts have equal sizes. The query heads of one share a key/value head, or have all that share
-    theirs. So many tokens are in the row."""
+    A part has one or more key/value heads with all query heads that share them, or some of the
+    query heads that share one. A short row is a single part."""
     q_per_kv = q_heads // kv_heads
 
     def is_possible(n):
@@ -186,7 +188,8 @@ def divide_heads(tokens, q_heads, kv_heads):
 
 
 def attend_in_parts(kernel, q, k, v):
-    """q (T, H, D), k and v (T, G, D) -> kernel(q, k, v), with little memory in backward."""
+    """q (T, H, D), k and v (T, G, D) -> kernel(q, k, v), with less memory in backward if the row is
+    long."""
     parts = divide_heads(len(q), q.shape[1], k.shape[1])
     if len(parts) == 1:
         return kernel(q, k, v)
@@ -196,11 +199,15 @@ def attend_in_parts(kernel, q, k, v):
 class AttendInParts(torch.autograd.Function):
     """kernel(q, k, v), for one part of the heads after another.
 
-    What a kernel's backward makes exists for one part only: gradients and their sums in float32,
-    which take three times the memory of q, k and v. The gradient of q takes the place of q.
+    The kernel's backward computes the gradients of q, k and v from sums in float32. For all heads
+    these would take up to three times the memory of q, k and v. Here those of one part exist at a
+    time. They are added to the gradients of k and v, and written over q, which becomes its gradient.
 
-    All tensors that are kept are saved by autograd, as a checkpoint of a block expects it: it lets
-    go of them in forward, and computes them again."""
+    So no other operation may need q in its backward. In a checkpoint, autograd would not notice that
+    q has changed, and the gradients would be wrong without an error.
+
+    All tensors are kept by save_for_backward. So a checkpoint around the block can free them in
+    forward and recompute them in backward."""
 
     @staticmethod
     def forward(ctx, kernel, parts, q, k, v):
@@ -225,11 +232,10 @@ class AttendInParts(torch.autograd.Function):
         grad_v = torch.zeros_like(v)
 
         def backward_of_part(graph, heads, kv_heads):
-            """A function, so that what it makes is freed before the next part."""
+            """A function, so that its tensors are freed before the next part."""
             part = [q[:, heads], k[:, kv_heads], v[:, kv_heads], out[:, heads]]
-            others = list(itertools.islice(kept, graph.n_others))
             part_grad_q, part_grad_k, part_grad_v = graph.backward(
-                *[x.contiguous() for x in part], others, grad_out[:, heads].contiguous())
+                *[x.contiguous() for x in part], kept, grad_out[:, heads].contiguous())
             q[:, heads] = part_grad_q       # this part of q is not needed any more
             grad_k[:, kv_heads] += part_grad_k
             grad_v[:, kv_heads] += part_grad_v

@@ -123,6 +123,7 @@ EXECUTIONS = [
     Execution(recompute="all_but_attention", compile=True),
     Execution(recompute="all", compile=True),
     Execution(recompute="pairs", compile=True, offload_layers=1),
+    Execution(recompute="pairs", compile=True, offload_layers=1, mlp_chunk=256),
     Execution(compile=True, offload_layers=2),
     Execution(recompute="all_but_attention", compile=True, keep_layers=2, offload_layers=2),
     Execution(recompute="all_but_attention", compile=True, offload_layers=9, mlp_chunk=256,

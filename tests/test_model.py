@@ -131,6 +131,80 @@ def test_parts_of_the_heads_change_no_gradient(monkeypatch, execution, heads, kv
         qk_norm=True)
 
 
+@pytest.mark.parametrize("compute", ["all", "pairs"])
+def test_parts_keep_nothing_in_forward(monkeypatch, compute):
+    """Neither q, k, v, the output nor a log-sum-exp. And the model attends in parts, of one head."""
+    monkeypatch.setattr(recompute, "PART_WORK", 1)
+    heads = []
+    storages = []
+    forward = recompute.KernelGraph.forward
+    attend = recompute.AttendInParts.forward
+
+    def recorded_forward(graph, kernel, q, k, v):
+        heads.append(q.shape[1])
+        out, others = forward(graph, kernel, q, k, v)
+        storages.extend(weakref.ref(x.untyped_storage()) for x in others)
+        return out, others
+
+    def recorded_attend(ctx, kernel, parts, q, k, v):
+        out = attend(ctx, kernel, parts, q, k, v)
+        storages.extend(weakref.ref(x.untyped_storage()) for x in (q, k, v, out))
+        return out
+
+    monkeypatch.setattr(recompute.KernelGraph, "forward", recorded_forward)
+    monkeypatch.setattr(recompute.AttendInParts, "forward", recorded_attend)
+    model = tiny_model(execution=Execution(recompute=compute, mlp_chunk=7))
+    ids, positions, cu_seqlens, max_seqlen, labels = row([16])
+    loss = model(ids, positions, cu_seqlens, max_seqlen, labels)
+    gc.collect()
+    assert heads == [1] * 16        # 8 heads of 2 layers
+    assert len(storages) > 8
+    assert not any(storage() is not None for storage in storages)
+    loss.backward()
+
+
+def test_a_kernel_may_save_tensors_without_elements():
+    """They have no address, and are still different tensors."""
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            ctx.save_for_backward(torch.empty(0), torch.empty(0, dtype=torch.int64))
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx, grad_out):
+            assert [x.dtype for x in ctx.saved_tensors] == [torch.float32, torch.int64]
+            return grad_out, grad_out, grad_out
+
+    graph = recompute.KernelGraph()
+    q, k, v = [torch.randn(4, 2, 8) for _ in range(3)]
+    out, others = graph.forward(Kernel.apply, q, k, v)
+    graph.backward(q, k, v, out, iter(others), torch.ones_like(out))
+
+
+@pytest.mark.parametrize("compute", ["none", "all_but_attention", "all"])
+def test_both_halves_run_in_chunks(compute):
+    block = tiny_model(execution=Execution(recompute=compute, mlp_chunk=7)).model["layers"][0]
+    sizes = {"pre_attention": set(), "post_attention": set()}
+
+    def record(name):
+        half = getattr(block, name)
+
+        def recorded(x, *args):
+            sizes[name].add(len(x))
+            return half(x, *args)
+
+        setattr(block, name, recorded)
+
+    record("pre_attention")
+    record("post_attention")
+    _, positions, cu_seqlens, _, _ = row([16])
+    cos, sin = rope_cos_sin(tiny_config(), positions)
+    segments = parallel.segments_of_rank(cu_seqlens, None, positions.device)
+    block(torch.randn(16, 48, requires_grad=True), cos, sin, segments).sum().backward()
+    assert sizes == {"pre_attention": {7, 2}, "post_attention": {7, 2}}
+
+
 @pytest.mark.parametrize("tokens,heads,kv_heads,expected", [
     (2**18, 24, 8, [(6, 2)] * 4),       # no more than the row has work for
     (2**20, 24, 8, [(3, 1)] * 8),
@@ -508,7 +582,7 @@ def test_flops_by_hand():
     pairs_recomputed = recomputed + 2 * 100 * block + attention
     assert flops(config, 100, pairs, "pairs") == (3 * forward, 3 * forward + pairs_recomputed)
     assert flops(config, 100, pairs, "pairs", keep_layers=1)[1] == 3 * forward + recomputed / 2
-    # Chunks of the MLP recompute themselves: o_proj, gate_proj and up_proj.
+    # Chunks recompute what follows attention, but its last product: o_proj, gate_proj and up_proj.
     chunks = 2 * (2 * 100 * (48 * 8 * 8 + 2 * 48 * 80))
     assert flops(config, 100, pairs, chunked=True) == (3 * forward, 3 * forward + chunks)
     without_gate = forward - 2 * 2 * 100 * 48 * 80

@@ -71,7 +71,7 @@ STRIDE = 1024           # tokens that are scored in each window of SHORT_CONTEXT
 MIN_GAIN = 2.0          # of a key token: loss with the short context minus loss with the whole
 MAX_LOSS = 2.0          # of a key token with the whole context
 
-MLP_CHUNK = 2**15       # tokens per pass through an MLP, so that rows of 1M tokens fit
+MLP_CHUNK = 2**15       # tokens at a time outside attention, so that rows of 1M tokens fit
 
 
 class Row(NamedTuple):
