@@ -119,8 +119,8 @@ def recomputed_parameters(config, recompute, keep_layers, chunked):
 
     Of a block these are all but its last product. With "pairs" the first block of a pair is
     computed once more. chunked: the block runs in chunks, which compute the products after attention
-    once more than the block. Left out are q_proj and k_proj, which run once more where their outputs
-    are normalized, and the last product, which does with "all" and no chunks."""
+    once more than the block, and q_proj and k_proj if their outputs are normalized. Left out are these
+    two where no chunks are, and the last product, which runs again with "all" and no chunks."""
     n_recomputed = recomputed_layers(config, recompute, keep_layers)
     block = block_parameters(config)
     down_proj = config.hidden_size * config.intermediate_size
@@ -130,10 +130,13 @@ def recomputed_parameters(config, recompute, keep_layers, chunked):
     if chunked:
         _, mlp_computed = mlp_widths(config)
         o_proj = config.hidden_size * config.num_attention_heads * config.head_dim
-        post_attention = o_proj + config.hidden_size * mlp_computed
-        parameters += (config.num_hidden_layers - n_recomputed) * (post_attention - down_proj)
+        in_chunks = o_proj + config.hidden_size * mlp_computed
+        if config.qk_norm:      # whose backward needs q and k before it
+            heads = config.num_attention_heads + config.num_key_value_heads
+            in_chunks += config.hidden_size * config.head_dim * heads
+        parameters += (config.num_hidden_layers - n_recomputed) * (in_chunks - down_proj)
         if recompute in KEEP_INPUTS:
-            parameters += n_recomputed * post_attention
+            parameters += n_recomputed * in_chunks
     return parameters
 
 

@@ -644,8 +644,8 @@ class Block(nn.Module):
         if chunk >= t:
             return [self.call_half(half, recompute, *tensors, *args)]
         # Chunks are always recomputed: kept, they would take as much memory as the row at once.
-        chunks = zip(*[tensor.split(chunk) for tensor in tensors])
-        return [self.call_half(half, True, *chunk, *args) for chunk in chunks]
+        pieces = zip(*[tensor.split(chunk) for tensor in tensors])
+        return [self.call_half(half, True, *piece, *args) for piece in pieces]
 
     def pre_attention_in_chunks(self, x, cos, sin, for_exchange, recompute):
         """pre_attention of all t tokens, computed in chunks."""

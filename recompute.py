@@ -59,15 +59,17 @@ class SavedTensor:
         self.view = None
 
     def replace_by_view(self, bases):
-        """Let go of the tensor, which becomes one of `bases` if it is not a view of one of them.
+        """Refer to the tensor as a view of one of `bases`, to which it is added if it is of none.
 
         Bases may share their storage, as q, k and v do after an exchange. Then any of them serves,
         since a View is an offset in memory."""
-        shared = [i for i, base in enumerate(bases) if share_storage(self.tensor, base)]
-        if not shared:
-            shared = [len(bases)]
+        for i, base in enumerate(bases):
+            if share_storage(self.tensor, base) and self.tensor.dtype == base.dtype:
+                self.base_index = i
+                break
+        else:
+            self.base_index = len(bases)
             bases.append(self.tensor)
-        self.base_index = shared[0]
         self.view = View.of(self.tensor, bases[self.base_index])
         self.tensor = None
 
@@ -226,8 +228,8 @@ class AttendInParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, k, v, out, *kept = ctx.saved_tensors
-        kept = iter(kept)
+        q, k, v, out, *others = ctx.saved_tensors
+        kept = iter(others)
         grad_k = torch.zeros_like(k)
         grad_v = torch.zeros_like(v)
 

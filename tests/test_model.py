@@ -585,6 +585,9 @@ def test_flops_by_hand():
     # Chunks recompute what follows attention, but its last product: o_proj, gate_proj and up_proj.
     chunks = 2 * (2 * 100 * (48 * 8 * 8 + 2 * 48 * 80))
     assert flops(config, 100, pairs, chunked=True) == (3 * forward, 3 * forward + chunks)
+    # And q_proj and k_proj, where their outputs are normalized.
+    chunks += 2 * (2 * 100 * 48 * 8 * (8 + 4))
+    assert flops(tiny_config(qk_norm=True), 100, pairs, chunked=True)[1] == 3 * forward + chunks
     without_gate = forward - 2 * 2 * 100 * 48 * 80
     assert flops(tiny_config(mlp_gate=False), 100, pairs)[0] == 3 * without_gate
 
